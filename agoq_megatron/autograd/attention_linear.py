@@ -1,0 +1,99 @@
+"""Rotary embedding, causal attention and the output projection, with the attention output kept once.
+
+The attention's backward and the projection's weight gradient both need the output O. As one function
+they share a single saved copy. Q, K and V are kept after the rotation, K and V with their own number
+of heads; the rotation itself needs only the angles, which all layers share.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from agoq_kernels.attention import attention, attention_backward
+from agoq_kernels.rotary import merge_qkv_backward, rotary_tables, split_qkv
+from torch import Tensor
+
+from agoq_megatron.autograd.linear import input_gradient, linear, weight_gradient
+from agoq_megatron.autograd.saving import SavedTensor, Shelf
+
+LSE = "self_attention.core_attention.log_sum_exp"
+
+
+@dataclass(frozen=True)
+class AttentionLinearSpec:
+    """What does not change from call to call.
+
+    Attributes:
+        query, key, value, output: how the four are kept.
+        groups: key/value heads on this rank.
+        head_dim: features a head.
+        scale: factor on the scores.
+        interleaved: rotary pairs are neighbours instead of halves.
+        recompute: run the attention again in backward instead of keeping O and its log-sum-exp.
+    """
+
+    query: SavedTensor
+    key: SavedTensor
+    value: SavedTensor
+    output: SavedTensor
+    groups: int
+    head_dim: int
+    scale: float
+    interleaved: bool
+    recompute: bool
+
+
+class AttentionLinear(torch.autograd.Function):
+    """``linear(attention(rotate(split(qkv))))``; gradients of ``qkv`` and the projection weight."""
+
+    @staticmethod
+    def forward(
+        ctx, qkv: Tensor, angles: Tensor | None, weight: Tensor, spec: AttentionLinearSpec, keep: bool
+    ) -> Tensor:
+        """``qkv`` ``[s, b, (n + 2g) d]``, ``angles`` ``[s, 1, 1, rot]`` -> ``[s, b, h]``.
+
+        The result is this rank's partial sum; the caller reduces it over tensor-parallel ranks.
+        """
+        s, b, _ = qkv.shape
+        tables = None if angles is None else rotary_tables(angles, qkv.dtype)
+        q, k, v = split_qkv(qkv, spec.groups, spec.head_dim, tables, spec.interleaved)
+        out, lse = attention(q, k, v, spec.scale)
+        flat = out.view(s, b, -1)
+        if keep:
+            shelf = Shelf()
+            shelf.put(spec.query, q.view(s, b, -1))
+            shelf.put(spec.key, k.view(s, b, -1))
+            shelf.put(spec.value, v.view(s, b, -1))
+            if not spec.recompute:
+                shelf.put(spec.output, flat)
+                shelf.put_exact(LSE, spec.output.layer_number, lse)
+            shelf.save(ctx, weight)
+            # The angles are one constant table of the model, shared by all layers and steps.
+            ctx.spec, ctx.dtype, ctx.angles = spec, qkv.dtype, angles
+        return linear(flat, weight)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        shelf, (weight,) = Shelf.take(ctx)
+        spec: AttentionLinearSpec = ctx.spec
+        s, b, _ = grad.shape
+
+        def heads(saved: SavedTensor) -> Tensor:
+            return shelf.get(saved, ctx.dtype).view(s, b, -1, spec.head_dim)
+
+        q, k, v = heads(spec.query), heads(spec.key), heads(spec.value)
+        if spec.recompute:
+            out, lse = attention(q, k, v, spec.scale)
+        else:
+            out, lse = heads(spec.output), shelf.exact()
+        grad_weight = None
+        if ctx.needs_input_grad[2]:
+            grad_weight = weight_gradient(grad, out.view(s, b, -1))
+        grad_out = input_gradient(grad, weight).view(s, b, -1, spec.head_dim)
+        grads = attention_backward(grad_out, q, k, v, out, lse, spec.scale)
+        tables = None
+        if ctx.angles is not None:
+            tables = rotary_tables(ctx.angles, ctx.dtype)
+        grad_qkv = merge_qkv_backward(*grads, tables, spec.interleaved)
+        return grad_qkv, None, grad_weight, None, None

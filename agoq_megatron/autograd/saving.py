@@ -1,0 +1,113 @@
+"""Keeping a tensor for the backward pass in the format that its policy rule asks for.
+
+``SavedTensor`` is the static part, made once per module: which tensor, of which layer, in which
+format. ``Shelf`` is the per-call part: an autograd function puts tensors on it in forward and takes
+them off, dequantized, in backward. Everything goes through ``save_for_backward``, so autograd's own
+checks (in-place changes, double backward, freeing) and ``saved_tensors_hooks`` keep working.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from agoq_kernels.ops import dequantize, quantize
+from torch import Tensor
+
+from agoq_megatron.autograd import accounting
+from agoq_megatron.autograd.rounding import counter
+from agoq_megatron.policy.policy import ActivationPolicy, Rule
+from agoq_megatron.policy.sites import Site
+
+
+@dataclass(frozen=True)
+class SavedTensor:
+    """One tensor that a layer may keep.
+
+    Attributes:
+        site: which tensor.
+        layer_number: of which layer, from 1.
+        rule: how it is kept.
+    """
+
+    site: Site
+    layer_number: int
+    rule: Rule
+
+    def pack(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The tensors to keep for ``x`` ``[..., n]``: none, ``x`` itself, or codes and scales."""
+        if self.rule.recompute:
+            return ()
+        fmt = self.rule.format
+        if fmt is None:
+            kept = (x,)
+        else:
+            stochastic = fmt.rounding == "stochastic"
+            key = counter.key(self.layer_number, self.site.value) if stochastic else 0
+            codes, scale, zero = quantize(x, fmt, key)
+            kept = (codes, scale, zero) if zero.numel() else (codes, scale)
+        accounting.announce(self.layer_number, self.site.value, kept)
+        return kept
+
+    def unpack(self, kept: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+        """The tensor ``[..., n]`` back from what :meth:`pack` returned."""
+        fmt = self.rule.format
+        if fmt is None:
+            return kept[0]
+        codes, scale = kept[:2]
+        zero = kept[2] if len(kept) > 2 else torch.empty(0, dtype=torch.uint8, device=codes.device)
+        return dequantize(codes, scale, zero, fmt, dtype)
+
+
+def saved_tensor(policy: ActivationPolicy, site: Site, layer_number: int) -> SavedTensor:
+    """The tensor at ``site`` of a layer, kept as ``policy`` says."""
+    return SavedTensor(site, layer_number, policy.rule(site, layer_number))
+
+
+class Shelf:
+    """Ordered tensors of one autograd call, some of them packed."""
+
+    def __init__(self) -> None:
+        self._tensors: list[Tensor | None] = []
+        self._spans: dict[Site, tuple[SavedTensor, int, int]] = {}
+
+    def put(self, saved: SavedTensor, x: Tensor) -> None:
+        """Pack ``x`` (nothing is kept where the rule says to recompute it)."""
+        start = len(self._tensors)
+        self._tensors.extend(saved.pack(x))
+        self._spans[saved.site] = saved, start, len(self._tensors)
+
+    def put_exact(self, name: str, layer_number: int, x: Tensor) -> None:
+        """Keep ``x`` as it is, counted under ``name`` (log-sum-exp)."""
+        accounting.announce(layer_number, name, (x,))
+        self._tensors.append(x)
+
+    def save(self, ctx, *others: Tensor | None) -> None:
+        """Hand everything to autograd; ``others`` are parameters and constants, not activations."""
+        ctx.shelf = self
+        ctx.save_for_backward(*self._tensors, *others)
+        ctx.others = len(others)
+        self._tensors = []
+
+    @staticmethod
+    def take(ctx) -> tuple[Shelf, tuple[Tensor | None, ...]]:
+        """In backward: the shelf with its tensors again, and the others."""
+        shelf: Shelf = ctx.shelf
+        saved = ctx.saved_tensors
+        split = len(saved) - ctx.others
+        loaded = Shelf()
+        loaded._tensors, loaded._spans = list(saved[:split]), shelf._spans
+        return loaded, saved[split:]
+
+    def packed(self, saved: SavedTensor) -> tuple[Tensor, ...]:
+        """What was kept for ``saved``, still packed."""
+        _, start, stop = self._spans[saved.site]
+        return tuple(self._tensors[start:stop])
+
+    def get(self, saved: SavedTensor, dtype: torch.dtype) -> Tensor:
+        """The tensor kept for ``saved``, dequantized to ``dtype`` if it was packed."""
+        return saved.unpack(self.packed(saved), dtype)
+
+    def exact(self, index: int = -1) -> Tensor:
+        """A tensor stored by :meth:`put_exact`, by position (the last by default)."""
+        return self._tensors[index]

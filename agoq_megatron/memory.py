@@ -1,0 +1,213 @@
+"""What a layer keeps for its backward pass: planned from the flags, tensor by tensor.
+
+All numbers are bytes a token (of the global sequence) and layer on one rank. 1U is one 16-bit hidden
+state, ``2 h`` bytes a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+from agoq_megatron.autograd.attention_linear import LSE
+from agoq_megatron.policy.policy import PolicyError, Rule
+from agoq_megatron.policy.sites import Site
+from agoq_megatron.specs import AGoQTransformerConfig, transformer_config_from_args
+
+ATTENTION_SITES = (Site.QUERY, Site.KEY, Site.VALUE, Site.ATTENTION_OUTPUT)
+MLP_SITES = (Site.NORM2_INPUT, Site.NORM2_OUTPUT, Site.FC1_OUTPUT, Site.FC2_INPUT)
+LAYER_SITES = (Site.NORM1_INPUT, Site.NORM1_OUTPUT, *ATTENTION_SITES, *MLP_SITES)
+DROPOUT = "hidden dropout masks"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One saved tensor of one layer.
+
+    Attributes:
+        name: path below the layer.
+        kept_as: format, "kept" with the dtype, "recomputed", or "FP32".
+        features: elements a token on this rank.
+        bytes: bytes a token, scales included.
+    """
+
+    name: str
+    kept_as: str
+    features: float
+    bytes: float
+
+
+class Plan:
+    """Saved bytes of every layer of the model, predicted.
+
+    Raises:
+        PolicyError: a group size does not divide the tensor that it is meant for.
+    """
+
+    def __init__(self, config: AGoQTransformerConfig):
+        self.config = config
+        self._itemsize = config.params_dtype.itemsize
+        self._features = _features(config)
+        self.layers = {number: self._layer(number, i) for number, i in _positions(config)}
+
+    def _layer(self, number: int, index_in_chunk: int) -> tuple[Row, ...]:
+        config = self.config
+        sites, lse = LAYER_SITES, True
+        if config.recompute_granularity == "full":
+            count, lse = config.recompute_num_layers, False
+            if config.recompute_method == "uniform":
+                sites = (Site.LAYER_INPUT,) if index_in_chunk % count == 0 else ()
+            elif index_in_chunk < count:
+                sites = (Site.LAYER_INPUT,)
+            else:
+                sites, lse = LAYER_SITES, True
+        elif config.recompute_granularity == "selective":
+            if "core_attn" in config.recompute_modules:
+                sites, lse = tuple(s for s in sites if s is not Site.ATTENTION_OUTPUT), False
+            if "mlp" in config.recompute_modules:
+                sites = tuple(s for s in sites if s not in MLP_SITES[1:])
+        rows = [self._row(site, number) for site in sites]
+        tp = config.tensor_model_parallel_size
+        if lse:
+            heads = config.num_attention_heads / tp
+            rows.append(Row(LSE, "FP32", heads, 4 * heads))
+        if config.hidden_dropout > 0 and (lse or config.recompute_granularity != "full"):
+            width = 2 * self._features[Site.NORM1_INPUT]
+            rows.append(Row(DROPOUT, "kept by autograd", width, width))
+        return tuple(rows)
+
+    def _row(self, site: Site, number: int) -> Row:
+        rule: Rule = self.config.agoq.rule(site, number)
+        width = self._features[site]
+        if rule.recompute:
+            return Row(site.value, "recomputed", width, 0)
+        if rule.keep:
+            dtype = str(self.config.params_dtype).removeprefix("torch.")
+            return Row(site.value, f"{dtype}, not quantized", width, width * self._itemsize)
+        if width % rule.format.group:
+            fits = [g for g in (256, 128, 64, 32) if width % g == 0]
+            remedy = f"Use a group of {fits}" if fits else "Keep that tensor in 16 bits (bits: 16)"
+            raise PolicyError(
+                f"--agoq-activations {self.config.agoq.name}: group {rule.format.group} does not "
+                f"divide {site.path(number)}, which has {width} features on each tensor-parallel "
+                f"rank. {remedy} in a policy file, or change --hidden-size, --ffn-hidden-size or "
+                "--tensor-model-parallel-size."
+            )
+        return Row(site.value, str(rule.format), width, rule.format.bytes_for(width))
+
+    def bytes_per_token_layer(self, layers: Iterable[int] | None = None) -> float:
+        """Mean over the given layers (numbers from 1), by default over the whole model."""
+        chosen = list(self.layers if layers is None else layers)
+        return sum(row.bytes for n in chosen for row in self.layers[n]) / max(len(chosen), 1)
+
+    @property
+    def planned_bytes_per_token_layer(self) -> float:
+        """Mean over all layers of the model."""
+        return self.bytes_per_token_layer()
+
+    def tensors(self, layers: Iterable[int] | None = None) -> dict[str, tuple[str, float]]:
+        """For each tensor: how it is kept, and its mean bytes a token and layer."""
+        chosen = list(self.layers if layers is None else layers)
+        kept: dict[str, list[str]] = {}
+        total: dict[str, float] = {}
+        for n in chosen:
+            for row in self.layers[n]:
+                total[row.name] = total.get(row.name, 0.0) + row.bytes / len(chosen)
+                if row.kept_as not in kept.setdefault(row.name, []):
+                    kept[row.name].append(row.kept_as)
+        return {name: (" / ".join(kept[name]), total[name]) for name in total}
+
+    def __str__(self) -> str:
+        return "\n".join([*self._table(), *self._notes()])
+
+    def _table(self) -> Iterable[str]:
+        config = self.config
+        unit = 2 * config.hidden_size
+        tp = config.tensor_model_parallel_size
+        sharding = f", tensor-parallel {tp}" if tp > 1 else ""
+        sharding += " with sequence parallelism" if config.sequence_parallel else ""
+        yield (
+            f"AGoQ: saved activations, policy {config.agoq.name}, bytes a token and layer on one "
+            f"rank{sharding} (1U = {unit} bytes)"
+        )
+        groups: dict[tuple[Row, ...], list[int]] = {}
+        for number, rows in self.layers.items():
+            groups.setdefault(rows, []).append(number)
+        for rows, numbers in groups.items():
+            yield f"  layers {_ranges(numbers)}"
+            for row in rows:
+                yield (
+                    f"    {row.name:<42} {row.kept_as:<26} {row.features:>8g} features"
+                    f" {row.bytes:>10.1f} B {row.bytes / unit:>7.3f}U"
+                )
+            total = sum(row.bytes for row in rows)
+            yield f"    {'sum':<42} {'':<26} {'':>8}          {total:>10.1f} B {total / unit:>7.3f}U"
+
+    def _notes(self) -> Iterable[str]:
+        config = self.config
+        yield "  not quantized: log-sum-exp (FP32, the softmax's exact statistics);"
+        yield (
+            "    once a model, not a layer: embedding output, final norm's input, logits and loss;"
+        )
+        if config.pipeline_model_parallel_size > 1:
+            yield (
+                "    pipeline stages after the first: the stage's input, 1U a micro-batch in flight, "
+                "held by Megatron's schedule;"
+            )
+        yield "    weight gradients: computed in the compute dtype, accumulated by Megatron's DDP."
+
+    def print(self) -> None:
+        """Print the plan to standard output."""
+        print(self, flush=True)
+
+
+def plan_from_args(args) -> Plan:
+    """Plan for Megatron's validated arguments; allocates nothing and needs no process group."""
+    return Plan(transformer_config_from_args(args))
+
+
+def _features(config: AGoQTransformerConfig) -> dict[Site, int]:
+    """Elements a token that each tensor has on one rank."""
+    tp = config.tensor_model_parallel_size
+    hidden = config.hidden_size // tp if config.sequence_parallel else config.hidden_size
+    query = config.num_attention_heads * config.kv_channels // tp
+    key = config.num_query_groups * config.kv_channels // tp
+    ffn = config.ffn_hidden_size // tp
+    return {
+        Site.NORM1_INPUT: hidden,
+        Site.NORM1_OUTPUT: hidden,
+        Site.QUERY: query,
+        Site.KEY: key,
+        Site.VALUE: key,
+        Site.ATTENTION_OUTPUT: query,
+        Site.NORM2_INPUT: hidden,
+        Site.NORM2_OUTPUT: hidden,
+        Site.FC1_OUTPUT: 2 * ffn if config.gated_linear_unit else ffn,
+        Site.FC2_INPUT: ffn,
+        Site.LAYER_INPUT: hidden,
+    }
+
+
+def _positions(config: AGoQTransformerConfig) -> Iterable[tuple[int, int]]:
+    """(layer number from 1, index in its model chunk) of every layer."""
+    stages = config.virtual_pipeline_model_parallel_size
+    for pp_rank in range(config.pipeline_model_parallel_size):
+        for vp_stage in range(stages) if stages else (None,):
+            count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
+            offset = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=pp_rank)
+            for index in range(count):
+                yield offset + index + 1, index
+
+
+def _ranges(numbers: list[int]) -> str:
+    """``[1, 2, 3, 5]`` as ``1-3, 5``."""
+    spans: list[list[int]] = []
+    for n in sorted(numbers):
+        if spans and n == spans[-1][1] + 1:
+            spans[-1][1] = n
+        else:
+            spans.append([n, n])
+    return ", ".join(f"{a}-{b}" if b > a else f"{a}" for a, b in spans)

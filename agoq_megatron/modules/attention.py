@@ -1,0 +1,112 @@
+"""Self-attention whose Q, K, V and output are kept once, in the policy's formats."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from megatron.core.transformer.attention import SelfAttention as MegatronSelfAttention
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from agoq_megatron.autograd.attention_linear import AttentionLinear, AttentionLinearSpec
+from agoq_megatron.autograd.saving import saved_tensor
+from agoq_megatron.policy.policy import ActivationPolicy
+from agoq_megatron.policy.sites import Site
+
+
+class CoreAttention(MegatronModule):
+    """Rotary embedding, causal attention and the product with the projection's weight."""
+
+    def __init__(
+        self,
+        config,
+        layer_number: int,
+        attn_mask_type=None,
+        attention_type: str = "self",
+        cp_comm_type: str | None = None,
+        softmax_scale: float | None = None,
+        pg_collection=None,
+    ):
+        super().__init__(config=config)
+        self.layer_number = layer_number
+        self.groups = config.num_query_groups // pg_collection.tp.size()
+        # Query-key layer scaling divides here and multiplies again in a softmax that rounds to FP16;
+        # the fused kernels accumulate in FP32 and need neither.
+        self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        self.set_policy(config.agoq)
+
+    def set_policy(self, policy: ActivationPolicy) -> None:
+        """Keep Q, K, V and O from the next call on as ``policy`` says."""
+        config, number = self.config, self.layer_number
+        selective = config.recompute_granularity == "selective"
+        self.spec = AttentionLinearSpec(
+            query=saved_tensor(policy, Site.QUERY, number),
+            key=saved_tensor(policy, Site.KEY, number),
+            value=saved_tensor(policy, Site.VALUE, number),
+            output=saved_tensor(policy, Site.ATTENTION_OUTPUT, number),
+            groups=self.groups,
+            head_dim=config.kv_channels,
+            scale=self.scale,
+            interleaved=config.rotary_interleaved,
+            recompute=selective and "core_attn" in config.recompute_modules,
+        )
+
+    def forward(self, qkv: Tensor, angles: Tensor | None, weight: Tensor) -> Tensor:
+        """``[s, b, (n + 2g) d]`` -> this rank's partial ``[s, b, h]``; ``angles`` ``[s, 1, 1, rot]``."""
+        return AttentionLinear.apply(qkv, angles, weight, self.spec, torch.is_grad_enabled())
+
+
+class SelfAttention(MegatronSelfAttention):
+    """Megatron's self-attention with its forward path through the fused functions."""
+
+    def __init__(self, config, submodules, layer_number: int, **kwargs):
+        super().__init__(config, submodules, layer_number, **kwargs)
+        self.set_policy(config.agoq)
+
+    def set_policy(self, policy: ActivationPolicy) -> None:
+        """Keep this module's tensors from the next call on as ``policy`` says."""
+        self.core_attention.set_policy(policy)
+        self.linear_qkv.set_saved(
+            saved_tensor(policy, Site.NORM1_INPUT, self.layer_number),
+            saved_tensor(policy, Site.NORM1_OUTPUT, self.layer_number),
+        )
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        key_value_states: Tensor | None = None,
+        inference_context=None,
+        rotary_pos_emb: Tensor | tuple[Tensor, Tensor] | None = None,
+        rotary_pos_cos: Tensor | None = None,
+        rotary_pos_sin: Tensor | None = None,
+        rotary_pos_cos_sin: Tensor | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params=None,
+        sequence_len_offset: int | None = None,
+        **_,
+    ) -> tuple[Tensor, Tensor | None]:
+        """``[s, b, h]`` (``[s / t, b, h]``), not yet normalized -> the same shape, and the bias.
+
+        The mask is always causal, so ``attention_mask`` is not read.
+
+        Raises:
+            NotImplementedError: an inference context, packed sequences or an attention bias.
+        """
+        for name, value in (
+            ("inference_context", inference_context),
+            ("packed_seq_params", packed_seq_params),
+            ("attention_bias", attention_bias),
+            ("key_value_states", key_value_states),
+        ):
+            if value is not None:
+                raise NotImplementedError(f"AGoQ's self-attention does not take {name}")
+        no_rope = self.config.no_rope_freq
+        if no_rope and no_rope[self.layer_number - 1]:
+            rotary_pos_emb = None
+        if isinstance(rotary_pos_emb, tuple):  # the same table for query and key
+            rotary_pos_emb = rotary_pos_emb[0]
+        qkv, _ = self.linear_qkv(hidden_states)
+        partial = self.core_attention(qkv, rotary_pos_emb, self.linear_proj.weight)
+        return self.linear_proj.reduce(partial)

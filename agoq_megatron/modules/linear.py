@@ -1,0 +1,67 @@
+"""Megatron's parallel linear layers, entered by the fused functions.
+
+Both keep Megatron's construction, initialization and checkpoint layout; only the forward path is ours.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import (
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from torch import Tensor
+
+from agoq_megatron.autograd.norm_linear import NormLinear, NormLinearSpec
+from agoq_megatron.autograd.saving import SavedTensor
+from agoq_megatron.modules.norm import norm_parameters
+
+
+class LayerNormColumnParallelLinear(ColumnParallelLinear):
+    """Norm and column-parallel linear in one module, named as Transformer Engine names its own.
+
+    The owner calls :meth:`set_saved` once it knows its layer number.
+    """
+
+    def __init__(self, input_size: int, output_size: int, *, config, **kwargs):
+        super().__init__(input_size, output_size, config=config, **kwargs)
+        self.layer_norm_weight, bias = norm_parameters(config, input_size)
+        self.register_parameter("layer_norm_bias", bias)
+        self.spec: NormLinearSpec | None = None
+
+    def set_saved(self, norm_input: SavedTensor, norm_output: SavedTensor) -> None:
+        """Say how the norm's input and output are kept."""
+        self.spec = NormLinearSpec(
+            norm_input=norm_input,
+            norm_output=norm_output,
+            kind=self.config.normalization,
+            eps=self.config.layernorm_epsilon,
+            group=self.tp_group,
+            sequence_parallel=self.sequence_parallel,
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        """``[s, b, h]`` (``[s / t, b, h]``) -> ``[s, b, o / t]``, bias added, and None for the bias."""
+        y = NormLinear.apply(
+            x,
+            self.layer_norm_weight,
+            self.layer_norm_bias,
+            self.weight,
+            self.bias,
+            self.spec,
+            torch.is_grad_enabled(),
+        )
+        return y, None
+
+
+class ReducedRowParallelLinear(RowParallelLinear):
+    """Row-parallel linear whose product was computed by the function before it."""
+
+    def reduce(self, partial: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Sum partial products ``[s, b, h]`` over ranks (and scatter the sequence); also the bias."""
+        if self.sequence_parallel:
+            output = reduce_scatter_to_sequence_parallel_region(partial, group=self.tp_group)
+        else:
+            output = reduce_from_tensor_model_parallel_region(partial, group=self.tp_group)
+        return output, self.bias

@@ -1,0 +1,49 @@
+"""MLP that keeps the activation's input and nothing else."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.transformer.mlp import MLP as MegatronMLP
+from torch import Tensor
+
+from agoq_megatron.autograd.activation_linear import ActivationLinear, ActivationLinearSpec
+from agoq_megatron.autograd.recompute import note_entry
+from agoq_megatron.autograd.saving import saved_tensor
+from agoq_megatron.policy.policy import ActivationPolicy
+from agoq_megatron.policy.sites import Site
+
+
+class MLP(MegatronMLP):
+    """Megatron's dense MLP with its forward path through the fused functions."""
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Called by the transformer layer as it is built."""
+        self.layer_number = layer_number
+        self.set_policy(self.config.agoq)
+
+    def set_policy(self, policy: ActivationPolicy) -> None:
+        """Keep this module's tensors from the next call on as ``policy`` says."""
+        number = self.layer_number
+        self.linear_fc1.set_saved(
+            saved_tensor(policy, Site.NORM2_INPUT, number),
+            saved_tensor(policy, Site.NORM2_OUTPUT, number),
+        )
+        if self.config.gated_linear_unit:
+            kind = "swiglu"
+        else:
+            # Megatron's fused bias + GELU is the tanh form, its unfused one the exact form.
+            kind = "gelu_tanh" if self.config.bias_activation_fusion else "gelu"
+        self.spec = ActivationLinearSpec(
+            pre_activation=saved_tensor(policy, Site.FC1_OUTPUT, number),
+            output=saved_tensor(policy, Site.FC2_INPUT, number),
+            kind=kind,
+        )
+
+    def forward(self, hidden_states: Tensor, **_) -> tuple[Tensor, Tensor | None]:
+        """``[s, b, h]`` (``[s / t, b, h]``), not yet normalized -> the same shape, and the bias."""
+        note_entry(self.linear_fc1.spec.norm_input)
+        pre_activation, _ = self.linear_fc1(hidden_states)
+        partial = ActivationLinear.apply(
+            pre_activation, self.linear_fc2.weight, self.spec, torch.is_grad_enabled()
+        )
+        return self.linear_fc2.reduce(partial)

@@ -1,0 +1,177 @@
+"""Which tensor is kept in which format: Megatron's quantization matchers, read for activations.
+
+A policy is a YAML file in the layout of ``megatron.core.quantization``: named ``configs`` and an
+ordered list of ``matchers`` from site paths (see ``sites.py``) to configs. The built-in policies are
+such files too, in ``presets/``: copy one to write your own.
+
+A config holds ``bits``: 2, 3, 4, 5, 6 or 8 to quantize (then ``code``, ``group``, ``scale_bits``,
+``rounding`` as in ``agoq_kernels.formats``), 16 to keep the tensor in the compute dtype, 0 to keep
+nothing and recompute it from another saved tensor.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import yaml
+from agoq_kernels.formats import Format
+from megatron.core.quantization.quant_config import MatchContext, RecipeConfig
+
+from agoq_megatron.policy.sites import Site
+
+PRESETS = Path(__file__).parent / "presets"
+BUILT_IN = tuple(sorted(p.stem for p in PRESETS.glob("*.yaml")))
+
+KEEP_BITS = 16
+_FORMAT_KEYS = {f.name for f in fields(Format)}
+
+
+class PolicyError(ValueError):
+    """A policy that cannot be used; the message names the flag, the file and the remedy."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What happens to one saved tensor.
+
+    Attributes:
+        format: packed format, or None.
+        keep: keep it unchanged, in the compute dtype.
+
+    Neither means: keep nothing, recompute it in the backward pass.
+    """
+
+    format: Format | None = None
+    keep: bool = False
+
+    @property
+    def recompute(self) -> bool:
+        return self.format is None and not self.keep
+
+    def __str__(self) -> str:
+        return str(self.format) if self.format else ("kept" if self.keep else "recomputed")
+
+
+class ActivationPolicy:
+    """Answers, for a site and a layer, how the tensor is kept."""
+
+    def __init__(self, name: str, recipe: RecipeConfig, rules: dict[str, Rule]):
+        self.name = name
+        self._recipe = recipe
+        self._rules = rules
+
+    @functools.cache  # noqa: B019 - one policy lives as long as the process
+    def rule(self, site: Site, layer_number: int) -> Rule:
+        """Rule of ``site`` in layer ``layer_number`` (from 1).
+
+        Raises:
+            PolicyError: no matcher takes the site, or the rule is not possible there.
+        """
+        path = site.path(layer_number)
+        key = self._recipe.match_to_config_key(MatchContext(path, layer_number))
+        if key is None:
+            raise PolicyError(
+                f"--agoq-activations {self.name}: no matcher takes {path}. Add a last matcher with "
+                'pattern "*" so that every saved tensor has a config.'
+            )
+        rule = self._rules[key]
+        if rule.recompute and not site.recomputable:
+            raise PolicyError(
+                f"--agoq-activations {self.name}: config {key!r} (bits 0) matches {path}, which "
+                "cannot be recomputed from another saved tensor. Give it 2 to 8 bits, or 16."
+            )
+        if rule.format and site.recomputable:
+            raise PolicyError(
+                f"--agoq-activations {self.name}: config {key!r} quantizes {path}. That tensor is "
+                "rebuilt from its producer's saved input at no cost in memory: give it bits 0, or "
+                "16 to keep it."
+            )
+        return rule
+
+    def __deepcopy__(self, memo):
+        # Megatron copies transformer configs; the policy in them is immutable.
+        return self
+
+
+def load_policy(spec: str, rounding: str = "policy") -> ActivationPolicy:
+    """Read a built-in policy by name, or a policy file.
+
+    Args:
+        spec: value of ``--agoq-activations``.
+        rounding: value of ``--agoq-rounding``; anything but "policy" overrides every config.
+
+    Raises:
+        PolicyError: unknown name, unreadable file, or a config out of range.
+    """
+    path = PRESETS / f"{spec}.yaml" if spec in BUILT_IN else Path(spec)
+    if not path.is_file():
+        raise PolicyError(
+            f"--agoq-activations {spec}: neither a built-in policy ({', '.join(BUILT_IN)}) nor an "
+            "existing file. Name one of these or give the path of a YAML policy file."
+        )
+    where = f"--agoq-activations {spec}"
+    try:
+        data = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        problem = " ".join(str(error).split())
+        raise PolicyError(f"{where}: not a readable YAML file ({problem}).") from error
+    _check_layout(where, data)
+    rules = {key: _rule(where, key, value, rounding) for key, value in data["configs"].items()}
+    for name, matcher in data["matchers"].items():
+        if matcher["config"] not in rules:
+            raise PolicyError(
+                f"{where}: matcher {name!r} names config {matcher['config']!r}, which is not among "
+                f"the configs ({', '.join(map(repr, rules))})."
+            )
+    # Megatron announces every match at INFO; the plan says the same in one table.
+    logging.getLogger("megatron.core.quantization.quant_config").setLevel(logging.WARNING)
+    return ActivationPolicy(spec, RecipeConfig.from_config_dict(data), rules)
+
+
+def _check_layout(where: str, data) -> None:
+    sections = ("configs", "matchers")
+    if not isinstance(data, dict) or not all(isinstance(data.get(k), dict) for k in sections):
+        raise PolicyError(
+            f"{where}: a policy file needs two mappings, 'configs' and 'matchers', as in "
+            f"{PRESETS / 'agoq.yaml'}."
+        )
+    unknown = set(data) - set(sections)
+    if unknown:
+        raise PolicyError(f"{where}: unknown top-level keys {sorted(map(str, unknown))}.")
+    for name, matcher in data["matchers"].items():
+        if not isinstance(matcher, dict) or not {"config", "type", "pattern"} <= set(matcher):
+            raise PolicyError(
+                f"{where}: matcher {name!r} needs the keys config, type, pattern and enabled."
+            )
+        if matcher["type"] != "glob":
+            raise PolicyError(
+                f"{where}: matcher {name!r} has type {matcher['type']!r}; only 'glob' is known."
+            )
+        if not isinstance(matcher["pattern"], str):
+            raise PolicyError(f"{where}: matcher {name!r}: the pattern must be a string.")
+
+
+def _rule(where: str, key: str, config, rounding: str) -> Rule:
+    where = f"{where}: config {key!r}"
+    if not isinstance(config, dict) or "bits" not in config:
+        raise PolicyError(f"{where} needs the key 'bits' (0, 2, 3, 4, 5, 6, 8 or 16).")
+    unknown = set(config) - _FORMAT_KEYS
+    if unknown:
+        raise PolicyError(
+            f"{where}: unknown keys {sorted(map(str, unknown))}; known are {sorted(_FORMAT_KEYS)}."
+        )
+    bits = config["bits"]
+    if bits in (0, KEEP_BITS) and not isinstance(bits, bool):
+        if len(config) > 1:
+            raise PolicyError(f"{where}: with bits {bits} nothing else may be set.")
+        return Rule(keep=bits == KEEP_BITS)
+    try:
+        fmt = Format(**config)
+        if rounding != "policy":
+            fmt = replace(fmt, rounding=rounding)
+    except (ValueError, TypeError) as error:
+        raise PolicyError(f"{where}: {error}") from error
+    return Rule(format=fmt)

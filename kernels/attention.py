@@ -1,0 +1,122 @@
+"""Causal attention through torch's fused kernels, called with explicit saved state.
+
+Autograd's own entry would save Q, K, V and O itself. Calling the forward and backward ATen operations
+directly leaves it to the caller what is kept and in which format. K and V keep their own number of
+heads where the kernel allows it (cuDNN, flash, the CPU kernel); only the FP32 fallback on a GPU, whose
+kernel has no grouped queries, repeats them, for the time of the call.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+_aten = torch.ops.aten
+
+
+@functools.cache
+def attention_backend(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
+    """Kernel used for this device and dtype: 'cpu', 'cudnn', 'flash' or 'efficient' (FP32 on a GPU).
+
+    Raises:
+        NotImplementedError: no fused kernel for this head dimension and dtype.
+    """
+    if device_type == "cpu":
+        return "cpu"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return "efficient"
+    major, _ = torch.cuda.get_device_capability()
+    cudnn = torch.backends.cudnn.is_available() and torch.backends.cudnn.version() >= 90100
+    if cudnn and major >= 9 and head_dim % 8 == 0 and head_dim <= 128:
+        return "cudnn"
+    if head_dim % 8 == 0 and head_dim <= 256:
+        return "flash"
+    raise NotImplementedError(f"no fused attention kernel takes head dimension {head_dim}")
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    """``[s, b, n, d]`` seen as ``[b, n, s, d]``."""
+    return x.permute(1, 2, 0, 3)
+
+
+def _sequence_first(x: Tensor) -> Tensor:
+    """``[b, n, s, d]`` as contiguous ``[s, b, n, d]``."""
+    return x.permute(2, 0, 1, 3).contiguous()
+
+
+def _repeat(x: Tensor, heads: int) -> Tensor:
+    return x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def _sum_groups(grad: Tensor, groups: int) -> Tensor:
+    b, n, s, d = grad.shape
+    return grad.view(b, groups, n // groups, s, d).sum(2)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Causal softmax attention.
+
+    Args:
+        q: ``[s, b, n, d]``.
+        k, v: ``[s, b, g, d]``, ``g`` dividing ``n``.
+        scale: factor on the scores.
+
+    Returns:
+        output ``[s, b, n, d]`` and the FP32 log-sum-exp in the kernel's own layout.
+    """
+    backend = attention_backend(q.device.type, q.dtype, q.shape[-1])
+    heads = q.shape[2]
+    q, k, v = _heads_first(q), _heads_first(k), _heads_first(v)
+    if backend == "cpu":
+        out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
+    elif backend == "cudnn":
+        out, lse, *_ = _aten._scaled_dot_product_cudnn_attention(
+            q, k, v, None, True, 0.0, True, False, scale=scale
+        )
+    elif backend == "flash":
+        out, lse, *_ = _aten._scaled_dot_product_flash_attention(
+            q, k, v, 0.0, True, False, scale=scale
+        )
+    else:
+        out, lse, *_ = _aten._scaled_dot_product_efficient_attention(
+            q, _repeat(k, heads), _repeat(v, heads), None, True, 0.0, True, scale=scale
+        )
+    return _sequence_first(out), lse
+
+
+def attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of Q, K and V at the given (exact or dequantized) tensors.
+
+    Shapes as in :func:`attention`; ``grad`` and ``out`` are ``[s, b, n, d]``.
+    """
+    backend = attention_backend(q.device.type, q.dtype, q.shape[-1])
+    (s, _, heads, _), groups = q.shape, k.shape[2]
+    grad, q, k, v, out = (_heads_first(t) for t in (grad, q, k, v, out))
+    if backend == "cpu":
+        grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, q, k, v, out, lse, 0.0, True, scale=scale
+        )
+    elif backend in ("cudnn", "flash"):
+        # Without dropout the random state is read by neither kernel; it only has to exist.
+        unused = torch.zeros((), dtype=torch.int64, device=q.device)
+        if backend == "cudnn":
+            grads = _aten._scaled_dot_product_cudnn_attention_backward(
+                grad, q, k, v, out, lse, unused, unused, None, None, None, s, s, 0.0, True,
+                scale=scale,
+            )  # fmt: skip
+        else:
+            grads = _aten._scaled_dot_product_flash_attention_backward(
+                grad, q, k, v, out, lse, None, None, s, s, 0.0, True, unused, unused, scale=scale
+            )
+    else:
+        unused = torch.zeros((), dtype=torch.int64)
+        grad_q, grad_k, grad_v, _ = _aten._scaled_dot_product_efficient_attention_backward(
+            grad, q, _repeat(k, heads), _repeat(v, heads), None, out, lse, unused, unused, 0.0,
+            [True, True, True, False], True, scale=scale,
+        )  # fmt: skip
+        grads = grad_q, _sum_groups(grad_k, groups), _sum_groups(grad_v, groups)
+    return tuple(_sequence_first(g) for g in grads[:3])

@@ -1,0 +1,50 @@
+"""Bit packing: the codes of a group as group * bits / 8 bytes, nothing wasted.
+
+A width that does not divide 8 is split into planes, widest first: a 5-bit code is a 4-bit plane
+(its low bits) and a 1-bit plane. The planes of a group follow one another. In a plane of width w
+with B = group * w / 8 bytes, byte j holds the codes j, j + B, j + 2B, ... from its low bits up:
+neighbouring threads of a GPU then read neighbouring bytes and write neighbouring elements, and
+nothing has to be shuffled between them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}  # bits -> plane widths
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Pack uint8 codes [..., group], each < 2^bits, into uint8 bytes [..., group * bits / 8]."""
+    if bits == 8:
+        return codes
+    packed, shift = [], 0
+    for width in PLANES[bits]:
+        plane = (codes >> shift if shift else codes) & ((1 << width) - 1)
+        lanes = plane.unflatten(-1, (8 // width, -1)).unbind(-2)  # 8/w tensors [..., B]
+        byte = lanes[0].clone()
+        for position, lane in enumerate(lanes[1:], 1):
+            byte |= lane << (position * width)
+        packed.append(byte)
+        shift += width
+    return packed[0] if len(packed) == 1 else torch.cat(packed, -1)
+
+
+def unpack(packed: Tensor, bits: int) -> Tensor:
+    """Undo pack(): uint8 bytes [..., group * bits / 8] to uint8 codes [..., group]."""
+    if bits == 8:
+        return packed
+    group = packed.shape[-1] * 8 // bits
+    codes = packed.new_empty(*packed.shape[:-1], group)
+    start = shift = 0
+    for width in PLANES[bits]:
+        size = group * width // 8
+        plane = packed[..., start : start + size]
+        lanes = codes.unflatten(-1, (8 // width, -1)).unbind(-2)
+        for position, lane in enumerate(lanes):
+            part = ((plane >> (position * width)) & ((1 << width) - 1)) << shift
+            lane.copy_(part) if shift == 0 else lane.bitwise_or_(part)
+        start += size
+        shift += width
+    return codes

@@ -1,0 +1,72 @@
+"""Rotary embedding and the split of Megatron's interleaved QKV, forward and backward.
+
+Megatron lays the QKV projection out by query group: ``[q ... q k v]`` for each of the ``g`` groups,
+``r = heads / groups`` query heads in each. A rotation is orthogonal, so its backward is the rotation
+by the negative angle: nothing but the angles is needed, and all layers share those.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rotary_tables(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine ``[s, 1, 1, rot]`` in the compute dtype, rounded as Megatron rounds them."""
+    return torch.cos(angles).to(dtype), torch.sin(angles).to(dtype)
+
+
+def _rotate_half(x: Tensor, interleaved: bool) -> Tensor:
+    if interleaved:
+        return torch.stack((-x[..., 1::2], x[..., 0::2]), dim=-1).flatten(-2)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)
+
+
+def rotate(x: Tensor, tables: tuple[Tensor, Tensor] | None, interleaved: bool) -> Tensor:
+    """Rotate the first ``rot`` features of each head of ``x`` ``[s, b, heads, d]``."""
+    if tables is None:
+        return x.contiguous()
+    cos, sin = tables
+    turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    turned = turned * cos + _rotate_half(turned, interleaved) * sin
+    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+
+
+def rotate_backward(grad: Tensor, tables: tuple[Tensor, Tensor] | None, interleaved: bool) -> Tensor:
+    """Gradient of :func:`rotate`: the rotation by the negative angle."""
+    return grad if tables is None else rotate(grad, (tables[0], -tables[1]), interleaved)
+
+
+def split_qkv(
+    qkv: Tensor, groups: int, head_dim: int, tables: tuple[Tensor, Tensor] | None, interleaved: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Split the projection and rotate query and key.
+
+    Args:
+        qkv: ``[s, b, groups * (r + 2) * head_dim]``.
+        tables: cosine and sine ``[s, 1, 1, rot]``, or None for no rotation.
+
+    Returns:
+        query ``[s, b, groups * r, d]``, key and value ``[s, b, groups, d]``, contiguous.
+    """
+    s, b, width = qkv.shape
+    per_group = width // groups
+    grouped = qkv.view(s, b, groups, per_group)
+    q, k, v = grouped.split([per_group - 2 * head_dim, head_dim, head_dim], dim=-1)
+    q = q.reshape(s, b, -1, head_dim)
+    return rotate(q, tables, interleaved), rotate(k, tables, interleaved), v.contiguous()
+
+
+def merge_qkv_backward(
+    grad_q: Tensor,
+    grad_k: Tensor,
+    grad_v: Tensor,
+    tables: tuple[Tensor, Tensor] | None,
+    interleaved: bool,
+) -> Tensor:
+    """Gradient ``[s, b, groups * (r + 2) * d]`` of the projection, from those of Q, K, V."""
+    s, b, groups, _ = grad_k.shape
+    grad_q = rotate_backward(grad_q, tables, interleaved).reshape(s, b, groups, -1)
+    grad_k = rotate_backward(grad_k, tables, interleaved)
+    return torch.cat((grad_q, grad_k, grad_v), dim=-1).view(s, b, -1)

@@ -1,0 +1,286 @@
+"""Gradients of a whole layer against plain autograd that never saw our functions.
+
+The oracle computes every value exactly, but differentiates each operation at the dequantized value of
+the tensor that our layer keeps there: ``at(x, kept)`` has the value of ``x`` and passes gradients
+through untouched, while the operation after it reads ``kept``. Attention is the plain softmax formula.
+"""
+
+import math
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from agoq_kernels.formats import Format
+from agoq_kernels.ops import dequantize, quantize
+
+from agoq_megatron.autograd.activation_linear import ActivationLinear, ActivationLinearSpec
+from agoq_megatron.autograd.attention_linear import AttentionLinear, AttentionLinearSpec
+from agoq_megatron.autograd.norm_linear import NormLinear, NormLinearSpec
+from agoq_megatron.autograd.saving import SavedTensor
+from agoq_megatron.policy.policy import Rule
+from agoq_megatron.policy.sites import Site
+
+KEEP, RECOMPUTE = Rule(keep=True), Rule()
+INT4 = Rule(Format(bits=4, code="int", group=32, scale_bits=16))
+NF4 = Rule(Format(bits=4, code="nf4", group=32, scale_bits=8))
+INT8 = Rule(Format(bits=8, code="int", group=32, scale_bits=16))
+INT3 = Rule(Format(bits=3, code="int_asym", group=64, scale_bits=8))
+
+OFF = dict.fromkeys(Site, KEEP)
+MIXED = {
+    Site.NORM1_INPUT: NF4, Site.NORM1_OUTPUT: RECOMPUTE, Site.QUERY: INT8, Site.KEY: INT8,
+    Site.VALUE: INT4, Site.ATTENTION_OUTPUT: INT8, Site.NORM2_INPUT: INT4,
+    Site.NORM2_OUTPUT: RECOMPUTE, Site.FC1_OUTPUT: INT3, Site.FC2_INPUT: RECOMPUTE,
+}  # fmt: skip
+KEPT_OUTPUTS = MIXED | {Site.NORM1_OUTPUT: KEEP, Site.NORM2_OUTPUT: KEEP, Site.FC2_INPUT: KEEP}
+
+
+def one_rank():
+    return types.SimpleNamespace(size=lambda: 1)
+
+
+def dequantized(x, rule):
+    if rule.format is None:
+        return x
+    return dequantize(*quantize(x.detach(), rule.format), rule.format, x.dtype)
+
+
+class At(torch.autograd.Function):
+    """Passes gradients from the value ``kept`` that an operation reads to the exact ``x``."""
+
+    @staticmethod
+    def forward(ctx, x, kept):
+        return kept.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+class Exact(torch.autograd.Function):
+    """Has the exact value; the gradient goes to the operation that ran at the kept value."""
+
+    @staticmethod
+    def forward(ctx, at_kept, exact):
+        return exact.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+def through(f, xs, kept):
+    """``f(*xs)`` in value, differentiated at ``kept``."""
+    return Exact.apply(f(*(At.apply(x, k) for x, k in zip(xs, kept, strict=True))), f(*xs).detach())
+
+
+def rms(x, w, b, eps):
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * w
+
+
+def layer_norm(x, w, b, eps):
+    return F.layer_norm(x, x.shape[-1:], w, b, eps)
+
+
+def oracle_layer(x, p, rules, shape, kind, act):
+    """The layer by plain autograd; ``shape`` is (heads, groups, head_dim)."""
+    heads, groups, d = shape
+    s, b, _ = x.shape
+    norm = rms if kind == "RMSNorm" else layer_norm
+
+    def norm_linear(x, w_norm, b_norm, w, bias, site_in, site_out):
+        kept = dequantized(x, rules[site_in])
+        y = through(lambda t: norm(t, w_norm, b_norm, 1e-5), [x], [kept])
+        if rules[site_out].recompute:
+            # The product sees the exact norm output; its weight gradient the recomputed one.
+            y_weight = norm(kept, w_norm, b_norm, 1e-5).detach()
+        else:
+            y_weight = y.detach()
+        return WeightAt.apply(y, y_weight, w) + (0 if bias is None else bias)
+
+    qkv = norm_linear(
+        x, p["n1w"], p["n1b"], p["qkv"], p["qkv_b"], Site.NORM1_INPUT, Site.NORM1_OUTPUT
+    )
+    grouped = qkv.view(s, b, groups, -1)
+    r = heads // groups
+    q = grouped[..., : r * d].reshape(s, b, heads, d)
+    k, v = grouped[..., r * d : (r + 1) * d], grouped[..., (r + 1) * d :]
+    if p["angles"] is not None:
+        q, k = turn(q, p["angles"]), turn(k, p["angles"])
+
+    def flat(rule, t):
+        return dequantized(t.reshape(s, b, -1), rule).view(t.shape)
+
+    kept = [flat(rules[site], t) for site, t in ((Site.QUERY, q), (Site.KEY, k), (Site.VALUE, v))]
+    out = plain_attention(q, k, v)
+    out_kept = flat(rules[Site.ATTENTION_OUTPUT], out)
+    out = AttentionAt.apply(q, k, v, *kept, out_kept)
+    attn = WeightAt.apply(out.reshape(s, b, -1), out_kept.reshape(s, b, -1).detach(), p["proj"])
+    x = x + attn
+
+    h = norm_linear(
+        x, p["n2w"], p["n2b"], p["fc1"], p["fc1_b"], Site.NORM2_INPUT, Site.NORM2_OUTPUT
+    )
+
+    def activate(t):
+        if act == "swiglu":
+            gate, up = t.chunk(2, -1)
+            return F.silu(gate) * up
+        return F.gelu(t, approximate="tanh" if act == "gelu_tanh" else "none")
+
+    h_kept = dequantized(h, rules[Site.FC1_OUTPUT])
+    a = through(activate, [h], [h_kept])
+    a_weight = activate(h_kept if rules[Site.FC2_INPUT].recompute else h).detach()
+    return x + WeightAt.apply(a, a_weight, p["fc2"])
+
+
+class WeightAt(torch.autograd.Function):
+    """``y @ w^T`` whose weight gradient is taken with another input."""
+
+    @staticmethod
+    def forward(ctx, y, y_weight, w):
+        ctx.save_for_backward(y_weight, w)
+        return y @ w.t()
+
+    @staticmethod
+    def backward(ctx, grad):
+        y, w = ctx.saved_tensors
+        return grad @ w, None, torch.einsum("sbo,sbi->oi", grad, y)
+
+
+def scores(q, k):
+    r = q.shape[2] // k.shape[2]
+    z = torch.einsum("ibnd,jbnd->bnij", q, k.repeat_interleave(r, 2)) / math.sqrt(q.shape[-1])
+    mask = torch.ones(q.shape[0], q.shape[0], dtype=torch.bool).triu(1)
+    return z.masked_fill(mask, -math.inf)
+
+
+def plain_attention(q, k, v):
+    r = q.shape[2] // k.shape[2]
+    return torch.einsum("bnij,jbnd->ibnd", scores(q, k).softmax(-1), v.repeat_interleave(r, 2))
+
+
+class AttentionAt(torch.autograd.Function):
+    """Exact attention; its backward by the textbook formula from kept Q, K, V, O and exact statistics."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, q_kept, k_kept, v_kept, out_kept):
+        ctx.save_for_backward(q_kept, k_kept, v_kept, out_kept, scores(q, k).logsumexp(-1))
+        return plain_attention(q, k, v)
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, out, lse = ctx.saved_tensors
+        (s, b, n, d), g = q.shape, k.shape[2]
+        r = n // g
+        p = (scores(q, k) - lse[..., None]).exp()
+        grad_v = torch.einsum("bnij,ibnd->jbnd", p, grad).view(s, b, g, r, d).sum(3)
+        grad_p = torch.einsum("ibnd,jbnd->bnij", grad, v.repeat_interleave(r, 2))
+        delta = torch.einsum("ibnd,ibnd->bni", grad, out)
+        grad_z = p * (grad_p - delta[..., None]) / math.sqrt(d)
+        grad_q = torch.einsum("bnij,jbnd->ibnd", grad_z, k.repeat_interleave(r, 2))
+        grad_k = torch.einsum("bnij,ibnd->jbnd", grad_z, q).view(s, b, g, r, d).sum(3)
+        return grad_q, grad_k, grad_v, None, None, None, None
+
+
+def turn(x, angles):
+    """Rotary embedding by complex multiplication of the halves."""
+    half = angles.shape[-1] // 2
+    z = torch.complex(x[..., :half], x[..., half : 2 * half])
+    z = z * torch.polar(torch.ones_like(angles[..., :half]), angles[..., :half])
+    return torch.cat((z.real, z.imag, x[..., 2 * half :]), -1)
+
+
+def our_layer(x, p, rules, shape, kind, act):
+    heads, groups, d = shape
+
+    def saved(site):
+        return SavedTensor(site, 1, rules[site])
+
+    def norm_spec(site_in, site_out):
+        return NormLinearSpec(saved(site_in), saved(site_out), kind, 1e-5, one_rank(), False)
+
+    attention = AttentionLinearSpec(
+        *(saved(s) for s in (Site.QUERY, Site.KEY, Site.VALUE, Site.ATTENTION_OUTPUT)),
+        groups=groups, head_dim=d, scale=1 / math.sqrt(d), interleaved=False, recompute=False,
+    )  # fmt: skip
+    mlp = ActivationLinearSpec(saved(Site.FC1_OUTPUT), saved(Site.FC2_INPUT), act)
+    qkv = NormLinear.apply(
+        x, p["n1w"], p["n1b"], p["qkv"], p["qkv_b"],
+        norm_spec(Site.NORM1_INPUT, Site.NORM1_OUTPUT), True,
+    )  # fmt: skip
+    x = x + AttentionLinear.apply(qkv, p["angles"], p["proj"], attention, True)
+    h = NormLinear.apply(
+        x, p["n2w"], p["n2b"], p["fc1"], p["fc1_b"],
+        norm_spec(Site.NORM2_INPUT, Site.NORM2_OUTPUT), True,
+    )  # fmt: skip
+    return x + ActivationLinear.apply(h, p["fc2"], mlp, True)
+
+
+def parameters(rng, h, f, shape, kind, act, rotary, dtype):
+    heads, groups, d = shape
+
+    def weight(*size):
+        return (torch.randn(*size, generator=rng, dtype=dtype) / math.sqrt(size[-1])).requires_grad_()
+
+    def vector(n, mean):
+        return (mean + 0.2 * torch.randn(n, generator=rng, dtype=dtype)).requires_grad_()
+
+    biases = kind == "LayerNorm"
+    width = (heads + 2 * groups) * d
+    angles = None
+    if rotary:
+        half = torch.rand(11, 1, 1, d // 2, generator=rng, dtype=dtype) * 6
+        angles = torch.cat((half, half), -1)
+    return {
+        "n1w": vector(h, 1.0), "n1b": vector(h, 0.0) if biases else None,
+        "n2w": vector(h, 1.0), "n2b": vector(h, 0.0) if biases else None,
+        "qkv": weight(width, h), "qkv_b": vector(width, 0.0) if biases else None,
+        "proj": weight(h, heads * d), "fc1": weight(2 * f if act == "swiglu" else f, h),
+        "fc1_b": vector(2 * f if act == "swiglu" else f, 0.0) if biases else None,
+        "fc2": weight(h, f), "angles": angles,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("rules", [OFF, MIXED, KEPT_OUTPUTS], ids=["off", "mixed", "kept_outputs"])
+@pytest.mark.parametrize(
+    "kind,act,shape,rotary",
+    [
+        ("RMSNorm", "swiglu", (6, 2, 32), True),
+        ("LayerNorm", "gelu", (4, 4, 32), False),
+        ("LayerNorm", "gelu_tanh", (4, 2, 32), True),
+    ],
+)
+def test_layer_matches_plain_autograd(rng, rules, kind, act, shape, rotary):
+    h, f = 64, 96 if act == "swiglu" else 128
+    if act == "swiglu":
+        f = 96  # 2f = 192, three groups of 64
+    p = parameters(rng, h, f, shape, kind, act, rotary, torch.float32)
+    x = torch.randn(11, 3, h, generator=rng)
+    grad = torch.randn(11, 3, h, generator=rng)
+    wanted = [t for t in p.values() if t is not None and t.requires_grad]
+
+    results = []
+    for layer in (our_layer, oracle_layer):
+        leaf = x.clone().requires_grad_()
+        y = layer(leaf, p, rules, shape, kind, act)
+        results.append((y.detach(), torch.autograd.grad(y, [leaf, *wanted], grad)))
+    (ours, our_grads), (oracle, oracle_grads) = results
+
+    torch.testing.assert_close(ours, oracle, rtol=1e-5, atol=1e-5)
+    names = ["x", *(k for k, t in p.items() if t is not None and t.requires_grad)]
+    for name, a, b in zip(names, our_grads, oracle_grads, strict=True):
+        error = (a - b).norm() / b.norm()
+        assert error < 1e-5, f"{name}: relative error {error:.2e}"
+
+
+def test_quantization_does_change_gradients(rng):
+    """The comparison above has something to see: 'mixed' and 'off' differ by far more than 1e-5."""
+    p = parameters(rng, 64, 96, (6, 2, 32), "RMSNorm", "swiglu", True, torch.float32)
+    x, grad = torch.randn(2, 11, 3, 64, generator=rng)
+    grads = []
+    for rules in (OFF, MIXED):
+        y = our_layer(x, p, rules, (6, 2, 32), "RMSNorm", "swiglu")
+        grads.append(torch.autograd.grad(y, p["qkv"], grad)[0])
+    assert (grads[0] - grads[1]).norm() / grads[0].norm() > 1e-2
