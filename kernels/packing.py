@@ -21,11 +21,11 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         return codes
     packed, shift = [], 0
     for width in PLANES[bits]:
-        plane = (codes >> shift if shift else codes) & ((1 << width) - 1)
+        plane = codes if width == bits else (codes >> shift) & ((1 << width) - 1)
         lanes = plane.unflatten(-1, (8 // width, -1)).unbind(-2)  # 8/w tensors [..., B]
         byte = lanes[0].clone()
         for position, lane in enumerate(lanes[1:], 1):
-            byte |= lane << (position * width)
+            byte.add_(lane, alpha=1 << position * width)  # an OR: no two lanes share a bit
         packed.append(byte)
         shift += width
     return packed[0] if len(packed) == 1 else torch.cat(packed, -1)
@@ -35,16 +35,12 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
     """Undo pack(): uint8 bytes [..., group * bits / 8] to uint8 codes [..., group]."""
     if bits == 8:
         return packed
-    group = packed.shape[-1] * 8 // bits
-    codes = packed.new_empty(*packed.shape[:-1], group)
-    start = shift = 0
-    for width in PLANES[bits]:
-        size = group * width // 8
-        plane = packed[..., start : start + size]
-        lanes = codes.unflatten(-1, (8 // width, -1)).unbind(-2)
-        for position, lane in enumerate(lanes):
-            part = ((plane >> (position * width)) & ((1 << width) - 1)) << shift
-            lane.copy_(part) if shift == 0 else lane.bitwise_or_(part)
-        start += size
+    sizes = [packed.shape[-1] * width // bits for width in PLANES[bits]]
+    codes, shift = None, 0
+    for width, plane in zip(PLANES[bits], packed.split(sizes, -1), strict=True):
+        mask = (1 << width) - 1
+        lanes = [(plane >> offset if offset else plane) & mask for offset in range(0, 8, width)]
+        part = torch.cat(lanes, -1)
+        codes = part if codes is None else codes.add_(part, alpha=1 << shift)
         shift += width
     return codes

@@ -1,0 +1,273 @@
+"""Refuses, by name and before anything is allocated, what this project does not carry.
+
+Checks run on the parsed flags, before Megatron's own validation, and raise ``UsageError`` with one
+paragraph: the flag, why, the remedy. Nothing is switched off silently.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+from agoq_megatron.policy.policy import load_policy
+
+RECOMPUTE_MODULES = ("core_attn", "mlp", "layernorm")
+
+
+class UsageError(ValueError):
+    """Flags that cannot work; the message names the flag and the remedy."""
+
+
+# attribute of Megatron's arguments -> (refused if, flag, what to do)
+_Check = tuple[str, Callable[[object], bool], str, str]
+
+
+def _set(value: object) -> bool:
+    return bool(value)
+
+
+_NOT_CARRIED: tuple[_Check, ...] = (
+    ("num_experts", _set, "--num-experts", "mixture-of-experts layers are not carried yet"),
+    (
+        "multi_latent_attention",
+        _set,
+        "--multi-latent-attention",
+        "multi-latent attention is not carried yet",
+    ),
+    (
+        "context_parallel_size",
+        lambda n: n > 1,
+        "--context-parallel-size",
+        "context parallelism is not carried yet; shorten the sequence a rank holds by tensor and "
+        "sequence parallelism instead",
+    ),
+    ("cuda_graph_impl", lambda v: v != "none", "--cuda-graph-impl", "CUDA graphs are not carried yet"),
+    ("enable_cuda_graph", _set, "--enable-cuda-graph", "CUDA graphs are not carried yet"),
+    ("external_cuda_graph", _set, "--external-cuda-graph", "CUDA graphs are not carried yet"),
+    ("fp8", _set, "--fp8-format", "FP8 matrix products need Transformer Engine's own layers"),
+    ("fp4", _set, "--fp4-format", "FP4 matrix products need Transformer Engine's own layers"),
+    ("qk_layernorm", _set, "--qk-layernorm", "norms on query and key are not carried yet"),
+    ("qk_l2_norm", _set, "--qk-l2-norm", "norms on query and key are not carried yet"),
+    ("qk_clip", _set, "--qk-clip", "query-key clipping is not carried yet"),
+    ("mtp_num_layers", _set, "--mtp-num-layers", "multi-token prediction is not carried yet"),
+    (
+        "heterogeneous_layers_config_path",
+        _set,
+        "--heterogeneous-layers-config-path",
+        "heterogeneous layers are not carried yet",
+    ),
+    (
+        "hybrid_layer_pattern",
+        _set,
+        "--hybrid-layer-pattern",
+        "hybrid (Mamba) stacks are not carried yet",
+    ),
+    (
+        "experimental_attention_variant",
+        _set,
+        "--experimental-attention-variant",
+        "only causal softmax attention is carried",
+    ),
+    ("window_size", _set, "--window-size", "sliding-window attention is not carried yet"),
+    (
+        "softmax_type",
+        lambda v: v != "vanilla",
+        "--softmax-type",
+        "only the vanilla softmax is carried",
+    ),
+    ("attention_output_gate", _set, "--attention-output-gate", "gated attention is not carried yet"),
+    (
+        "attention_dropout",
+        lambda p: p > 0,
+        "--attention-dropout",
+        "the saved attention has no dropout mask; pass --attention-dropout 0 (Megatron's default "
+        "is 0.1)",
+    ),
+    (
+        "layernorm_zero_centered_gamma",
+        _set,
+        "--apply-layernorm-1p",
+        "zero-centred norm weights are not carried yet",
+    ),
+    (
+        "fp32_residual_connection",
+        _set,
+        "--fp32-residual-connection",
+        "the residual stream is kept in the compute dtype",
+    ),
+    (
+        "apply_residual_connection_post_layernorm",
+        _set,
+        "--apply-residual-connection-post-layernorm",
+        "the residual is taken before the norm, whose output is not kept",
+    ),
+    ("squared_relu", _set, "--squared-relu", "the activations carried are SwiGLU and GELU"),
+    ("quick_geglu", _set, "--quick-geglu", "the activations carried are SwiGLU and GELU"),
+    ("use_megatron_fsdp", _set, "--use-megatron-fsdp", "use --use-distributed-optimizer instead"),
+    ("use_torch_fsdp2", _set, "--use-torch-fsdp2", "use --use-distributed-optimizer instead"),
+    (
+        "cpu_offloading_num_layers",
+        _set,
+        "--cpu-offloading-num-layers",
+        "offloading needs Transformer Engine's own layers",
+    ),
+    (
+        "fine_grained_activation_offloading",
+        _set,
+        "--fine-grained-activation-offloading",
+        "the saved tensors are packed instead of offloaded",
+    ),
+    (
+        "distribute_saved_activations",
+        _set,
+        "--distribute-saved-activations",
+        "the kept layer input is packed instead; with --sequence-parallel it is sharded too",
+    ),
+    (
+        "reset_attention_mask",
+        _set,
+        "--reset-attention-mask",
+        "the fused attention is causal over the whole sequence and reads no mask",
+    ),
+    ("sft", _set, "--sft", "packed fine-tuning sequences are not carried yet"),
+    ("tp_comm_overlap", _set, "--tp-comm-overlap", "it needs Transformer Engine's linear layers"),
+    ("delay_wgrad_compute", _set, "--delay-wgrad-compute", "it needs Transformer Engine's layers"),
+    (
+        "mlp_chunks_for_training",
+        lambda n: n > 1,
+        "--mlp-chunks-for-training",
+        "the MLP runs in one piece; use --recompute-granularity selective --recompute-modules mlp",
+    ),
+    (
+        "te_precision_config_file",
+        _set,
+        "--te-precision-config-file",
+        "it configures Transformer Engine's layers, which are replaced here",
+    ),
+    ("use_kitchen_attention", _set, "--use-kitchen-attention", "Kitchen's layers are replaced here"),
+    (
+        "spec",
+        _set,
+        "--spec",
+        "this entry point supplies its own layer spec; use Megatron's entry for another one",
+    ),
+    ("yaml_cfg", _set, "--yaml-cfg", "give the model by flags"),
+    (
+        "transformer_impl",
+        lambda v: v == "inference_optimized",
+        "--transformer-impl inference_optimized",
+        "this is a training entry point",
+    ),
+    (
+        "position_embedding_type",
+        lambda v: v not in ("rope", "learned_absolute", "none"),
+        "--position-embedding-type",
+        "carried are rope, learned_absolute and none",
+    ),
+)
+
+
+def check(args: Namespace, on_cpu: bool = False) -> None:
+    """Refuse flags that cannot work.
+
+    Args:
+        args: the parsed flags, Megatron's and ours.
+        on_cpu: there is no GPU, so the run is on the CPU.
+
+    Raises:
+        UsageError: the first problem found (``PolicyError``, also a ValueError, for a policy).
+    """
+    for attribute, refused, flag, remedy in _NOT_CARRIED:
+        value = getattr(args, attribute, None)
+        if value is not None and refused(value):
+            raise UsageError(f"{flag}: {remedy}.")
+    load_policy(args.agoq_activations, args.agoq_rounding)
+    _check_shapes(args)
+    _check_recompute(args)
+    _check_data(args)
+    if args.agoq_measure_interval < 0:
+        raise UsageError(
+            f"--agoq-measure-interval {args.agoq_measure_interval}: give a number of iterations, or "
+            "0 to measure once."
+        )
+    if args.agoq_seed is not None and args.agoq_seed < 0:
+        raise UsageError(f"--agoq-seed {args.agoq_seed}: give a number that is not negative.")
+    if args.agoq_report is not None and not Path(args.agoq_report).absolute().parent.is_dir():
+        raise UsageError(f"--agoq-report {args.agoq_report}: its folder does not exist; create it.")
+    if on_cpu and args.fp16:
+        raise UsageError(
+            "--fp16: no GPU was found, and on the CPU only --bf16 and FP32 are supported. Use "
+            "--bf16, which needs no loss scaling either."
+        )
+    glu = args.glu_linear_offset or args.activation_func_clamp_value is not None
+    if glu and args.swiglu:
+        raise UsageError(
+            "--glu-linear-offset, --activation-func-clamp-value: the SwiGLU carried here is the plain "
+            "one; leave them out."
+        )
+    if glu:
+        raise UsageError(
+            "--glu-linear-offset, --activation-func-clamp-value: these belong to gated activations, "
+            "but the model has GELU. Add --swiglu or leave them out."
+        )
+
+
+def _check_shapes(args: Namespace) -> None:
+    for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length"):
+        value = getattr(args, name)
+        if value is None and name != "seq_length" and getattr(args, "use_checkpoint_args", False):
+            return
+        if value is None or value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {value}: give a positive number.")
+    tp = args.tensor_model_parallel_size
+    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+    if args.group_query_attention and (not groups or args.num_attention_heads % groups):
+        raise UsageError(
+            f"--num-query-groups {groups}: it must divide --num-attention-heads "
+            f"{args.num_attention_heads}."
+        )
+    if groups % tp:
+        raise UsageError(
+            f"--tensor-model-parallel-size {tp}: it must divide the {groups} key/value heads "
+            "(--num-query-groups); sharing one head between ranks is not carried yet."
+        )
+    head_dim = args.kv_channels or args.hidden_size // args.num_attention_heads
+    if head_dim % 8:
+        raise UsageError(
+            f"--hidden-size {args.hidden_size} with --num-attention-heads "
+            f"{args.num_attention_heads}: heads of {head_dim} features; the fused attention kernels "
+            "take multiples of 8."
+        )
+
+
+def _check_recompute(args: Namespace) -> None:
+    if args.recompute_granularity == "selective":
+        unknown = sorted(set(args.recompute_modules or ()) - set(RECOMPUTE_MODULES))
+        if unknown:
+            raise UsageError(
+                f"--recompute-modules {' '.join(unknown)}: these belong to layers that are not "
+                f"carried; carried are {', '.join(RECOMPUTE_MODULES)}."
+            )
+
+
+def _check_data(args: Namespace) -> None:
+    if args.mock_data:
+        return
+    given = [*(args.data_path or ()), *(args.train_data_path or ()), *(args.valid_data_path or ())]
+    prefixes = [p for p in given if not p.replace(".", "", 1).isdigit()]
+    for prefix in prefixes:
+        missing = [end for end in (".bin", ".idx") if not Path(prefix + end).is_file()]
+        if missing:
+            raise UsageError(
+                f"corpus {prefix!r} (--data-path, --train-data-path or --valid-data-path): "
+                f"{' and '.join(prefix + end for end in missing)} not found. Write a corpus with "
+                "scripts/prepare_corpus.py, or use --mock-data to try the model without one."
+            )
+    if args.tokenizer_type == "HuggingFaceTokenizer" and args.tokenizer_model:
+        model = str(args.tokenizer_model)
+        if model.startswith((".", "/")) and not Path(model).exists():
+            raise UsageError(
+                f"--tokenizer-model {model}: no such folder. scripts/prepare_corpus.py writes one "
+                "beside the corpus."
+            )

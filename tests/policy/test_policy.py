@@ -1,0 +1,102 @@
+"""Policies: the built-in files, matching order, and errors that name flag, file and remedy."""
+
+import pytest
+
+from agoq_megatron.policy.policy import BUILT_IN, PolicyError, load_policy
+from agoq_megatron.policy.sites import Site
+
+GOOD = """
+configs:
+  four: {bits: 4, code: nf4, group: 64, scale_bits: 8}
+  six: {bits: 6, code: int, group: 32, scale_bits: 16, rounding: stochastic}
+  keep: {bits: 16}
+  none: {bits: 0}
+matchers:
+  first_layer: {config: keep, type: glob, pattern: "decoder.layers.0.*", enabled: true}
+  switched_off: {config: keep, type: glob, pattern: "*", enabled: false}
+  outputs: {config: none, type: glob, pattern: "*.norm_output", enabled: true}
+  activation: {config: none, type: glob, pattern: "*.linear_fc2.input", enabled: true}
+  keys: {config: six, type: glob, pattern: "*.key", enabled: true}
+  rest: {config: four, type: glob, pattern: "*", enabled: true}
+"""
+
+
+@pytest.fixture
+def policy_file(tmp_path):
+    def write(text):
+        path = tmp_path / "policy.yaml"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def test_built_in_policies():
+    assert set(BUILT_IN) == {"off", "agoq", "uniform4"}
+    off, agoq, uniform = (load_policy(name) for name in ("off", "agoq", "uniform4"))
+    for site in Site:
+        assert off.rule(site, 1).keep
+        assert agoq.rule(site, 1).recompute == site.recomputable
+    attention = (Site.QUERY, Site.KEY, Site.VALUE, Site.ATTENTION_OUTPUT)
+    assert all(agoq.rule(site, 7).format.bits == 8 for site in attention)
+    assert all(uniform.rule(site, 7).format.bits == 4 for site in attention)
+    for site in (Site.NORM1_INPUT, Site.NORM2_INPUT, Site.FC1_OUTPUT, Site.LAYER_INPUT):
+        assert agoq.rule(site, 7).format.bits == 4
+
+
+def test_first_enabled_matcher_wins(policy_file):
+    policy = load_policy(policy_file(GOOD))
+    assert policy.rule(Site.KEY, 1).keep  # layer 1 is decoder.layers.0
+    assert policy.rule(Site.KEY, 2).format.bits == 6
+    assert policy.rule(Site.QUERY, 2).format.code == "nf4"
+    assert policy.rule(Site.NORM1_OUTPUT, 11).recompute
+    assert policy.rule(Site.NORM1_OUTPUT, 1).keep
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_rounding_flag_overrides_every_config(policy_file, rounding):
+    policy = load_policy(policy_file(GOOD), rounding)
+    assert policy.rule(Site.KEY, 2).format.rounding == rounding
+    assert policy.rule(Site.QUERY, 2).format.rounding == rounding
+
+
+@pytest.mark.parametrize(
+    "old,new,message",
+    [
+        ("bits: 6", "bits: 7", "bits must be one of"),
+        ("group: 64", "group: 48", "group must be one of"),
+        ("code: nf4", "code: nf5", "code must be one of"),
+        ("scale_bits: 8}", "scale_bits: 12}", "scale_bits must be one of"),
+        ("code: nf4", "colour: red", "unknown keys ['colour']"),
+        ("{bits: 16}", "{bits: 16, group: 64}", "nothing else may be set"),
+        ("{bits: 16}", "16", "needs the key 'bits'"),
+        ("config: six", "config: seven", "names config 'seven'"),
+        ("type: glob, pattern: \"*.key\"", "type: regex, pattern: \"*.key\"", "only 'glob'"),
+        ("matchers:", "matches:", "two mappings"),
+        ("configs:", "configs: [", "not a readable YAML"),
+    ],
+)
+def test_bad_files_are_refused(policy_file, old, new, message):
+    assert old in GOOD
+    with pytest.raises(PolicyError) as error:
+        load_policy(policy_file(GOOD.replace(old, new, 1)))
+    text = str(error.value)
+    assert message in text and "--agoq-activations" in text and "policy.yaml" in text
+
+
+def test_unknown_name_lists_the_known_ones():
+    with pytest.raises(PolicyError, match="agoq, off, uniform4"):
+        load_policy("agoq5")
+
+
+def test_rules_that_cannot_be(policy_file):
+    nothing = GOOD.replace('config: four, type: glob, pattern: "*"',
+                           'config: none, type: glob, pattern: "*"')
+    with pytest.raises(PolicyError, match="cannot be recomputed"):
+        load_policy(policy_file(nothing)).rule(Site.QUERY, 2)
+    quantized = GOOD.replace("config: none", "config: four")
+    with pytest.raises(PolicyError, match="give it bits 0"):
+        load_policy(policy_file(quantized)).rule(Site.NORM2_OUTPUT, 2)
+    uncovered = GOOD.replace('pattern: "*", enabled: true', 'pattern: "x", enabled: true')
+    with pytest.raises(PolicyError, match="no matcher takes decoder.layers.1"):
+        load_policy(policy_file(uncovered)).rule(Site.QUERY, 2)

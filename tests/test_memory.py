@@ -1,0 +1,85 @@
+"""The plan's arithmetic against hand-computed bytes."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from agoq_megatron.memory import Plan
+from agoq_megatron.policy.policy import PolicyError, load_policy
+from agoq_megatron.specs import AGoQTransformerConfig
+
+
+def config(policy="agoq", **changes):
+    """LLaMA-3-8B's ratios at a quarter of the width: f = 3.5, g = 1/4, d = 128."""
+    values = dict(
+        num_layers=4, hidden_size=1024, ffn_hidden_size=3584, num_attention_heads=8,
+        num_query_groups=2, kv_channels=128, gated_linear_unit=True, activation_func=F.silu,
+        add_bias_linear=False, normalization="RMSNorm", bf16=True, params_dtype=torch.bfloat16,
+        pipeline_dtype=torch.bfloat16, hidden_dropout=0.0, attention_dropout=0.0,
+    )  # fmt: skip
+    result = AGoQTransformerConfig(**(values | changes))
+    result.agoq = load_policy(policy)
+    return result
+
+
+def units(plan):
+    return plan.planned_bytes_per_token_layer / (2 * plan.config.hidden_size)
+
+
+def test_off_is_seventeen_units_and_agoq_under_three_point_seven():
+    lse = 4 * 8 / 2048
+    assert units(Plan(config("off"))) == pytest.approx(17 + lse)
+    agoq = units(Plan(config("agoq")))
+    assert agoq <= 3.7
+    # 4-bit tensors: two norm inputs and 7U of gate and up; 8-bit: Q, K, V and O, 2.5U.
+    four, eight = (4 + 8 / 64) / 16, (8 + 16 / 64) / 16
+    assert agoq == pytest.approx(9 * four + 2.5 * eight + lse)
+
+
+def test_tensor_parallel_shares():
+    whole = Plan(config("off"))
+    tp = Plan(config("off", tensor_model_parallel_size=2))
+    sp = Plan(config("off", tensor_model_parallel_size=2, sequence_parallel=True))
+    assert units(sp) == pytest.approx(units(whole) / 2)
+    assert units(tp) == pytest.approx(units(whole) / 2 + 2)  # four hidden states stay whole
+
+
+@pytest.mark.parametrize(
+    "changes,expected",
+    [
+        (dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1), 1.0),
+        (dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=2), 0.5),
+        (
+            dict(recompute_granularity="full", recompute_method="block", recompute_num_layers=1),
+            (1 + 3 * (17 + 32 / 2048)) / 4,
+        ),
+        (dict(recompute_granularity="selective", recompute_modules=["core_attn"]), 16),
+        (dict(recompute_granularity="selective", recompute_modules=["mlp"]), 5.5 + 32 / 2048),
+        (dict(recompute_granularity="selective", recompute_modules=["layernorm"]), 17 + 32 / 2048),
+    ],
+)
+def test_recomputation_frees_what_it_says(changes, expected):
+    assert units(Plan(config("off", **changes))) == pytest.approx(expected)
+
+
+def test_layers_are_counted_once_under_interleaving():
+    plan = Plan(
+        config(
+            num_layers=8, pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2
+        )
+    )
+    assert sorted(plan.layers) == list(range(1, 9))
+
+
+def test_group_that_does_not_divide_is_refused():
+    with pytest.raises(PolicyError, match="group 64 does not divide .*96 features") as error:
+        Plan(config(hidden_size=96, ffn_hidden_size=96, num_attention_heads=1, num_query_groups=1,
+                    kv_channels=32))
+    assert "Use a group of [32]" in str(error.value)
+
+
+def test_every_tensor_is_printed():
+    text = str(Plan(config()))
+    for name in ("linear_qkv.norm_input", "core_attention.key", "linear_fc1.output", "not quantized"):
+        assert name in text
+    assert "layers 1-4" in text
