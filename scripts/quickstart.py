@@ -109,7 +109,7 @@ COMMON_FLAGS = """
     --log-interval 1 --log-throughput --tensorboard-queue-size 1
 """.split()
 
-ITERATION = re.compile(r" iteration +(\d+)/ *(\d+) \|.* elapsed time per iteration \(ms\): ([\d.]+)")
+ITERATION = re.compile(r" iteration +(\d+)/ *(\d+) \|.* time per iteration \(ms\): ([\d.]+)")
 TRAIN_LOSS = re.compile(r" lm loss: (\S+) \|")
 VALID_LOSS = re.compile(r"validation loss at .* lm loss value: (\S+) \|")
 
@@ -322,7 +322,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="folders of text to train on (default: the interpreter's own library)",
     )
     add("--seed", type=int, default=1234)
-    add("megatron_flags", nargs="*", help="after --: flags for both runs, which override the preset's")
+    add("megatron_flags", nargs="*", help="after --: flags for both runs, over the preset's")
     return parser.parse_args(argv)
 
 

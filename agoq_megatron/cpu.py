@@ -1,0 +1,242 @@
+"""Megatron's training loop on a machine without a GPU.
+
+``megatron.training`` speaks to ``torch.cuda`` throughout, though on gloo nothing of what it does needs
+a GPU. This module answers for the missing device, in three layers:
+
+1. ``torch.cuda``'s queries, streams, events and generator state get answers that are true on a CPU:
+   one device, no asynchrony, no separate memory, one generator.
+2. A ``TorchFunctionMode`` turns ``device="cuda"`` (and device numbers) into the CPU, ``Tensor.cuda()``
+   into the tensor itself, and lets ``Tensor.type()`` say ``torch.cuda.…``, a string that Megatron's
+   optimizers compare.
+3. Megatron's flags that only a GPU can serve get other defaults; what the user says still wins.
+
+It is imported only where ``torch.cuda.is_available()`` is False, and that answer stays False: code that
+asks properly is told the truth. Ascend's ``transfer_to_npu`` serves its accelerators in the same way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+from collections import defaultdict
+
+# torch.compile reads it when it decorates, which Megatron does at import. Compiling for the CPU would
+# need a C++ compiler and cost minutes for nothing.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
+import torch  # noqa: E402
+from torch.overrides import TorchFunctionMode  # noqa: E402
+from torch.utils.data import DataLoader  # noqa: E402
+
+CPU_DEFAULTS = {
+    "distributed_backend": "gloo",
+    "masked_softmax_fusion": False,
+    "bias_gelu_fusion": False,
+    "bias_swiglu_fusion": False,
+    "bias_dropout_fusion": False,
+}
+"""Megatron's argument names and the defaults that they get on a CPU."""
+
+_mode: TorchFunctionMode | None = None
+
+
+class _Stream:
+    """A stream of a device that runs everything at once: waiting is over before it starts."""
+
+    device = torch.device("cpu")
+    cuda_stream = 0
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        return False
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        pass
+
+    def wait_stream(self, stream) -> None:
+        pass
+
+    def wait_event(self, event) -> None:
+        pass
+
+    def record_event(self, event=None):
+        return event or _Event()
+
+
+class _Event:
+    """An event that has always happened."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def record(self, stream=None) -> None:
+        pass
+
+    def wait(self, stream=None) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, end) -> float:
+        return 0.0
+
+
+_STREAM = _Stream()
+
+
+def _cpu_device(device):
+    """Map a CUDA device, however it is written, to the CPU; leave anything else as it is."""
+    if isinstance(device, bool):
+        return device
+    if isinstance(device, int):
+        return torch.device("cpu")
+    if isinstance(device, str) and device.startswith("cuda"):
+        return torch.device("cpu")
+    if isinstance(device, torch.device) and device.type == "cuda":
+        return torch.device("cpu")
+    return device
+
+
+class _CpuForCuda(TorchFunctionMode):
+    """Redirects what Megatron addresses to a CUDA device."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda or func is torch.Tensor.pin_memory:
+            return args[0]
+        if func is torch.Tensor.record_stream:
+            return None
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            name = func(args[0])
+            return name if "cuda" in name else name.replace("torch.", "torch.cuda.", 1)
+        if func is torch.Tensor.to and len(args) > 1:
+            args = (args[0], _cpu_device(args[1]), *args[2:])
+        if "device" in kwargs:
+            kwargs = {**kwargs, "device": _cpu_device(kwargs["device"])}
+        return func(*args, **kwargs)
+
+
+def _answer_torch_cuda() -> None:
+    """Layer 1: the names of ``torch.cuda`` that Megatron's training loop calls."""
+
+    def nothing(*args, **kwargs):
+        return None
+
+    def zero(*args, **kwargs):
+        return 0
+
+    def stream(*args, **kwargs):
+        return _STREAM
+
+    def get_rng_state(device="cuda"):
+        return torch.get_rng_state()
+
+    def set_rng_state(new_state, device="cuda"):
+        torch.set_rng_state(new_state)
+
+    answers = {
+        "device_count": lambda: 1,
+        "current_device": zero,
+        "set_device": nothing,
+        "get_device_name": lambda *a: "CPU",
+        "get_device_capability": lambda *a: (0, 0),
+        "synchronize": nothing,
+        "empty_cache": nothing,
+        "Stream": _Stream,
+        "Event": _Event,
+        "stream": lambda *a, **k: contextlib.nullcontext(),
+        "set_stream": nothing,
+        "current_stream": stream,
+        "default_stream": stream,
+        "memory_allocated": zero,
+        "max_memory_allocated": zero,
+        "memory_reserved": zero,
+        "max_memory_reserved": zero,
+        "reset_peak_memory_stats": nothing,
+        "memory_stats": lambda *a, **k: defaultdict(int),
+        "manual_seed": torch.manual_seed,
+        "manual_seed_all": torch.manual_seed,
+        "get_rng_state": get_rng_state,
+        "set_rng_state": set_rng_state,
+    }
+    for name, answer in answers.items():
+        setattr(torch.cuda, name, answer)
+    torch.cuda.random.get_rng_state = get_rng_state
+    torch.cuda.random.set_rng_state = set_rng_state
+
+
+def _answer_megatron() -> None:
+    """What Megatron does below ``torch.cuda``'s public names, and its own check for a GPU."""
+    import megatron.core.tensor_parallel.random as random
+    import megatron.training.training as training
+
+    def get_state(device="cuda", clone=False, graph_safe=False):
+        return torch.get_rng_state()
+
+    def set_state(new_state, device=-1, graph_safe=False):
+        torch.set_rng_state(new_state)
+
+    # These two reach for torch.cuda.default_generators, which is empty here.
+    random._get_cuda_rng_state = get_state
+    random._set_cuda_rng_state = set_state
+    # pretrain() has no way to pass the permission on.
+    training.initialize_megatron = functools.partial(
+        training.initialize_megatron, allow_no_cuda=True
+    )
+    # The CPU's generator is the only one here, so the tracker's check for a stray use of it, meant for
+    # GPUs, fires at every fork.
+    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
+        lambda record: "CPU RNG state changed" not in record.getMessage()
+    )
+
+
+def _keep_loaders_off_the_generator() -> None:
+    """A data loader draws its workers' seed from the CPU's generator when iteration starts. On a GPU
+    machine dropout draws from another one; here both would share it, and a resumed run, whose loaders
+    start after the checkpoint's generator state is restored, would drop out other elements.
+    """
+    stock = DataLoader.__iter__
+
+    @functools.wraps(stock)
+    def start(self):
+        state = torch.get_rng_state()
+        try:
+            return stock(self)
+        finally:
+            torch.set_rng_state(state)
+
+    DataLoader.__iter__ = start
+
+
+def install() -> None:
+    """Make Megatron's loop run on the CPU, in this process, from here on. Says so once (rank 0).
+
+    Raises:
+        RuntimeError: there is a GPU.
+    """
+    global _mode
+    if _mode is not None:
+        return
+    if torch.cuda.is_available():
+        raise RuntimeError("agoq_megatron.cpu is for machines without a GPU, and there is one here")
+    _answer_torch_cuda()
+    _answer_megatron()
+    _keep_loaders_off_the_generator()
+    _mode = _CpuForCuda()
+    _mode.__enter__()
+    if os.environ.get("RANK", "0") == "0":
+        print("AGoQ: no GPU found; training on the CPU over gloo.", flush=True)

@@ -1,0 +1,81 @@
+"""Megatron's distributed optimizer, resumable with torch's own Adam.
+
+Megatron keeps a checkpoint's step count in the parameter groups, as the fused Adam of Transformer
+Engine and apex does. torch's Adam keeps one step tensor a parameter, creates its state at the first
+step, and so meets three faults of the stock class when a run is resumed:
+
+* before the first step there is no state, and asking for the step count fails. A dummy step would
+  create the state, but decays the master weights and leaves a count of one. Here the state is set up as
+  the first step would set it up, without stepping;
+* a loaded step count becomes one tensor that all parameters share, which every one of them then
+  advances. Here each gets its own;
+* the step tensors are handed to the writers and loaders of parameter state, which expect tensors of the
+  parameter's size. Here they are left out: the count travels in the parameter groups alone.
+
+With Transformer Engine or apex installed the stock code is right, and nothing is changed.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.optimizer import distrib_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+
+class ResumableDistributedOptimizer(DistributedOptimizer):
+    """``DistributedOptimizer`` whose checkpoints continue bit for bit without TE and apex."""
+
+    @property
+    def _has_torch_adam(self) -> bool:
+        adam = (torch.optim.Adam, torch.optim.AdamW)
+        return (
+            not self.is_stub_optimizer
+            and not distrib_optimizer.HAVE_APEX_OR_TE
+            and not self.ddp_config.use_megatron_fsdp
+            and isinstance(self.optimizer, adam)
+        )
+
+    def _init_adam_state(self) -> None:
+        """Give every shard the state that torch's Adam would create at its first step."""
+        for group in self.optimizer.param_groups:
+            for shard in group["params"]:
+                state = self.optimizer.state[shard]
+                if state:
+                    continue
+                device = shard.device if group["capturable"] or group["fused"] else "cpu"
+                state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+                state["exp_avg"] = torch.zeros_like(shard)
+                state["exp_avg_sq"] = torch.zeros_like(shard)
+
+    def state_dict(self):
+        """See the base class. Works before the first step as well."""
+        if self._has_torch_adam:
+            self._init_adam_state()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict):
+        """See the base class. Leaves each shard its own step count, at the checkpoint's value."""
+        if not self._has_torch_adam:
+            super().load_state_dict(state_dict)
+            return
+        self._init_adam_state()
+        super().load_state_dict(state_dict)
+        for state in self.optimizer.state.values():
+            state["step"] = state["step"].clone()
+
+    def _init_optimizer_states_with_dummy_values(self):
+        if self._has_torch_adam:
+            self._init_adam_state()
+        else:
+            super()._init_optimizer_states_with_dummy_values()
+
+    def _get_main_param_and_optimizer_states(self, model_param):
+        tensors = super()._get_main_param_and_optimizer_states(model_param)
+        if self._has_torch_adam:
+            tensors.pop("step", None)
+        return tensors
+
+    def _set_main_param_and_optimizer_states(self, model_param, tensors):
+        if self._has_torch_adam:
+            tensors = {**tensors, "step": None}  # None: leave what load_state_dict has set
+        super()._set_main_param_and_optimizer_states(model_param, tensors)
