@@ -27,6 +27,7 @@ from collections import defaultdict
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 import torch  # noqa: E402
+import torch._dynamo  # noqa: E402, F401 - tabulates torch's functions as it is imported: before any of ours
 from torch.overrides import TorchFunctionMode  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 
@@ -168,8 +169,8 @@ def _answer_torch_cuda() -> None:
         "max_memory_reserved": zero,
         "reset_peak_memory_stats": nothing,
         "memory_stats": lambda *a, **k: defaultdict(int),
-        "manual_seed": torch.manual_seed,
-        "manual_seed_all": torch.manual_seed,
+        "manual_seed": torch.default_generator.manual_seed,
+        "manual_seed_all": nothing,  # torch.manual_seed calls it
         "get_rng_state": get_rng_state,
         "set_rng_state": set_rng_state,
     }

@@ -5,6 +5,9 @@ Shapes: b is the micro-batch size, s the sequence length; a batch's tensors are 
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import torch
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
@@ -71,6 +74,9 @@ def get_batch(data_iterator, vp_stage: int | None) -> tuple[torch.Tensor | None,
 def dataset_config(args) -> GPTDatasetConfig:
     """Megatron's data flags as the dataset's config."""
     blend, blend_per_split = get_blend_and_blend_per_split(args)
+    sequences = None
+    if args.per_dataset_sequences_path is not None:
+        sequences = json.loads(Path(args.per_dataset_sequences_path).read_text())
     return GPTDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
@@ -94,6 +100,7 @@ def dataset_config(args) -> GPTDatasetConfig:
         defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
         data_parallel_size=args.data_parallel_size,
         context_parallel_size=args.context_parallel_size,
+        sequences_per_dataset=sequences,
     )
 
 

@@ -1,0 +1,171 @@
+"""What a run did, as numbers: the observer of Megatron's loop, and the JSON file at its end.
+
+``RunObserver.watch`` wraps three functions of the loop, which offers no callbacks. Nothing that the loop
+computes is changed.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from megatron.core import mpu
+from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer
+
+from agoq_megatron import compat
+from agoq_megatron.autograd import rounding
+from agoq_megatron.meter import Meter
+
+LOSS = "lm loss"
+WARM_UP_ITERATIONS = 3
+"""Iterations after a start that the step time leaves out."""
+
+
+class RunObserver:
+    """Collects losses, gradient norms, step times and saved bytes of one run.
+
+    Args:
+        args: Megatron's validated arguments.
+        plan: the memory plan printed at start.
+    """
+
+    def __init__(self, args, plan):
+        self._args = args
+        self.meter = Meter(plan, args.agoq_measure_interval)
+        self._pending: list[tuple] = []
+        self._history: list[dict] = []
+        self._validations: list[dict] = []
+        self._on_test_set = False
+        self._started = False
+
+    def watch(self) -> None:
+        """Enter Megatron's loop; call once, before ``pretrain``."""
+        compat.bind_training_loop("train_step", self._wrap_train_step)
+        compat.bind_training_loop("evaluate", self._wrap_evaluate)
+        compat.bind_training_loop("evaluate_and_print_results", self._wrap_evaluate_and_print)
+
+    def _wrap_train_step(self, stock):
+        @functools.wraps(stock)
+        def train_step(forward_step_func, data_iterator, model, *args, iteration, **kwargs):
+            self._begin(model, iteration)
+            start = time.perf_counter()
+            result = stock(
+                forward_step_func, data_iterator, model, *args, iteration=iteration, **kwargs
+            )
+            losses, skipped, grad_norm = result[0], result[1], result[5]
+            seconds = time.perf_counter() - start
+            self._pending.append((iteration + 1, losses.get(LOSS), grad_norm, skipped, seconds))
+            if len(self._pending) >= self._args.log_interval:
+                self._settle()
+            self._publish(iteration + 1)
+            return result
+
+        return train_step
+
+    def _begin(self, model, iteration: int) -> None:
+        """Before an iteration, counted from 0: what is counted by iteration learns its number."""
+        if not self._started:
+            self._started = True
+            self.meter.attach(model)
+            seed = self._args.agoq_seed
+            rounding.counter.seed(
+                self._args.seed if seed is None else seed, mpu.get_data_parallel_rank()
+            )
+        rounding.counter.begin_iteration(iteration)
+        self.meter.begin_iteration(iteration)
+
+    def _settle(self) -> None:
+        """Read the losses off the device, as rarely as Megatron's own log does."""
+        for iteration, loss, grad_norm, skipped, seconds in self._pending:
+            self._history.append(
+                {
+                    "iteration": iteration,
+                    LOSS: None if loss is None else float(loss),
+                    "grad norm": None if grad_norm is None else float(grad_norm),
+                    "skipped": bool(skipped),
+                    "step_ms": seconds * 1e3,
+                }
+            )
+        self._pending.clear()
+
+    def _publish(self, iteration: int) -> None:
+        """Send a new measurement of the saved bytes to TensorBoard and W&B."""
+        interval = self._args.agoq_measure_interval
+        due = len(self._history) + len(self._pending) == 1
+        due = due or (interval and (iteration - 1) % interval == 0)
+        measured = self.meter.saved_bytes_per_token_layer
+        if not due or measured is None:
+            return
+        values = {
+            "agoq/saved-bytes-per-token-layer": measured,
+            "agoq/planned-bytes-per-token-layer": self.meter.planned_bytes_per_token_layer,
+        }
+        writer, wandb_writer = get_tensorboard_writer(), get_wandb_writer()
+        for name, value in values.items():
+            if writer:
+                writer.add_scalar(name, value, iteration)
+            if wandb_writer:
+                wandb_writer.log({name: value}, iteration)
+
+    def _wrap_evaluate_and_print(self, stock):
+        @functools.wraps(stock)
+        def evaluate_and_print_results(prefix, *args, **kwargs):
+            self._on_test_set = "test set" in prefix
+            return stock(prefix, *args, **kwargs)
+
+        return evaluate_and_print_results
+
+    def _wrap_evaluate(self, stock):
+        @functools.wraps(stock)
+        def evaluate(*args, **kwargs):
+            result = stock(*args, **kwargs)
+            losses = result[0]
+            if losses and not self._on_test_set:
+                iteration = getattr(get_args(), "curr_iteration", 0) + 1
+                self._validations.append({"iteration": iteration, LOSS: float(losses[LOSS])})
+            return result
+
+        return evaluate
+
+    def finish(self) -> None:
+        """At the end of a run: print measured beside planned bytes, write ``--agoq-report``.
+
+        The last rank does both, as it holds the losses.
+        """
+        args = self._args
+        if args.rank != args.world_size - 1 or not self._started:
+            return
+        self._settle()
+        print(self.meter, flush=True)
+        if args.agoq_report is None:
+            return
+        path = Path(args.agoq_report)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(self._summary(), indent=1) + "\n")
+        os.replace(partial, path)
+
+    def _summary(self) -> dict:
+        args = self._args
+        timed = [h["step_ms"] for h in self._history[WARM_UP_ITERATIONS:] or self._history]
+        losses = [h[LOSS] for h in self._history if h[LOSS] is not None]
+        on_gpu = torch.cuda.is_available()
+        return {
+            "activations": args.agoq_activations,
+            "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+            "iterations": self._history[-1]["iteration"] if self._history else args.iteration,
+            "tokens": args.consumed_train_samples * args.seq_length,
+            "final_train_loss": losses[-1] if losses else None,
+            "final_valid_loss": self._validations[-1][LOSS] if self._validations else None,
+            "step_ms": statistics.median(timed) if timed else None,
+            "saved_bytes_per_token_layer": self.meter.saved_bytes_per_token_layer,
+            "planned_bytes_per_token_layer": self.meter.planned_bytes_per_token_layer,
+            "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
+            "tensors": self.meter.rows(),
+            "train": self._history,
+            "validation": self._validations,
+        }

@@ -1,0 +1,124 @@
+"""Trains Megatron's local layers and ours from the same weights; prints the differences as JSON.
+
+Run as a script (the tests do): the CPU facade changes a process for good.
+"""
+
+import json
+import os
+import sys
+import tempfile
+import types
+
+import torch
+
+if not torch.cuda.is_available():
+    from agoq_megatron import cpu
+
+    cpu.install()
+
+import torch.nn.functional as F  # noqa: E402
+from megatron.core import parallel_state, tensor_parallel  # noqa: E402
+from megatron.core.models.gpt import GPTModel  # noqa: E402
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
+
+from agoq_megatron.policy.policy import load_policy  # noqa: E402
+from agoq_megatron.specs import AGoQTransformerConfig, agoq_layer_spec  # noqa: E402
+
+LLAMA = dict(
+    num_query_groups=2, gated_linear_unit=True, activation_func=F.silu, add_bias_linear=False,
+    normalization="RMSNorm",
+)  # fmt: skip
+GPT = dict(
+    num_query_groups=6, gated_linear_unit=False, activation_func=F.gelu, add_bias_linear=True,
+    normalization="LayerNorm",
+)  # fmt: skip
+ARCHITECTURES = {"llama": (LLAMA, "rope"), "gpt": (GPT, "learned_absolute")}
+VOCABULARY, SEQUENCE, STEPS = 173, 37, 20
+
+
+def build(architecture: str, ours: bool):
+    changes, positions = ARCHITECTURES[architecture]
+    config = AGoQTransformerConfig(
+        num_layers=3, hidden_size=96, ffn_hidden_size=160, num_attention_heads=6,
+        hidden_dropout=0.0, attention_dropout=0.0, bias_dropout_fusion=False,
+        masked_softmax_fusion=False, gradient_accumulation_fusion=False,
+        bias_activation_fusion=False, apply_rope_fusion=False, **changes,
+    )  # fmt: skip
+    config.agoq = load_policy("off")
+    if ours:
+        spec = agoq_layer_spec(types.SimpleNamespace(transformer=config))
+    else:
+        spec = get_gpt_layer_local_spec(normalization=config.normalization)
+    return GPTModel(
+        config, spec, vocab_size=VOCABULARY, max_sequence_length=SEQUENCE,
+        position_embedding_type=positions, share_embeddings_and_output_weights=False,
+    ).to("cuda")  # fmt: skip
+
+
+def our_name(name: str) -> str:
+    """Name in our model of a parameter of Megatron's local layers."""
+    name = name.replace(".input_layernorm.", ".self_attention.linear_qkv.layer_norm_")
+    return name.replace(".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_")
+
+
+def relative(a, b) -> float:
+    return ((a - b).norm() / b.norm().clamp_min(1e-30)).item()
+
+
+def compare(architecture: str, seed: int) -> dict:
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    stock, ours = build(architecture, ours=False), build(architecture, ours=True)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():  # norms away from one, biases away from zero: mistakes there must show
+        for p in stock.parameters():
+            if p.dim() == 1:
+                p += 0.1 * torch.randn(p.shape, generator=generator).to(p.device)
+    weights = {our_name(n): p.detach().clone() for n, p in stock.named_parameters()}
+    missing, unexpected = ours.load_state_dict(weights, strict=False)
+    assert not unexpected and all("_extra_state" in n for n in missing), (missing, unexpected)
+
+    models = {"stock": stock, "ours": ours}
+    optimizers = {k: torch.optim.AdamW(m.parameters(), lr=1e-3) for k, m in models.items()}
+    losses, gradients = {k: [] for k in models}, {}
+    positions = torch.arange(SEQUENCE, device="cuda").expand(2, -1)
+    for step in range(STEPS):
+        tokens = torch.randint(VOCABULARY, (2, SEQUENCE + 1), generator=generator).to("cuda")
+        mask = torch.ones(SEQUENCE, SEQUENCE, dtype=torch.bool, device="cuda").triu(1)[None, None]
+        for name, model in models.items():
+            loss = model(tokens[:, :-1], positions, mask, labels=tokens[:, 1:]).mean()
+            optimizers[name].zero_grad()
+            loss.backward()
+            losses[name].append(loss.item())
+            if step == 0:
+                gradients[name] = {n: p.grad.clone() for n, p in model.named_parameters()}
+            optimizers[name].step()
+    errors = {
+        our_name(n): relative(gradients["ours"][our_name(n)], g)
+        for n, g in gradients["stock"].items()
+    }
+    assert len(errors) == len(gradients["ours"])
+    return {
+        "gradient_errors": errors,
+        "loss_error": max(
+            abs(a - b) / b for a, b in zip(losses["ours"], losses["stock"], strict=True)
+        ),
+        "losses": losses["ours"],
+    }
+
+
+def main() -> None:
+    seed = int(sys.argv[1])
+    os.environ.setdefault("RANK", "0")
+    with tempfile.TemporaryDirectory() as folder:
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        torch.distributed.init_process_group(
+            backend, init_method=f"file://{folder}/store", rank=0, world_size=1
+        )
+        parallel_state.initialize_model_parallel()
+        results = {name: compare(name, seed) for name in ARCHITECTURES}
+        torch.distributed.destroy_process_group()
+    print("RESULT " + json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""With ``off`` in FP32 our layers are Megatron's local layers: gradients and 20 steps of training."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parent / "compare_with_megatron.py"
+
+
+@pytest.fixture(scope="module")
+def results():
+    seed = random.randrange(1, 2**31)
+    print("seed", seed)
+    run = subprocess.run(
+        [sys.executable, str(SCRIPT), str(seed)], capture_output=True, text=True, timeout=280
+    )
+    lines = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
+    assert run.returncode == 0 and lines, run.stderr[-3000:]
+    return json.loads(lines[0].removeprefix("RESULT "))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt"])
+def test_first_gradients_equal(results, architecture):
+    errors = results[architecture]["gradient_errors"]
+    worst = max(errors, key=errors.get)
+    print(f"{architecture}: worst gradient error {errors[worst]:.2e} ({worst})")
+    assert errors[worst] < 1e-5
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt"])
+def test_twenty_losses_equal(results, architecture):
+    result = results[architecture]
+    print(f"{architecture}: worst loss error of 20 steps {result['loss_error']:.2e}")
+    assert result["loss_error"] < 1e-4
+    assert len(set(result["losses"])) == 20  # it trained: no two steps gave the same loss
