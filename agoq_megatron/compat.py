@@ -7,6 +7,7 @@ moves by hundreds of lines between minor versions; hence the version check.
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 
@@ -30,6 +31,14 @@ def check_megatron() -> None:
             f"megatron-core {installed} is installed, but its internals differ from version to "
             f"version and 0.19 is needed. Run: {_REMEDY}"
         )
+
+
+def silence_missing_accelerators() -> None:
+    """Megatron warns a dozen times at import that Transformer Engine and apex are missing. Both are
+    optional here; call this before Megatron is imported.
+    """
+    for name in ("Apex is not installed", "Transformer Engine and Apex are not", "Only transformer-eng"):
+        warnings.filterwarnings("ignore", message=name, category=UserWarning)
 
 
 def skip_compiling_helpers() -> None:

@@ -1,10 +1,9 @@
 """Every flag that AGoQ-Megatron adds to Megatron's, in one dataclass.
 
 ``ArgumentGroupFactory`` turns the fields into command-line flags; their docstrings become the help
-texts. Nothing else in the project defines a flag.
+texts. Nothing else in the project defines a flag. (The factory reads the types themselves, so this file
+must not postpone their evaluation.)
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from typing import Literal
@@ -38,6 +37,6 @@ class AGoQConfig:
     bytes of every saved tensor, peak memory."""
 
     @classmethod
-    def from_args(cls, args) -> AGoQConfig:
+    def from_args(cls, args) -> "AGoQConfig":
         """Pick this class's fields out of Megatron's parsed arguments (an argparse Namespace)."""
         return cls(**{f.name: getattr(args, f.name) for f in fields(cls)})

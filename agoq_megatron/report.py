@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from megatron.core import mpu
-from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer
+from megatron.training import get_tensorboard_writer, get_wandb_writer
 
 from agoq_megatron import compat
 from agoq_megatron.autograd import rounding
@@ -40,7 +40,7 @@ class RunObserver:
         self._pending: list[tuple] = []
         self._history: list[dict] = []
         self._validations: list[dict] = []
-        self._on_test_set = False
+        self._evaluation: int | None = None
         self._started = False
 
     def watch(self) -> None:
@@ -114,9 +114,9 @@ class RunObserver:
 
     def _wrap_evaluate_and_print(self, stock):
         @functools.wraps(stock)
-        def evaluate_and_print_results(prefix, *args, **kwargs):
-            self._on_test_set = "test set" in prefix
-            return stock(prefix, *args, **kwargs)
+        def evaluate_and_print_results(prefix, step, data_iterator, model, iteration, *args, **kwargs):
+            self._evaluation = None if "test set" in prefix else iteration
+            return stock(prefix, step, data_iterator, model, iteration, *args, **kwargs)
 
         return evaluate_and_print_results
 
@@ -125,9 +125,9 @@ class RunObserver:
         def evaluate(*args, **kwargs):
             result = stock(*args, **kwargs)
             losses = result[0]
-            if losses and not self._on_test_set:
-                iteration = getattr(get_args(), "curr_iteration", 0) + 1
-                self._validations.append({"iteration": iteration, LOSS: float(losses[LOSS])})
+            if losses and self._evaluation is not None:
+                entry = {"iteration": self._evaluation, LOSS: float(losses[LOSS])}
+                self._validations.append(entry)
             return result
 
         return evaluate

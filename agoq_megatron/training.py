@@ -1,6 +1,6 @@
 """From flags to Megatron's ``pretrain``: what its wheel leaves to the entry script.
 
-Shapes: b micro-batch, s sequence length.
+Shapes: b is the micro-batch size, s the sequence length, v the vocabulary on this rank.
 """
 
 from __future__ import annotations
@@ -15,6 +15,253 @@ from pathlib import Path
 import torch
 from megatron.core.enums import ModelType
 from megatron.core.rerun_state_machine import get_rerun_state_machine
-from megatron.core.tensor_parallel import checkpoint as _  # noqa: F401  (rebound in main)
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args, get_timers, pretrain
+from megatron.training.argument_utils import (
+    ArgumentGroupFactory,
+    gpt_config_from_args,
+    pretrain_cfg_container_from_args,
+)
+from megatron.training.arguments import parse_args, validate_args
+from megatron.training.checkpointing import load_args_from_checkpoint
+from megatron.training.global_vars import set_global_variables
+
+from agoq_megatron import compat
+from agoq_megatron.autograd.recompute import quantized_checkpoint
+from agoq_megatron.config import AGoQConfig
+from agoq_megatron.data import datasets_provider, get_batch
+from agoq_megatron.memory import Plan, plan_from_args
+from agoq_megatron.optimizer import ResumableDistributedOptimizer
+from agoq_megatron.policy.policy import PolicyError
+from agoq_megatron.report import LOSS, RunObserver
+from agoq_megatron.specs import agoq_layer_spec, transformer_config_from_args
+from agoq_megatron.validation import UsageError, check
+
+SPIKY_LOSS_FACTOR = 10
+"""``--check-for-spiky-loss`` reports a loss this many times the largest seen before."""
+
+DEFAULTS = {
+    # The layers are this project's. What these flags choose between is not built, but some of their
+    # values are refused where Transformer Engine or apex is missing.
+    "transformer_impl": "local",
+    "apply_rope_fusion": False,
+    "gradient_accumulation_fusion": False,
+    "persist_layer_norm": False,
+    # The attention kernels are causal by themselves; a mask would be [b, 1, s, s] booleans.
+    "create_attention_mask_in_dataloader": False,
+}
+"""Megatron's argument names whose defaults differ here."""
+
+
+REFUSALS = (
+    AssertionError,
+    ImportError,
+    NotImplementedError,
+    OSError,
+    RuntimeError,
+    ValueError,
+)
+"""By what Megatron and the libraries below it refuse a flag. Anything else is a fault and shows its
+traceback."""
+
+
+def loss_func(
+    loss_mask: torch.Tensor, output: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Sum the token losses of one micro-batch.
+
+    Args:
+        loss_mask: [b, s], 1 where a token counts.
+        output: [b, s], the model's token losses.
+
+    Returns:
+        The summed loss, the number of tokens, and for the log ``[sum, tokens]`` under "lm loss".
+    """
+    args = get_args()
+    mask = loss_mask.view(-1).float()
+    loss = torch.sum(output.view(-1).float() * mask)
+
+    machine = get_rerun_state_machine()
+    if args.check_for_nan_in_loss_and_grad:
+        for rejected, what in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
+            machine.validate_result(
+                result=loss,
+                rejection_func=rejected,
+                message=f"found {what} in local forward loss calculation",
+                tolerance=0.0,
+                fatal=True,
+            )
+    if args.check_for_spiky_loss:
+        machine.validate_result(
+            result=loss,
+            rejection_func=partial(
+                machine.is_unexpectedly_large, threshold=SPIKY_LOSS_FACTOR, context="loss"
+            ),
+            message="Spiky loss",
+            tolerance=0.0,
+            fatal=False,
+        )
+
+    tokens = mask.sum().detach().to(torch.int)
+    logged = torch.cat([loss.detach().view(1), tokens.view(1)])
+    return loss, tokens, {LOSS: logged}
+
+
+def forward_step(data_iterator, model):
+    """Run one micro-batch through one model chunk, for Megatron's schedules.
+
+    Returns:
+        The chunk's output ([b, s] token losses on the last stage) and the loss function for it.
+    """
+    timers = get_timers()
+    timers("batch-generator", log_level=2).start()
+    vp_stage = get_attr_wrapped_model(model, "vp_stage")
+    tokens, labels, loss_mask, attention_mask, position_ids = get_batch(data_iterator, vp_stage)
+    timers("batch-generator").stop()
+    output = model(tokens, position_ids, attention_mask, labels=labels, loss_mask=loss_mask)
+    return output, partial(loss_func, loss_mask)
+
+
+def add_arguments(parser: argparse.ArgumentParser, defaults: dict) -> argparse.ArgumentParser:
+    """Add this project's flags, set defaults of Megatron's, and shorten the parser's errors."""
+    ArgumentGroupFactory(AGoQConfig).build_group(parser, "AGoQ")
+    parser.set_defaults(**defaults)
+
+    def error(message: str):
+        # argparse would print the usage of some 850 flags first.
+        raise UsageError(f"{message}. (--help lists the flags.)")
+
+    parser.error = error
+    return parser
+
+
+def parse_arguments(on_cpu: bool) -> argparse.Namespace:
+    """Parse and validate the command line: our checks, then Megatron's.
+
+    What ``parse_and_validate_args`` does, but for the global state, which opens writers and reads the
+    tokenizer: a dry run should leave no trace.
+
+    Raises:
+        UsageError: flags that cannot work.
+        AssertionError, ValueError, RuntimeError: Megatron's own refusals.
+    """
+    defaults = dict(DEFAULTS)
+    if on_cpu:
+        from agoq_megatron.cpu import CPU_DEFAULTS
+
+        defaults |= CPU_DEFAULTS
+    args = parse_args(partial(add_arguments, defaults=defaults))
+    if args.use_checkpoint_args:
+        if args.load is None and args.pretrained_checkpoint is None:
+            raise UsageError("--use-checkpoint-args: say with --load where the checkpoint is.")
+        load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
+        load_args_from_checkpoint(args)
+    check(args, on_cpu)
+    check_writers(args)
+    validate_args(args)
+    return args
+
+
+def check_writers(args: argparse.Namespace) -> None:
+    """Refuse W&B flags with which Megatron would log nothing, or fail later."""
+    if not args.wandb_project:
+        return
+    if not args.tensorboard_dir:
+        raise UsageError(
+            "--wandb-project: Megatron sends metrics to W&B only beside TensorBoard's. Add "
+            "--tensorboard-dir."
+        )
+    if not args.wandb_exp_name:
+        raise UsageError("--wandb-project: name the run with --wandb-exp-name.")
+    if not (args.save or args.wandb_save_dir):
+        raise UsageError("--wandb-project: say with --save or --wandb-save-dir where its files go.")
+
+
+def keep_wandb_run(args: argparse.Namespace) -> None:
+    """Let a resumed run continue its W&B run: Megatron keeps no run id, so one is kept beside --save.
+
+    A run that loads no checkpoint is a new one, whatever an earlier run left in the same folder. A
+    ``WANDB_RUN_ID`` of the user's is used and kept.
+    """
+    if not args.wandb_project or not args.save or args.rank != args.world_size - 1:
+        return
+    kept = Path(args.save) / "wandb_run_id"
+    run_id = os.environ.get("WANDB_RUN_ID")
+    if not run_id and args.load and kept.is_file():
+        run_id = kept.read_text().strip()
+    if not run_id:
+        import wandb
+
+        run_id = wandb.util.generate_id()
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_text(run_id + "\n")
+    os.environ["WANDB_RUN_ID"] = run_id
+    os.environ.setdefault("WANDB_RESUME", "allow")
+
+
+def prepare(on_cpu: bool) -> tuple[argparse.Namespace, Plan]:
+    """Everything that can refuse a run, before anything of it exists; prints the plan on rank 0.
+
+    Raises:
+        SystemExit: with one paragraph on what is wrong, on the first rank of each node; or with
+            status 0 after the plan, under --agoq-dry-run.
+    """
+    try:
+        compat.check_megatron()
+        args = parse_arguments(on_cpu)
+        plan = plan_from_args(args)
+        if args.rank == 0:
+            plan.print()
+        if args.agoq_dry_run:
+            sys.exit(0)
+        keep_wandb_run(args)
+        set_global_variables(args)
+    except REFUSALS as problem:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"{Path(sys.argv[0]).name}: error: {_paragraph(problem)}", file=sys.stderr)
+        sys.exit(2)
+    return args, plan
+
+
+def _paragraph(problem: Exception) -> str:
+    """The message; where Megatron gave none of its own, the condition that failed and its place."""
+    if isinstance(problem, UsageError | PolicyError | compat.CompatibilityError):
+        return str(problem)
+    frame = traceback.extract_tb(problem.__traceback__)[-1]
+    text = " ".join(str(problem).split())
+    if isinstance(problem, AssertionError) and not text:
+        text = f"a condition of Megatron's does not hold: {frame.line}"
+    kind = "" if isinstance(problem, AssertionError | ValueError) else type(problem).__name__ + ": "
+    return f"{kind}{text} ({Path(frame.filename).name}, line {frame.lineno})"
+
+
+def main(on_cpu: bool) -> None:
+    """Train. Call it from the entry script, under torchrun.
+
+    Args:
+        on_cpu: there is no GPU, and ``cpu.install()`` was called.
+
+    Raises:
+        SystemExit: bad flags, a dry run, or one of Megatron's exits (signal, duration, interval).
+    """
+    args, plan = prepare(on_cpu)
+    compat.skip_compiling_helpers()
+    compat.bind_distributed_optimizer(ResumableDistributedOptimizer)
+    compat.bind_checkpoint(quantized_checkpoint)
+    observer = RunObserver(args, plan)
+    observer.watch()
+
+    model = gpt_config_from_args(args, config=transformer_config_from_args(args))
+    model.transformer_layer_spec = agoq_layer_spec
+    try:
+        pretrain(
+            pretrain_cfg_container_from_args(args, model),
+            datasets_provider,
+            ModelType.encoder_or_decoder,
+            forward_step,
+        )
+    except SystemExit:
+        observer.finish()  # Megatron leaves by sys.exit on a signal and at --exit-interval
+        raise
+    observer.finish()
+    torch.distributed.destroy_process_group()

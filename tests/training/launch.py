@@ -1,0 +1,268 @@
+"""Runs the entry script with N ranks and a time limit, and reads back what it did.
+
+Two ways. ``torchrun=True`` starts ``torchrun pretrain_gpt_agoq.py``, as a user does. Otherwise a parent
+process that has imported Megatron once forks the ranks: importing takes many times longer than the
+training runs of the tests. All ranks are on the CPU, over gloo.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+ENTRY = ROOT / "pretrain_gpt_agoq.py"
+
+TINY = """
+    --num-layers 2 --hidden-size 128 --ffn-hidden-size 256 --num-attention-heads 4 --kv-channels 64
+    --group-query-attention --num-query-groups 2 --swiglu --normalization RMSNorm
+    --disable-bias-linear --position-embedding-type rope --untie-embeddings-and-output-weights
+    --attention-dropout 0 --hidden-dropout 0 --seq-length 64 --max-position-embeddings 64
+    --micro-batch-size 1 --global-batch-size 4 --lr 1e-3 --bf16 --log-interval 1
+    --mock-data --tokenizer-type NullTokenizer --vocab-size 127
+    --eval-iters 0 --eval-interval 1000
+""".split()
+"""A model of two layers, on made-up data."""
+
+
+@dataclass
+class Run:
+    """What became of a run.
+
+    Attributes:
+        codes: exit status of each rank (torchrun: of the launcher); negative for a signal.
+        log: standard output and error, rank after rank.
+        report: the parsed ``--agoq-report``, or None where none was written.
+        seconds: how long it took.
+    """
+
+    codes: list[int]
+    log: str
+    report: dict | None
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        return not any(self.codes)
+
+    def losses(self) -> dict[int, float]:
+        """Exact training losses by iteration."""
+        return {h["iteration"]: h["lm loss"] for h in self.report["train"]}
+
+    def grad_norms(self) -> dict[int, float]:
+        """Exact gradient norms by iteration."""
+        return {h["iteration"]: h["grad norm"] for h in self.report["train"]}
+
+    def printed(self) -> dict[int, tuple[str, str]]:
+        """Loss and gradient norm by iteration, as printed in the log."""
+        found = re.findall(r"iteration +(\d+)/.*?lm loss: (\S+) .*?grad norm: (\S+) ", self.log)
+        return {int(i): (loss, norm) for i, loss, norm in found}
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+def _environment(extra: dict | None) -> dict:
+    return {
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "WANDB_MODE": "offline",
+        **(extra or {}),
+    }
+
+
+class Launcher:
+    """Starts runs. Use as a context manager; ``folder`` receives the logs and reports."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._count = 0
+        self._parent: subprocess.Popen | None = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        if self._parent is not None:
+            self._parent.stdin.close()
+            self._parent.wait(timeout=30)
+
+    def run(
+        self,
+        *flags: str,
+        ranks: int = 1,
+        timeout: float = 120,
+        signal_at: tuple[int, int] | None = None,
+        env: dict | None = None,
+        torchrun: bool = False,
+        tiny: bool = True,
+        entry: Path = ENTRY,
+    ) -> Run:
+        """Run the entry with ``TINY`` (unless told otherwise) and the given flags.
+
+        Args:
+            ranks: number of processes.
+            timeout: seconds after which every rank is killed.
+            signal_at: (iteration, signal): send it to all ranks once that iteration was logged.
+            env: environment variables to add.
+            entry: another script in the entry's place.
+        """
+        self._count += 1
+        base = self._folder / f"run{self._count}"
+        report = base.with_suffix(".json")
+        flags = [*(TINY if tiny else ()), *map(str, flags)]
+        if entry == ENTRY:
+            flags += ["--agoq-report", str(report)]
+        job = {
+            "entry": str(entry),
+            "flags": flags,
+            "ranks": ranks,
+            "timeout": timeout,
+            "signal_at": signal_at,
+            "env": _environment(env),
+            "logs": str(base),
+        }
+        start = time.monotonic()
+        codes = _run_torchrun(job) if torchrun else self._fork(job)
+        logs = sorted(self._folder.glob(f"{base.name}.rank*.log"))
+        return Run(
+            codes=codes,
+            log="".join(f.read_text(errors="replace") for f in logs),
+            report=json.loads(report.read_text()) if report.is_file() else None,
+            seconds=time.monotonic() - start,
+        )
+
+    def _fork(self, job: dict) -> list[int]:
+        if self._parent is None:
+            self._parent = subprocess.Popen(
+                [sys.executable, __file__],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                cwd=ROOT,
+                env=os.environ | _environment(None),
+                text=True,
+            )
+        self._parent.stdin.write(json.dumps(job) + "\n")
+        self._parent.stdin.flush()
+        answer = self._parent.stdout.readline()
+        if not answer:
+            raise RuntimeError("the parent process of the test runs has died")
+        return json.loads(answer)
+
+
+def _run_torchrun(job: dict) -> list[int]:
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(job["ranks"])),
+        *("--master-addr", "localhost", "--master-port", str(free_port())),
+        *(job["entry"], *job["flags"]),
+    ]
+    with open(job["logs"] + ".rank0.log", "w") as log:
+        process = subprocess.Popen(
+            command, stdout=log, stderr=log, cwd=ROOT, env=os.environ | job["env"]
+        )
+        _wait([process.pid], job, log.name)
+    return [process.wait()]
+
+
+def _logged_iteration(log: str) -> int:
+    found = re.findall(r" iteration +(\d+)/", Path(log).read_text(errors="replace"))
+    return int(found[-1]) if found else 0
+
+
+def _wait(pids: list[int], job: dict, log: str) -> dict[int, int]:
+    """Wait for processes, send the job's signal on its way, and kill what is late."""
+    codes: dict[int, int] = {}
+    deadline = time.monotonic() + job["timeout"]
+    pending = job["signal_at"]
+    while len(codes) < len(pids):
+        for pid in pids:
+            if pid not in codes:
+                done, status = os.waitpid(pid, os.WNOHANG)
+                if done:
+                    codes[pid] = os.waitstatus_to_exitcode(status)
+        if pending and _logged_iteration(log) >= pending[0]:
+            _send(pids, codes, pending[1])
+            pending = None
+        # A rank that failed leaves the others waiting in a collective: do not wait with them.
+        failed = any(codes.values())
+        if time.monotonic() > deadline or (failed and time.monotonic() > deadline - job["timeout"]):
+            deadline = min(deadline, time.monotonic() + 5) if failed else deadline
+            if time.monotonic() > deadline or not failed:
+                _send(pids, codes, signal.SIGKILL)
+        time.sleep(0.01)
+    return codes
+
+
+def _send(pids: list[int], codes: dict[int, int], number: int) -> None:
+    for pid in pids:
+        if pid not in codes:
+            os.kill(pid, number)
+
+
+def _child(job: dict, rank: int, port: int) -> None:
+    """Become one rank. Never returns."""
+    log = os.open(f"{job['logs']}.rank{rank}.log", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    for descriptor in (1, 2):
+        os.dup2(log, descriptor)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.environ.update(job["env"])
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(job["ranks"]),
+        LOCAL_WORLD_SIZE=str(job["ranks"]),
+        MASTER_ADDR="localhost",
+        MASTER_PORT=str(port),
+    )
+    sys.argv = [job["entry"], *job["flags"]]
+    code = 0
+    try:
+        runpy.run_path(job["entry"], run_name="__main__")
+    except SystemExit as exit_:
+        code = exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _serve() -> None:
+    """The parent: import once, then fork the ranks of every job that comes in."""
+    sys.path.insert(0, str(ROOT))
+    from agoq_megatron import compat, cpu  # noqa: F401  (cpu must come before Megatron)
+
+    compat.silence_missing_accelerators()
+    import agoq_megatron.training  # noqa: F401
+
+    for line in sys.stdin:
+        job = json.loads(line)
+        port = free_port()
+        pids = []
+        for rank in range(job["ranks"]):
+            pid = os.fork()
+            if pid == 0:
+                _child(job, rank, port)
+            pids.append(pid)
+        codes = _wait(pids, job, f"{job['logs']}.rank{job['ranks'] - 1}.log")
+        print(json.dumps([codes[pid] for pid in pids]), flush=True)
+
+
+if __name__ == "__main__":
+    _serve()
