@@ -2,7 +2,7 @@
 
 Megatron keeps a checkpoint's step count in the parameter groups, as the fused Adam of Transformer
 Engine and apex does. torch's Adam keeps one step tensor a parameter, creates its state at the first
-step, and so meets three faults of the stock class when a run is resumed:
+step, and so meets four faults of the stock class when a run is resumed:
 
 * before the first step there is no state, and asking for the step count fails. A dummy step would
   create the state, but decays the master weights and leaves a count of one. Here the state is set up as
@@ -10,7 +10,8 @@ step, and so meets three faults of the stock class when a run is resumed:
 * a loaded step count becomes one tensor that all parameters share, which every one of them then
   advances. Here each gets its own;
 * the step tensors are handed to the writers and loaders of parameter state, which expect tensors of the
-  parameter's size. Here they are left out: the count travels in the parameter groups alone.
+  parameter's size. Here they are left out: the count travels in the parameter groups alone;
+* in FP32, loading writes into a view of a parameter while gradients are recorded.
 
 With Transformer Engine or apex installed the stock code is right, and nothing is changed.
 """
@@ -75,6 +76,7 @@ class ResumableDistributedOptimizer(DistributedOptimizer):
             tensors.pop("step", None)
         return tensors
 
+    @torch.no_grad()  # an FP32 shard is a view of the model's parameter
     def _set_main_param_and_optimizer_states(self, model_param, tensors):
         if self._has_torch_adam:
             tensors = {**tensors, "step": None}  # None: leave what load_state_dict has set

@@ -8,10 +8,15 @@ element, one scale, and, with the asymmetric code, one zero point:
     int_asym   (max - min) / qmax  (c - zero) * scale,  qmax = 2^bits - 1, the range includes 0
     nf4        absmax              NF4_LEVELS[c] * scale
     e2m1       absmax / 6          +-E2M1_LEVELS[c & 7] * scale, the sign in bit 3
+    cubic      absmax              CUBIC_LEVELS[c] * scale
 
 The scale is a bfloat16, or 8 bits in "ue5m3": no sign, 5 exponent bits, 3 mantissa bits. An 8-bit
 scale on groups of 64 costs what a 16-bit scale on groups of 128 costs, and holds outliers better.
 All arithmetic is FP32, and every rule here is exact: two backends must return the same codes.
+
+"cubic" is this project's own 4-bit code: the levels (t + t^3) / 2 at the 16 odd fifteenths t of
+[-1, 1], denser near zero than a line, wider at the ends than a normal distribution's quantiles. It
+has no zero, and is decoded by two multiplications instead of a table.
 
 Sources: NF4 is from QLoRA (Dettmers et al., 2023); E2M1 from the OCP Microscaling formats (2023).
 """
@@ -25,7 +30,7 @@ import torch
 from torch import Tensor
 
 BIT_WIDTHS = (2, 3, 4, 5, 6, 8)
-CODES = ("int", "int_asym", "nf4", "e2m1")
+CODES = ("int", "int_asym", "nf4", "e2m1", "cubic")
 GROUP_SIZES = (32, 64, 128, 256)
 SCALE_BITS = (16, 8)
 ROUNDINGS = ("nearest", "stochastic")
@@ -37,12 +42,18 @@ NF4_LEVELS = (
     0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
+# m (225 + m^2) / 6750 for odd m: the product is an exact integer, so that a kernel's
+# FP32(product) * FP32(1 / 6750) gives the same levels as this table.
+CUBIC_LEVELS = tuple(
+    (torch.tensor(float(m * (225 + m * m))) * torch.tensor(1 / 6750)).item() for m in range(-15, 16, 2)
+)
 E2M1_LEVELS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 # Nearest rounding counts the thresholds strictly below a value. A value midway between two levels
 # thus goes to the lower of them; for E2M1, whose ties go to the even code, every second threshold
 # is the FP32 number just below its midpoint.
 NF4_THRESHOLDS = tuple((a + b) / 2 for a, b in zip(NF4_LEVELS, NF4_LEVELS[1:], strict=False))
+CUBIC_THRESHOLDS = tuple((a + b) / 2 for a, b in zip(CUBIC_LEVELS, CUBIC_LEVELS[1:], strict=False))
 E2M1_THRESHOLDS = (0.25, 0.75 - 2.0**-24, 1.25, 1.75 - 2.0**-23, 2.5, 3.5 - 2.0**-22, 5.0)
 
 
@@ -51,7 +62,7 @@ class Format:
     """How a tensor is quantized. Raises ValueError for a combination that does not exist."""
 
     bits: int = 4
-    code: Literal["int", "int_asym", "nf4", "e2m1"] = "int"
+    code: Literal["int", "int_asym", "nf4", "e2m1", "cubic"] = "int"
     group: int = 64
     scale_bits: Literal[16, 8] = 8
     rounding: Literal["nearest", "stochastic"] = "nearest"
@@ -67,7 +78,7 @@ class Format:
             if isinstance(value, bool) or value not in allowed:
                 choices = ", ".join(map(str, allowed))
                 raise ValueError(f"{name} must be one of {choices}; got {value!r}")
-        if self.code in ("nf4", "e2m1") and self.bits != 4:
+        if self.code in ("nf4", "e2m1", "cubic") and self.bits != 4:
             raise ValueError(f"code {self.code!r} exists with 4 bits only; got bits={self.bits}")
 
     def __str__(self) -> str:

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from agoq_kernels.formats import (
+    CUBIC_LEVELS,
+    CUBIC_THRESHOLDS,
     E2M1_LEVELS,
     E2M1_THRESHOLDS,
     NF4_LEVELS,
@@ -112,7 +114,7 @@ def _ideal_scale(low: Tensor, high: Tensor, fmt: Format) -> Tensor:
     if fmt.code == "int_asym":
         return (high - low).mul_(_fp32(1 / _top(fmt)))
     absmax = torch.maximum(high, -low)
-    largest = {"int": _qmax(fmt), "nf4": 1, "e2m1": 6}[fmt.code]
+    largest = {"int": _qmax(fmt), "nf4": 1, "cubic": 1, "e2m1": 6}[fmt.code]
     return absmax if largest == 1 else absmax.mul_(_fp32(1 / largest))
 
 
@@ -127,6 +129,8 @@ def _encode_(y: Tensor, u: Tensor | None, fmt: Format, zero: Tensor) -> Tensor:
         return _round_(y, u).add_(zero[:, None]).clamp_(0, _top(fmt))
     if fmt.code == "nf4":
         return _encode_levels(y, u, NF4_LEVELS, NF4_THRESHOLDS)
+    if fmt.code == "cubic":
+        return _encode_levels(y, u, CUBIC_LEVELS, CUBIC_THRESHOLDS)
     negative = torch.lt(y, 0.0, out=torch.empty_like(y))
     return _encode_levels(y.abs_(), u, E2M1_LEVELS, E2M1_THRESHOLDS).add_(negative, alpha=8)
 
@@ -137,8 +141,12 @@ def _decode(codes: Tensor, fmt: Format, zero: Tensor) -> Tensor:
         return codes.float().sub_(_qmax(fmt))
     if fmt.code == "int_asym":
         return codes.float().sub_(zero[:, None])
-    levels = NF4_LEVELS if fmt.code == "nf4" else E2M1_LEVELS + tuple(-v for v in E2M1_LEVELS)
-    return _look_up(levels, codes)
+    levels = {
+        "nf4": NF4_LEVELS,
+        "cubic": CUBIC_LEVELS,
+        "e2m1": E2M1_LEVELS + tuple(-v for v in E2M1_LEVELS),
+    }
+    return _look_up(levels[fmt.code], codes)
 
 
 def _round_(y: Tensor, u: Tensor | None) -> Tensor:
