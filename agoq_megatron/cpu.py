@@ -21,6 +21,7 @@ import functools
 import logging
 import os
 from collections import defaultdict
+from types import SimpleNamespace
 
 # torch.compile reads it when it decorates, which Megatron does at import. Compiling for the CPU would
 # need a C++ compiler and cost minutes for nothing.
@@ -155,6 +156,8 @@ def _answer_torch_cuda() -> None:
         "set_device": nothing,
         "get_device_name": lambda *a: "CPU",
         "get_device_capability": lambda *a: (0, 0),
+        # Megatron asks for the generation, to demand CUDA_DEVICE_MAX_CONNECTIONS before the tenth.
+        "get_device_properties": lambda *a: SimpleNamespace(name="CPU", major=10, minor=0),
         "synchronize": nothing,
         "empty_cache": nothing,
         "Stream": _Stream,
