@@ -32,6 +32,9 @@ import torch._dynamo  # noqa: E402, F401 - tabulates torch's functions as it is 
 from torch.overrides import TorchFunctionMode  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 
+# Says, when Megatron is imported, that there is no CUDA runtime.
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+
 CPU_DEFAULTS = {
     "distributed_backend": "gloo",
     "masked_softmax_fusion": False,
@@ -113,22 +116,41 @@ def _cpu_device(device):
     return device
 
 
-class _CpuForCuda(TorchFunctionMode):
-    """Redirects what Megatron addresses to a CUDA device."""
+def _type(x, *args, **kwargs):
+    name = torch.Tensor.type(x, *args, **kwargs)
+    asked = not args and not kwargs and "cuda" not in name
+    return name.replace("torch.", "torch.cuda.", 1) if asked else name
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is torch.Tensor.cuda or func is torch.Tensor.pin_memory:
-            return args[0]
-        if func is torch.Tensor.record_stream:
-            return None
-        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            name = func(args[0])
-            return name if "cuda" in name else name.replace("torch.", "torch.cuda.", 1)
-        if func is torch.Tensor.to and len(args) > 1:
-            args = (args[0], _cpu_device(args[1]), *args[2:])
+
+def _to(x, *args, **kwargs):
+    if args:
+        args = (_cpu_device(args[0]), *args[1:])
+    if "device" in kwargs:
+        kwargs["device"] = _cpu_device(kwargs["device"])
+    return torch.Tensor.to(x, *args, **kwargs)
+
+
+_REDIRECTED = {
+    torch.Tensor.cuda: lambda x, *args, **kwargs: x,
+    torch.Tensor.pin_memory: lambda x, *args, **kwargs: x,
+    torch.Tensor.record_stream: lambda x, stream: None,
+    torch.Tensor.type: _type,
+    torch.Tensor.to: _to,
+}
+
+
+class _CpuForCuda(TorchFunctionMode):
+    """Redirects what Megatron addresses to a CUDA device. Every torch function passes through here,
+    so what concerns few of them is looked up, not asked."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None, find=_REDIRECTED.get):
+        redirected = find(func)
+        if redirected is not None:
+            return redirected(*args, **(kwargs or {}))
+        if not kwargs:
+            return func(*args)
         if "device" in kwargs:
-            kwargs = {**kwargs, "device": _cpu_device(kwargs["device"])}
+            kwargs["device"] = _cpu_device(kwargs["device"])
         return func(*args, **kwargs)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import secrets
 import sys
 import traceback
 from functools import partial
@@ -46,7 +47,7 @@ DEFAULTS = {
     "transformer_impl": "local",
     "apply_rope_fusion": False,
     "gradient_accumulation_fusion": False,
-    "persist_layer_norm": False,
+    "no_persist_layer_norm": True,
     # The attention kernels are causal by themselves; a mask would be [b, 1, s, s] booleans.
     "create_attention_mask_in_dataloader": False,
 }
@@ -190,9 +191,7 @@ def keep_wandb_run(args: argparse.Namespace) -> None:
     if not run_id and args.load and kept.is_file():
         run_id = kept.read_text().strip()
     if not run_id:
-        import wandb
-
-        run_id = wandb.util.generate_id()
+        run_id = secrets.token_hex(4)
     kept.parent.mkdir(parents=True, exist_ok=True)
     kept.write_text(run_id + "\n")
     os.environ["WANDB_RUN_ID"] = run_id

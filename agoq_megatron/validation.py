@@ -184,6 +184,7 @@ def check(args: Namespace, on_cpu: bool = False) -> None:
             raise UsageError(f"{flag}: {remedy}.")
     load_policy(args.agoq_activations, args.agoq_rounding)
     _check_shapes(args)
+    _check_schedule(args)
     _check_recompute(args)
     _check_data(args)
     if args.agoq_measure_interval < 0:
@@ -238,6 +239,15 @@ def _check_shapes(args: Namespace) -> None:
             f"--hidden-size {args.hidden_size} with --num-attention-heads "
             f"{args.num_attention_heads}: heads of {head_dim} features; the fused attention kernels "
             "take multiples of 8."
+        )
+
+
+def _check_schedule(args: Namespace) -> None:
+    decay = args.lr_decay_iters or args.train_iters
+    if args.lr_warmup_iters and decay and args.lr_warmup_iters >= decay:
+        raise UsageError(
+            f"--lr-warmup-iters {args.lr_warmup_iters}: the warm-up must end before the schedule "
+            f"does, after {decay} iterations (--lr-decay-iters, else --train-iters)."
         )
 
 

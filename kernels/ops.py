@@ -8,10 +8,9 @@ The operators `agoq::quantize` and `agoq::dequantize` have one schema and one sh
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 from agoq_kernels import reference
 from agoq_kernels.formats import Format
+from torch import Tensor
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 

@@ -16,8 +16,6 @@ from functools import cache
 from itertools import pairwise
 
 import torch
-from torch import Tensor
-
 from agoq_kernels.formats import (
     CUBIC_LEVELS,
     CUBIC_THRESHOLDS,
@@ -31,6 +29,7 @@ from agoq_kernels.formats import (
 )
 from agoq_kernels.packing import pack, unpack
 from agoq_kernels.rng import uniform
+from torch import Tensor
 
 CPU_BLOCK = 1 << 18  # elements: an FP32 temporary of 1 MiB
 

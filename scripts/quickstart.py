@@ -36,7 +36,12 @@ ROOT = Path(__file__).resolve().parent.parent
 # Everything that differs from one machine to the next, as Megatron's flags and prepare_corpus.py's.
 PRESETS = {
     "smoke": {
-        "corpus": {"max-bytes": 1_000_000, "valid-fraction": 0.1, "vocab-size": 1024},
+        "corpus": {
+            "max-bytes": 1_000_000,
+            "max-file-bytes": 40_000,
+            "valid-fraction": 0.1,
+            "vocab-size": 1024,
+        },
         "model": {
             "num-layers": 2,
             "hidden-size": 128,
@@ -56,7 +61,7 @@ PRESETS = {
         },
     },
     "cpu": {
-        "corpus": {"max-bytes": 20_000_000, "valid-fraction": 0.05, "vocab-size": 8192},
+        "corpus": {"max-bytes": 20_000_000, "valid-fraction": 0.05, "vocab-size": 4096},
         "model": {
             "num-layers": 4,
             "hidden-size": 256,

@@ -163,14 +163,16 @@ def draw_memory(reports: dict[str, dict], path: Path) -> None:
         axes.barh(positions, [_measured(row) for row in kept], height, color=color, label=label)
         for position, row in zip(positions, kept, strict=True):
             size = _measured(row)
-            note = f"{size:,.0f}  {row['format']}" if size else "not kept"
+            how = "not kept" if row is None else row["format"].removesuffix(", not quantized")
+            note = f"{size:,.0f}  {how}" if size else how
             axes.text(size + widest / 100, position, note, va="center", fontsize=8)
     axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1.35 * widest)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.set_xlim(0, 1.25 * widest)
     axes.set_xlabel("bytes a token and layer kept from forward to backward (measured)")
+    axes.set_title("What a layer keeps for its backward pass")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="center right")
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

@@ -47,7 +47,7 @@ def prepare(tree_path, prefix, *more: str) -> dict:
 def documents(prefix, split: str) -> list[np.ndarray]:
     dataset = IndexedDataset(f"{prefix}_{split}_text_document")
     assert len(dataset.document_indices) == len(dataset) + 1  # one sequence a document
-    return [dataset[i] for i in range(len(dataset))]
+    return [dataset[i].copy() for i in range(len(dataset))]  # views die with the dataset
 
 
 def decoded(prefix, split: str) -> list[str]:

@@ -1,0 +1,68 @@
+"""Megatron's own GPT, layers, loss and optimizer, as far from this project's as its wheel allows: the
+reference of the tests. Only the batches come from here, and the facade that lets it run on a CPU.
+
+Writes ``{"iteration": [loss, gradient norm]}`` to the file that STOCK_REPORT names.
+"""
+
+import json
+import os
+from functools import partial
+
+
+def main():
+    from agoq_megatron import compat, cpu
+
+    cpu.install()
+    compat.skip_compiling_helpers()
+    import megatron.training.training as loop
+    from megatron.core.enums import ModelType
+    from megatron.core.utils import get_attr_wrapped_model
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import (
+        gpt_config_from_args,
+        pretrain_cfg_container_from_args,
+    )
+    from megatron.training.arguments import parse_and_validate_args
+
+    from agoq_megatron.data import datasets_provider, get_batch
+
+    def flags(parser):
+        parser.set_defaults(
+            transformer_impl="local",
+            apply_rope_fusion=False,
+            gradient_accumulation_fusion=False,
+            no_persist_layer_norm=True,
+            **cpu.CPU_DEFAULTS,
+        )
+        return parser
+
+    history = {}
+    train_step = loop.train_step
+
+    def recording_train_step(*args, iteration, **kwargs):
+        result = train_step(*args, iteration=iteration, **kwargs)
+        history[iteration + 1] = [float(result[0]["lm loss"]), float(result[5])]
+        return result
+
+    loop.train_step = recording_train_step
+
+    def mean_loss(mask, losses):
+        total, count = (losses.float() * mask).sum(), mask.sum()
+        return total, count.int(), {"lm loss": torch.stack((total.detach(), count))}
+
+    def step(data_iterator, model):
+        stage = get_attr_wrapped_model(model, "vp_stage")
+        tokens, labels, mask, attention_mask, positions = get_batch(data_iterator, stage)
+        return model(tokens, positions, attention_mask, labels=labels), partial(mean_loss, mask)
+
+    import torch
+
+    args = parse_and_validate_args(flags)
+    config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
+    pretrain(config, datasets_provider, ModelType.encoder_or_decoder, step)
+    with open(os.environ["STOCK_REPORT"], "w") as f:
+        json.dump(history, f)
+
+
+if __name__ == "__main__":
+    main()
