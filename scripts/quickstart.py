@@ -60,6 +60,27 @@ PRESETS = {
             "eval-iters": 4,
         },
     },
+    # CPUs without BF16 instructions: a matrix product takes ten times as long there.
+    "cpu-slow": {
+        "corpus": {"max-bytes": 10_000_000, "valid-fraction": 0.05, "vocab-size": 2048},
+        "model": {
+            "num-layers": 4,
+            "hidden-size": 128,
+            "ffn-hidden-size": 384,
+            "num-attention-heads": 4,
+            "num-query-groups": 2,
+            "seq-length": 128,
+        },
+        "training": {
+            "micro-batch-size": 4,
+            "global-batch-size": 4,
+            "train-iters": 300,
+            "lr": 2e-3,
+            "lr-warmup-iters": 30,
+            "eval-interval": 50,
+            "eval-iters": 10,
+        },
+    },
     "cpu": {
         "corpus": {"max-bytes": 20_000_000, "valid-fraction": 0.05, "vocab-size": 4096},
         "model": {
@@ -102,6 +123,9 @@ PRESETS = {
     },
 }
 
+# Below this many BF16 operations a second the preset "cpu" would take more than ten minutes.
+SLOW_CPU = 50e9
+
 # The shape of LLaMA, and what both runs have in common.
 COMMON_FLAGS = """
     --bf16 --swiglu --normalization RMSNorm --norm-epsilon 1e-5 --position-embedding-type rope
@@ -136,7 +160,24 @@ def choose_preset(args: argparse.Namespace) -> str:
         return args.preset
     import torch
 
-    return "gpu" if torch.cuda.is_available() else "cpu"
+    if torch.cuda.is_available():
+        return "gpu"
+    rate = bf16_rate()
+    print(f"this CPU multiplies BF16 matrices at {rate / 1e9:.0f} GFLOP/s")
+    return "cpu" if rate > SLOW_CPU else "cpu-slow"
+
+
+def bf16_rate() -> float:
+    """Floating-point operations a second of the model's own kind of matrix product, at best."""
+    import torch
+
+    x, weight = torch.ones(2048, 256).bfloat16(), torch.ones(768, 256).bfloat16()
+    seconds = []
+    for _ in range(20):
+        start = time.perf_counter()
+        torch.nn.functional.linear(x, weight)
+        seconds.append(time.perf_counter() - start)
+    return 2 * x.numel() * weight.shape[0] / min(seconds)
 
 
 def claim(output: Path) -> None:
@@ -316,7 +357,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--smoke", action="store_true", help="everything, in under a minute, on a toy model")
-    add("--preset", choices=PRESETS, help="default: gpu where CUDA is found, else cpu")
+    add("--preset", choices=PRESETS, help="default: what fits this machine")
     add("--output", type=Path, default=ROOT / "runs" / "quickstart", metavar="DIR")
     add(
         "--input",

@@ -90,6 +90,7 @@ class Launcher:
 
     def __init__(self, folder: Path):
         self._folder = folder
+        self.tiny = list(TINY)
         self._count = 0
         self._parent: subprocess.Popen | None = None
 
@@ -174,12 +175,13 @@ def _run_torchrun(job: dict) -> list[int]:
         process = subprocess.Popen(
             command, stdout=log, stderr=log, cwd=ROOT, env=os.environ | job["env"]
         )
-        _wait([process.pid], job, log.name)
-    return [process.wait()]
+        return list(_wait([process.pid], job, log.name).values())
 
 
 def _logged_iteration(log: str) -> int:
-    found = re.findall(r" iteration +(\d+)/", Path(log).read_text(errors="replace"))
+    path = Path(log)
+    text = path.read_text(errors="replace") if path.is_file() else ""
+    found = re.findall(r" iteration +(\d+)/", text)
     return int(found[-1]) if found else 0
 
 
@@ -188,6 +190,7 @@ def _wait(pids: list[int], job: dict, log: str) -> dict[int, int]:
     codes: dict[int, int] = {}
     deadline = time.monotonic() + job["timeout"]
     pending = job["signal_at"]
+    failed = False
     while len(codes) < len(pids):
         for pid in pids:
             if pid not in codes:
@@ -197,12 +200,11 @@ def _wait(pids: list[int], job: dict, log: str) -> dict[int, int]:
         if pending and _logged_iteration(log) >= pending[0]:
             _send(pids, codes, pending[1])
             pending = None
-        # A rank that failed leaves the others waiting in a collective: do not wait with them.
-        failed = any(codes.values())
-        if time.monotonic() > deadline or (failed and time.monotonic() > deadline - job["timeout"]):
-            deadline = min(deadline, time.monotonic() + 5) if failed else deadline
-            if time.monotonic() > deadline or not failed:
-                _send(pids, codes, signal.SIGKILL)
+        if any(codes.values()) and not failed:
+            # A rank that failed leaves the others waiting in a collective: do not wait with them.
+            failed, deadline = True, min(deadline, time.monotonic() + 5)
+        if time.monotonic() > deadline:
+            _send(pids, codes, signal.SIGKILL)
         time.sleep(0.01)
     return codes
 

@@ -1,0 +1,112 @@
+"""Every way of splitting the model trains as one rank does: losses of 10 steps, in FP32.
+
+All runs start from one checkpoint, written by one rank and resharded by Megatron as it is loaded: under
+another layout Megatron would draw other initial weights.
+"""
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+MODEL = """
+    --num-layers 4 --hidden-size 128 --ffn-hidden-size 256 --num-attention-heads 4 --kv-channels 64
+    --group-query-attention --num-query-groups 2 --swiglu --normalization RMSNorm
+    --disable-bias-linear --position-embedding-type rope --untie-embeddings-and-output-weights
+    --attention-dropout 0 --hidden-dropout 0 --seq-length 48 --max-position-embeddings 48
+    --micro-batch-size 1 --global-batch-size 4 --lr 1e-3 --log-interval 1 --mock-data
+    --tokenizer-type NullTokenizer --vocab-size 127 --make-vocab-size-divisible-by 64
+    --eval-iters 0 --eval-interval 1000
+""".split()
+STEPS = 10
+
+TP2 = "--tensor-model-parallel-size 2"
+PP2 = "--pipeline-model-parallel-size 2"
+OVERLAP = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
+LAYOUTS = {
+    "TP2": (2, TP2),
+    "TP2 SP": (2, f"{TP2} --sequence-parallel"),
+    "PP2": (2, PP2),
+    "PP2 interleaved": (2, f"{PP2} --num-layers-per-virtual-pipeline-stage 1"),
+    "DP2 distributed optimizer, overlap": (2, OVERLAP),
+    "TP2 x PP2": (4, f"{TP2} {PP2}"),
+    "TP2 SP x PP2 interleaved x DP2, all": (
+        8,
+        f"{TP2} --sequence-parallel {PP2} --num-layers-per-virtual-pipeline-stage 1 {OVERLAP}",
+    ),
+}
+POLICIES = {"off": 1e-4, "agoq": 1e-3}
+RECOMPUTE = {
+    "full": "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+    "selective": "--recompute-granularity selective --recompute-modules core_attn mlp layernorm",
+}
+
+
+@pytest.fixture(scope="module")
+def train(launcher, tmp_path_factory):
+    """Train from the common checkpoint; returns the run."""
+    start = tmp_path_factory.mktemp("start")
+    run = launcher.run(
+        *MODEL, "--train-iters", "1", "--save", start, "--save-interval", "1", tiny=False
+    )
+    assert run.ok, run.log[-4000:]
+
+    def train(policy: str, *flags: str, ranks: int = 1):
+        run = launcher.run(
+            *MODEL, "--train-iters", str(STEPS), "--load", start, "--finetune",
+            "--agoq-activations", policy, *flags, ranks=ranks, tiny=False, timeout=200,
+        )  # fmt: skip
+        assert run.ok, run.log[-4000:]
+        assert len(run.losses()) == STEPS
+        return run
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def one_rank(train):
+    return {policy: train(policy).losses() for policy in POLICIES}
+
+
+def worst_difference(losses: dict, reference: dict) -> float:
+    return max(abs(losses[i] - reference[i]) / reference[i] for i in reference)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_matches_one_rank(train, one_rank, layout, policy):
+    ranks, flags = LAYOUTS[layout]
+    run = train(policy, *flags.split(), ranks=ranks)
+    worst = worst_difference(run.losses(), one_rank[policy])
+    print(f"{layout}, {policy}: worst relative loss difference of {STEPS} steps {worst:.1e}")
+    assert worst < POLICIES[policy]
+    reference = one_rank[policy]
+    assert reference[STEPS] < reference[1] - 0.05  # it trains
+
+    planned = run.report["planned_bytes_per_token_layer"]
+    measured = run.report["saved_bytes_per_token_layer"]
+    assert measured == pytest.approx(planned, rel=0.01)
+
+
+def test_policies_differ(one_rank):
+    """The comparison can see a policy: 'agoq' is near 'off', but not the same numbers."""
+    worst = worst_difference(one_rank["agoq"], one_rank["off"])
+    print(f"agoq against off on one rank: {worst:.1e}")
+    assert 1e-7 < worst < 0.05
+
+
+@pytest.mark.parametrize("layout", ["TP2 SP", "PP2 interleaved"])
+@pytest.mark.parametrize("kind", RECOMPUTE)
+def test_recomputation_composes(train, one_rank, kind, layout):
+    """Exact with 'off'; with 'agoq' near it, and the kept bytes are the planned ones."""
+    ranks, flags = LAYOUTS[layout]
+    flags = f"{flags} {RECOMPUTE[kind]}".split()
+    exact = train("off", *flags, ranks=ranks)
+    assert worst_difference(exact.losses(), one_rank["off"]) < 1e-4
+    packed = train("agoq", *flags, ranks=ranks)
+    assert worst_difference(packed.losses(), one_rank["off"]) < 0.05
+    for run in (exact, packed):
+        measured = run.report["saved_bytes_per_token_layer"]
+        assert measured == pytest.approx(run.report["planned_bytes_per_token_layer"], rel=0.01)
+    assert packed.report["saved_bytes_per_token_layer"] < (
+        0.5 * exact.report["saved_bytes_per_token_layer"]
+    )

@@ -1,0 +1,131 @@
+"""What a run leaves behind: report, TensorBoard, W&B; and what a refused or dry run does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+VALIDATION = ["--eval-iters", "2", "--eval-interval", "3"]
+
+
+def series(folder: Path) -> dict[str, dict[int, float]]:
+    """TensorBoard's scalars: {tag: {step: value}}."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {t: {e.step: e.value for e in events.Scalars(t)} for t in events.Tags()["scalars"]}
+
+
+def wandb_series(folder: Path) -> dict[str, int]:
+    """Metrics in an offline W&B run: {name: number of values}."""
+    from wandb.proto import wandb_internal_pb2
+    from wandb.sdk.internal.datastore import DataStore
+
+    counts: dict[str, int] = {}
+    (file,) = folder.glob("*.wandb")
+    store = DataStore()
+    store.open_for_scan(str(file))
+    while (data := store.scan_data()) is not None:
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        for item in record.history.item:
+            name = item.key or "/".join(item.nested_key)
+            counts[name] = counts.get(name, 0) + 1
+    return counts
+
+
+def test_under_torchrun_with_every_writer(launcher, tmp_path):
+    """The command that a user types, on two ranks; then resumed: one W&B run, series continued."""
+    flags = [
+        *("--train-iters", 6, "--save", tmp_path / "ckpt", "--load", tmp_path / "ckpt"),
+        *("--save-interval", 100, "--use-distributed-optimizer", "--log-throughput"),
+        *("--tensorboard-dir", tmp_path / "tb", "--wandb-project", "test", "--wandb-exp-name", "x"),
+        *VALIDATION,
+    ]
+    first = launcher.run(*flags, "--exit-interval", 4, ranks=2, torchrun=True)
+    assert first.ok, first.log[-4000:]
+    assert "no GPU found; training on the CPU" in first.log
+    assert first.log.count("AGoQ: saved activations, policy agoq") == 1
+    assert "TFLOP/s" in first.log
+    run_id = (tmp_path / "ckpt" / "wandb_run_id").read_text().strip()
+
+    second = launcher.run(*flags, ranks=2)
+    assert second.ok, second.log[-4000:]
+    assert (tmp_path / "ckpt" / "wandb_run_id").read_text().strip() == run_id
+    runs = sorted((tmp_path / "ckpt" / "wandb").rglob("offline-run-*"))
+    assert len(runs) == 2 and all(r.name.endswith(run_id) for r in runs)
+    metrics = wandb_series(runs[0])
+    assert metrics["lm loss"] == metrics["grad-norm"] == 4
+    assert metrics["lm loss validation"] == 1
+    assert metrics["agoq/saved-bytes-per-token-layer"] == 1
+
+    tags = series(tmp_path / "tb")
+    assert tags["lm loss"].keys() == set(range(1, 7))
+    exact = first.losses() | second.losses()
+    for step, value in tags["lm loss"].items():
+        assert value == pytest.approx(exact[step], rel=1e-6)
+    assert tags["lm loss validation"].keys() >= {3, 6}
+    assert tags["grad-norm"].keys() == set(range(1, 7))
+
+    report = second.report
+    assert report["iterations"] == 6 and report["tokens"] == 6 * 4 * 64
+    assert report["final_train_loss"] == exact[6]
+    assert report["final_valid_loss"] == pytest.approx(tags["lm loss validation"][6], rel=1e-6)
+    assert report["device"] == "cpu" and report["peak_memory_bytes"] is None
+    assert report["step_ms"] > 0
+    measured = sum(t["measured_bytes_per_token"] for t in report["tensors"])
+    assert report["saved_bytes_per_token_layer"] == pytest.approx(measured)
+    assert measured == pytest.approx(report["planned_bytes_per_token_layer"], rel=0.01)
+
+
+def test_a_new_run_in_an_old_folder_is_a_new_wandb_run(launcher, tmp_path):
+    """Without --load nothing is resumed, W&B's run neither."""
+    (tmp_path / "wandb_run_id").write_text("old\n")
+    flags = ["--train-iters", 1, "--save", tmp_path, "--save-interval", 10]
+    flags += ["--tensorboard-dir", tmp_path / "tb", "--wandb-project", "p", "--wandb-exp-name", "x"]
+    run = launcher.run(*flags)
+    assert run.ok, run.log[-4000:]
+    assert (tmp_path / "wandb_run_id").read_text().strip() != "old"
+
+
+def test_dry_run_leaves_no_trace(launcher, tmp_path):
+    flags = ["--train-iters", 1, "--tensorboard-dir", tmp_path / "tb", "--agoq-dry-run"]
+    run = launcher.run(*flags, "--save", tmp_path / "ckpt", "--save-interval", 1, ranks=2)
+    assert run.ok, run.log[-4000:]
+    assert run.log.count("AGoQ: saved activations") == 1
+    assert run.report is None
+    assert "initializing torch distributed" not in run.log
+    assert not list(tmp_path.iterdir())
+
+
+BAD = {
+    "an unknown flag": (["--no-such-flag"], "--no-such-flag"),
+    "W&B without TensorBoard": (["--wandb-project", "p"], "--tensorboard-dir"),
+    "W&B without a name": (
+        ["--wandb-project", "p", "--tensorboard-dir", "tb"],
+        "--wandb-exp-name",
+    ),
+    "a type": (["--num-layers", "two"], "--num-layers"),
+    "Megatron's own refusal": (["--global-batch-size", "3", "--micro-batch-size", "2"], "divisible"),
+    "a missing tokenizer": (
+        ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", "/nowhere/at/all"],
+        "/nowhere/at/all",
+    ),
+    "more ranks asked for than there are": (["--tensor-model-parallel-size", "2"], "world size"),
+    "no checkpoint to take flags from": (["--use-checkpoint-args"], "--load"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_usage_is_one_paragraph(launcher, case):
+    flags, named = BAD[case]
+    run = launcher.run("--train-iters", 1, *flags, timeout=60)
+    assert run.codes == [2], run.log[-4000:]
+    message = run.log.partition("pretrain_gpt_agoq.py: error: ")[2].strip()
+    assert message and "\n\n" not in message and "Traceback" not in run.log
+    assert named in message
+    assert len(message) < 700

@@ -1,0 +1,149 @@
+"""A run that was killed and resumed from its checkpoint is the uninterrupted run, to the last bit."""
+
+from __future__ import annotations
+
+import logging
+import random
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+pytestmark = pytest.mark.slow
+
+logging.getLogger("c10d-NullHandler-dcp_logger").setLevel(logging.WARNING)
+
+ITERATIONS, INTERVAL = 10, 4
+DISTRIBUTED = ["--use-distributed-optimizer"]
+OVERLAP = [*DISTRIBUTED, "--overlap-grad-reduce", "--overlap-param-gather"]
+STOCHASTIC = ["--agoq-rounding", "stochastic"]
+DROPOUT = ["--hidden-dropout", "0.1"]
+VALIDATION = ["--eval-iters", "1", "--eval-interval", "2"]
+
+CASES = {
+    "1 rank": (1, [*STOCHASTIC, *DROPOUT, *VALIDATION]),
+    "1 rank, distributed optimizer": (1, [*DISTRIBUTED, *STOCHASTIC, *DROPOUT, *VALIDATION]),
+    "DP 2, distributed optimizer, overlap": (2, [*OVERLAP, *STOCHASTIC, *VALIDATION]),
+}
+
+
+def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint: weights, master weights, moments."""
+    reader = dcp.FileSystemReader(checkpoint)
+    entries = reader.read_metadata().state_dict_metadata.items()
+    state = {
+        name: torch.full(tuple(entry.size), -1, dtype=entry.properties.dtype)
+        for name, entry in entries
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    dcp.load(state, storage_reader=reader, no_dist=True)
+    return state
+
+
+def assert_same_tensors(one: Path, other: Path):
+    a, b = tensors(one), tensors(other)
+    assert a.keys() == b.keys()
+    assert any("exp_avg_sq" in name for name in a)
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def assert_continues(resumed, whole, first: int):
+    """Losses and gradient norms from ``first`` on are equal, exact and as printed."""
+    assert resumed.losses().keys() == set(range(first, ITERATIONS + 1))
+    for seen, expected in (
+        (resumed.losses(), whole.losses()),
+        (resumed.grad_norms(), whole.grad_norms()),
+    ):
+        assert seen == {i: expected[i] for i in seen}
+    # Megatron's second line after any start gives the mean of two iterations.
+    printed, before = resumed.printed(), whole.printed()
+    for iteration in range(first + 2, ITERATIONS + 1):
+        assert printed[iteration] == before[iteration]
+
+
+def saved_iteration(folder: Path) -> int:
+    tracker = folder / "latest_checkpointed_iteration.txt"
+    return int(tracker.read_text()) if tracker.is_file() else 0
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_killed_at_a_random_step(launcher, tmp_path, seed, case):
+    ranks, flags = CASES[case]
+    flags = [*flags, "--train-iters", ITERATIONS]
+    once = ["--save", tmp_path / "whole", "--save-interval", ITERATIONS]
+    whole = launcher.run(*flags, *once, ranks=ranks)
+    assert whole.ok, whole.log[-4000:]
+    assert len(set(whole.losses().values())) == ITERATIONS
+
+    at = random.Random(seed).randint(INTERVAL + 1, ITERATIONS - 1)
+    broken = [*flags, "--save", tmp_path / "broken", "--load", tmp_path / "broken"]
+    broken += ["--save-interval", INTERVAL]
+    killed = launcher.run(*broken, ranks=ranks, signal_at=(at, signal.SIGKILL))
+    assert killed.codes == [-signal.SIGKILL] * ranks
+    start = saved_iteration(tmp_path / "broken")
+    assert 0 < start < ITERATIONS
+
+    resumed = launcher.run(*broken, ranks=ranks)
+    assert resumed.ok, resumed.log[-4000:]
+    assert_continues(resumed, whole, start + 1)
+    last = f"iter_{ITERATIONS:07d}"
+    assert_same_tensors(tmp_path / "whole" / last, tmp_path / "broken" / last)
+    if "--eval-iters" in flags:
+        seen = resumed.report["validation"]
+        assert seen == whole.report["validation"][-len(seen) :]
+
+
+FORMATS = {
+    "FP32": [*DISTRIBUTED, "--fp32"],
+    "resharding": [*DISTRIBUTED, "--dist-ckpt-optim-fully-reshardable"],
+    "tensor-parallel": ["--tensor-model-parallel-size", "2", "--sequence-parallel", *DROPOUT],
+    "interleaved pipeline": [
+        *OVERLAP,
+        *("--pipeline-model-parallel-size", "2", "--num-layers", "4"),
+        *("--num-virtual-stages-per-pipeline-rank", "2"),
+    ],
+}
+
+
+@pytest.mark.parametrize("case", FORMATS)
+def test_other_ways_to_save(launcher, tmp_path, case):
+    """On two ranks: the other checkpoint formats of the optimizer, and other kinds of parallelism."""
+    flags = [f for f in FORMATS[case] if f != "--fp32"]
+    tiny = [f for f in launcher.tiny if f != "--bf16" or "--fp32" not in FORMATS[case]]
+    flags = [*tiny, *flags, "--train-iters", ITERATIONS, "--save-interval", 5]
+    whole = launcher.run(*flags, "--save", tmp_path, ranks=2, tiny=False)
+    assert whole.ok, whole.log[-4000:]
+    resumed = launcher.run(*flags, "--load", tmp_path, "--ckpt-step", 5, ranks=2, tiny=False)
+    assert resumed.ok, resumed.log[-4000:]
+    assert_continues(resumed, whole, 6)
+
+
+def test_resuming_with_another_number_of_ranks(launcher, tmp_path):
+    """A resharding checkpoint of DP 2 goes on with one rank: close, not bit for bit."""
+    flags = [*DISTRIBUTED, "--dist-ckpt-optim-fully-reshardable", "--train-iters", ITERATIONS]
+    whole = launcher.run(*flags, "--save", tmp_path, "--save-interval", 5, ranks=2)
+    resumed = launcher.run(*flags, "--load", tmp_path, "--ckpt-step", 5, ranks=1)
+    assert whole.ok and resumed.ok, resumed.log[-4000:]
+    for iteration, loss in resumed.losses().items():
+        assert loss == pytest.approx(whole.losses()[iteration], rel=1e-3)
+
+
+def test_exit_signal_saves_and_leaves(launcher, tmp_path):
+    flags = ["--train-iters", 500, "--save", tmp_path, "--save-interval", 1000]
+    run = launcher.run(*flags, "--exit-signal-handler", signal_at=(3, signal.SIGTERM))
+    assert run.ok, run.log[-4000:]
+    saved = saved_iteration(tmp_path)
+    assert 3 <= saved < 500
+    assert run.report["iterations"] == saved
+    assert f"successfully saved checkpoint from iteration {saved:7d}" in run.log
+
+
+def test_exit_interval_writes_the_report(launcher, tmp_path):
+    run = launcher.run("--train-iters", 50, "--exit-interval", 4, ranks=2)
+    assert run.ok, run.log[-4000:]
+    assert run.report["iterations"] == 4
+    assert run.report["tokens"] == 4 * 4 * 64
