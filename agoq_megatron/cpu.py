@@ -130,7 +130,30 @@ def _to(x, *args, **kwargs):
     return torch.Tensor.to(x, *args, **kwargs)
 
 
+def _backward(tensors, grad_tensors=None, retain_graph=None, create_graph=False, inputs=None):
+    """Within an overridden call the mode is off, and a recomputed region runs its whole backward in
+    one: this is ``torch.autograd.backward`` with the mode on again.
+    """
+    tensors = (tensors,) if isinstance(tensors, torch.Tensor) else tuple(tensors)
+    if isinstance(grad_tensors, torch.Tensor):
+        grad_tensors = (grad_tensors,)
+    with _mode:
+        grads = torch.autograd._make_grads(
+            tensors, grad_tensors or (None,) * len(tensors), is_grads_batched=False
+        )
+        torch.autograd.Variable._execution_engine.run_backward(
+            tensors,
+            tuple(grads),
+            create_graph if retain_graph is None else retain_graph,
+            create_graph,
+            tuple(inputs or ()),
+            allow_unreachable=True,
+            accumulate_grad=True,
+        )
+
+
 _REDIRECTED = {
+    torch.autograd.backward: _backward,
     torch.Tensor.cuda: lambda x, *args, **kwargs: x,
     torch.Tensor.pin_memory: lambda x, *args, **kwargs: x,
     torch.Tensor.record_stream: lambda x, stream: None,

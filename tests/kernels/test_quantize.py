@@ -198,6 +198,15 @@ def test_input_is_left_alone(dtype, rng):
     torch.testing.assert_close(x, before, rtol=0, atol=0, equal_nan=True)
 
 
+@each_code
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_float64_is_rounded_to_float32_first(code, bits, rounding, rng):
+    fmt = Format(bits, code, 32, 16, rounding)
+    x = torch.randn(200, 256, generator=rng, dtype=torch.float64)
+    for a, b in zip(quantize(x, fmt, 4), quantize(x.float(), fmt, 4), strict=True):
+        assert torch.equal(a, b)
+
+
 # Relative L2 error on a standard normal distribution, 16-bit scales, group 128 and 32.
 GAUSSIAN_ERROR = {
     ("int", 4): (0.117, 0.097),
@@ -227,3 +236,24 @@ def test_a_bit_more_is_half_the_error(code, rng):
     for fewer, more in ((3, 4), (4, 5), (5, 6)):
         assert 0.4 < errors[more] / errors[fewer] < 0.55
     assert errors[2] > 2 * errors[3] and errors[8] < errors[6] / 3.5
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@each_code
+@pytest.mark.parametrize("scale_bits", SCALE_BITS)
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_a_gpu_gives_the_same_bytes(code, bits, scale_bits, rounding, rng):
+    for group, dtype in itertools.product(GROUP_SIZES, DTYPES):
+        fmt = Format(bits, code, group, scale_bits, rounding)
+        x = torch.cat([sample(group, dtype, rng) for _ in range(20)])
+        on_cpu = quantize(x, fmt, 3)
+        on_gpu = quantize(x.cuda(), fmt, 3)
+        valid = ~decode_scale(on_cpu[1]).isnan()
+        for a, b in zip(on_cpu, on_gpu, strict=True):
+            torch.testing.assert_close(b.cpu(), a, rtol=0, atol=0, equal_nan=True)
+        assert valid.any() and not valid.all()
+        torch.testing.assert_close(
+            dequantize(*on_gpu, fmt, torch.bfloat16).cpu(),
+            dequantize(*on_cpu, fmt, torch.bfloat16),
+            rtol=0, atol=0, equal_nan=True,
+        )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from agoq_kernels import reference
 from agoq_kernels.formats import CODES, SCALE_BITS, Format, decode_scale
 from agoq_kernels.ops import dequantize, quantize
 
@@ -84,3 +85,20 @@ def test_nearest_ignores_the_key(code, rng):
     fmt = Format(4, code, 64, 8)
     x = torch.randn(16, 256, generator=rng)
     assert torch.equal(quantize(x, fmt, 1)[0], quantize(x, fmt, 2)[0])
+
+
+# For integers not the largest u: y + u is rounded to FP32, and once in 2^23 draws that is y + 1.
+@pytest.mark.parametrize(
+    "code, u",
+    [(c, u) for c in CODES for u in (0.0, 0.5, 1 - 2.0**-24) if u < 0.6 or not c.startswith("int")],
+)
+def test_levels_stay_whatever_is_drawn(code, u, monkeypatch):
+    """A value that can be stored is stored: nothing is drawn between it and itself."""
+    monkeypatch.setattr(
+        reference, "uniform", lambda start, count, key, device: torch.full((count,), u)
+    )
+    fmt = Format(4, code, 32, 16, "stochastic")
+    zero = 8 if fmt.has_zero else 0
+    levels = [oracle.decode(c, fmt, zero) for c in range(16 - (code == "int"))]
+    x = torch.tensor([levels + levels[-1:] * (32 - len(levels))], dtype=torch.float32)
+    assert torch.equal(dequantize(*quantize(x, fmt), fmt, torch.float32), x)

@@ -7,6 +7,8 @@ training runs of the tests. All ranks are on the CPU, over gloo.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import json
 import os
 import re
@@ -30,7 +32,7 @@ TINY = """
     --attention-dropout 0 --hidden-dropout 0 --seq-length 64 --max-position-embeddings 64
     --micro-batch-size 1 --global-batch-size 4 --lr 1e-3 --bf16 --log-interval 1
     --mock-data --tokenizer-type NullTokenizer --vocab-size 127
-    --eval-iters 0 --eval-interval 1000
+    --eval-iters 0 --eval-interval 1000 --num-workers 0
 """.split()
 """A model of two layers, on made-up data."""
 
@@ -175,6 +177,8 @@ def _run_torchrun(job: dict) -> list[int]:
         process = subprocess.Popen(
             command, stdout=log, stderr=log, cwd=ROOT, env=os.environ | job["env"]
         )
+        # On SIGTERM the launcher stops its ranks; on SIGKILL it would leave them behind.
+        job = {**job, "last_signal": signal.SIGTERM}
         return list(_wait([process.pid], job, log.name).values())
 
 
@@ -204,7 +208,7 @@ def _wait(pids: list[int], job: dict, log: str) -> dict[int, int]:
             # A rank that failed leaves the others waiting in a collective: do not wait with them.
             failed, deadline = True, min(deadline, time.monotonic() + 5)
         if time.monotonic() > deadline:
-            _send(pids, codes, signal.SIGKILL)
+            _send(pids, codes, job.get("last_signal", signal.SIGKILL))
         time.sleep(0.01)
     return codes
 
@@ -215,8 +219,17 @@ def _send(pids: list[int], codes: dict[int, int], number: int) -> None:
             os.kill(pid, number)
 
 
+def _end_groups(pids: list[int]) -> None:
+    """End what the ranks started: the helpers of the checkpoint writer and of the data loaders
+    outlive a rank that was killed."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+
+
 def _child(job: dict, rank: int, port: int) -> None:
     """Become one rank. Never returns."""
+    os.setsid()  # a process group of its own, which _end_groups ends
     log = os.open(f"{job['logs']}.rank{rank}.log", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     for descriptor in (1, 2):
         os.dup2(log, descriptor)
@@ -240,6 +253,7 @@ def _child(job: dict, rank: int, port: int) -> None:
         traceback.print_exc()
         code = 1
     finally:
+        atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

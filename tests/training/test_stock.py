@@ -15,7 +15,7 @@ SHARED = """
     --num-layers 2 --hidden-size 96 --num-attention-heads 4 --seq-length 48
     --max-position-embeddings 48 --attention-dropout 0 --hidden-dropout 0 --micro-batch-size 2
     --global-batch-size 4 --lr 2e-3 --log-interval 1 --mock-data --tokenizer-type NullTokenizer
-    --vocab-size 127 --eval-iters 0 --eval-interval 1000
+    --vocab-size 127 --eval-iters 0 --eval-interval 1000 --num-workers 0
 """.split()
 LLAMA = """
     --normalization RMSNorm --swiglu --ffn-hidden-size 160 --group-query-attention
