@@ -128,7 +128,7 @@ class Launcher:
         base = self._folder / f"run{self._count}"
         report = base.with_suffix(".json")
         flags = [*(TINY if tiny else ()), *map(str, flags)]
-        if entry == ENTRY:
+        if entry == ENTRY and "--agoq-report" not in flags:
             flags += ["--agoq-report", str(report)]
         job = {
             "entry": str(entry),

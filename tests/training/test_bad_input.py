@@ -1,0 +1,118 @@
+"""Bad input: one paragraph that names the flag, a non-zero exit, and nothing started."""
+
+import re
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+STARTED = re.compile(r"^training \.\.\.$", re.MULTILINE)
+POLICY = """
+configs:
+  four: {bits: 4, code: nf4, group: 64, scale_bits: 8}
+  none: {bits: 0}
+matchers:
+  outputs: {config: none, type: glob, pattern: "*.norm_output", enabled: true}
+  activation: {config: none, type: glob, pattern: "*.linear_fc2.input", enabled: true}
+  rest: {config: four, type: glob, pattern: "*", enabled: true}
+"""
+
+# what is wrong: (flags, words that the error must hold)
+CASES = {
+    "unknown policy": ("--agoq-activations agoq9", ["--agoq-activations", "agoq, off, uniform4"]),
+    "missing policy file": ("--agoq-activations /no/such.yaml", ["--agoq-activations"]),
+    "corrupt YAML": ("--agoq-activations {corrupt}", ["--agoq-activations", "YAML"]),
+    "YAML of something else": ("--agoq-activations {other}", ["configs", "matchers"]),
+    "width out of range": ("--agoq-activations {bits7}", ["bits", "2, 3, 4, 5, 6, 8"]),
+    "group out of range": ("--agoq-activations {group48}", ["group", "32, 64, 128, 256"]),
+    "unknown code": ("--agoq-activations {nf5}", ["code", "nf4"]),
+    "site that nothing matches": ("--agoq-activations {uncovered}", ["no matcher takes"]),
+    "recomputing the impossible": ("--agoq-activations {nothing}", ["cannot be recomputed"]),
+    "hidden size that no group divides": (
+        "--hidden-size 144 --agoq-activations agoq",
+        ["144 features", "16 bits"],
+    ),
+    "unknown rounding": ("--agoq-rounding up", ["--agoq-rounding"]),
+    "negative seed": ("--agoq-seed -3", ["--agoq-seed"]),
+    "negative interval": ("--agoq-measure-interval -1", ["--agoq-measure-interval"]),
+    "report in no folder": ("--agoq-report /no/such/folder/r.json", ["--agoq-report"]),
+    "unknown flag": ("--agoq-activatoins off", ["--agoq-activatoins"]),
+    "missing corpus": ("{real} --data-path /no/such/corpus", ["/no/such/corpus", ".bin", "prepare_corpus"]),
+    "missing tokenizer": (
+        "--tokenizer-type HuggingFaceTokenizer --tokenizer-model /no/tokenizer {real}",
+        ["--tokenizer-model"],
+    ),
+    "SwiGLU option with GELU": ("{gelu} --glu-linear-offset 1.0", ["--glu-linear-offset", "GELU"]),
+    "FP16 on a CPU": ("{fp32} --fp16", ["--fp16", "--bf16"]),
+    "mixture of experts": ("--num-experts 4", ["--num-experts"]),
+    "multi-latent attention": ("--multi-latent-attention", ["--multi-latent-attention"]),
+    "context parallelism": ("--context-parallel-size 2", ["--context-parallel-size"]),
+    "CUDA graphs": ("--cuda-graph-impl local", ["--cuda-graph-impl"]),
+    "FP8 layers": ("--fp8-format hybrid", ["--fp8-format"]),
+    "norms on query and key": ("--qk-layernorm", ["--qk-layernorm"]),
+    "attention dropout": ("--attention-dropout 0.1", ["--attention-dropout 0"]),
+    "Megatron's FSDP": ("--use-megatron-fsdp", ["--use-distributed-optimizer"]),
+    "attention mask by document": ("--reset-attention-mask", ["--reset-attention-mask"]),
+    "recomputing a foreign module": (
+        "--recompute-granularity selective --recompute-modules moe",
+        ["--recompute-modules moe", "core_attn"],
+    ),
+    "more ranks than key/value heads": (
+        "--tensor-model-parallel-size 4",
+        ["--tensor-model-parallel-size", "--num-query-groups"],
+    ),
+    "warm-up longer than the run": ("--lr-warmup-iters 50", ["--lr-warmup-iters"]),
+    "groups that do not divide the heads": ("--num-query-groups 3", ["--num-query-groups 3"]),
+    "W&B without TensorBoard": ("--wandb-project p --wandb-exp-name n", ["--tensorboard-dir"]),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("policies")
+    texts = {
+        "corrupt": "configs: [",
+        "other": "a: 1\nb: 2\n",
+        "bits7": POLICY.replace("bits: 4", "bits: 7"),
+        "group48": POLICY.replace("group: 64", "group: 48"),
+        "nf5": POLICY.replace("nf4", "nf5"),
+        "uncovered": POLICY.replace('pattern: "*"', 'pattern: "mlp*"'),
+        "nothing": POLICY.replace("config: four, type", "config: none, type"),
+    }
+    for name, text in texts.items():
+        (folder / f"{name}.yaml").write_text(text)
+    return {name: str(folder / f"{name}.yaml") for name in texts}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_refused(launcher, files, case):
+    from agoq_test_launch import TINY
+
+    flags, words = CASES[case]
+    model = list(TINY)
+    for mark, gone in (("{real}", "--mock-data"), ("{gelu}", "--swiglu"), ("{fp32}", "--bf16")):
+        if mark in flags:
+            flags = flags.replace(mark, "")
+            model.remove(gone)
+    run = launcher.run(
+        *model, "--train-iters", "2", *flags.format(**files).split(), tiny=False, timeout=60
+    )
+    assert run.codes == [2], run.log[-3000:]
+    errors = re.findall(r"^pretrain_gpt_agoq\.py: error: (.*)$", run.log, re.MULTILINE)
+    assert len(errors) == 1, run.log[-3000:]
+    print(f"{case}: {errors[0]}")
+    assert "Traceback" not in run.log and not STARTED.search(run.log)
+    assert run.log.rstrip().endswith(errors[0])  # one paragraph, last
+    for word in words:
+        assert word in errors[0], errors[0]
+
+
+def test_dry_run_prints_the_plan_and_stops(launcher, tmp_path):
+    run = launcher.run(
+        "--train-iters", "2", "--agoq-dry-run", "--save-interval", "1",
+        "--save", tmp_path / "checkpoint",
+    )  # fmt: skip
+    assert run.codes == [0], run.log[-3000:]
+    assert "core_attention.query" in run.log and "not quantized" in run.log
+    assert not STARTED.search(run.log) and not (tmp_path / "checkpoint").exists()
+    assert run.report is None
