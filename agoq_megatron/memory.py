@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
@@ -76,7 +77,9 @@ class Plan:
             rows.append(Row(LSE, "FP32", heads, 4 * heads))
         if config.hidden_dropout > 0 and (lse or config.recompute_granularity != "full"):
             width = 2 * self._features[Site.NORM1_INPUT]
-            rows.append(Row(DROPOUT, "kept by autograd", width, width))
+            # torch keeps booleans on a GPU, a scaled mask in the compute dtype on a CPU.
+            size = 1 if torch.cuda.is_available() else self._itemsize
+            rows.append(Row(DROPOUT, "kept by autograd", width, width * size))
         return tuple(rows)
 
     def _row(self, site: Site, number: int) -> Row:

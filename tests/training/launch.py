@@ -277,6 +277,7 @@ def _serve() -> None:
                 _child(job, rank, port)
             pids.append(pid)
         codes = _wait(pids, job, f"{job['logs']}.rank{job['ranks'] - 1}.log")
+        _end_groups(pids)
         print(json.dumps([codes[pid] for pid in pids]), flush=True)
 
 
