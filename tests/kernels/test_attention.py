@@ -1,0 +1,56 @@
+"""The fused attention kernels of this machine against the plain formula in FP64."""
+
+import math
+
+import pytest
+import torch
+from agoq_kernels.attention import attention, attention_backend, attention_backward
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+DTYPES = list(TOLERANCE) if DEVICE == "cuda" else [torch.float32, torch.bfloat16]
+BACKENDS = ["cudnn", "flash"] if DEVICE == "cuda" else [None]
+
+
+def plain(q, k, v, scale):
+    """Causal attention of ``[s, b, n, d]`` and ``[s, b, g, d]``."""
+    r = q.shape[2] // k.shape[2]
+    z = torch.einsum("ibnd,jbnd->bnij", q, k.repeat_interleave(r, 2)) * scale
+    mask = torch.ones(z.shape[-2:], dtype=torch.bool, device=z.device).triu(1)
+    p = z.masked_fill(mask, -math.inf).softmax(-1)
+    return torch.einsum("bnij,jbnd->ibnd", p, v.repeat_interleave(r, 2))
+
+
+def relative(a, b):
+    return ((a.double() - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("s,b,n,g,d", [(37, 2, 6, 2, 64), (128, 1, 4, 4, 128), (65, 3, 8, 1, 32)])
+def test_against_the_formula(rng, monkeypatch, backend, dtype, s, b, n, g, d):
+    if backend and dtype is not torch.float32:
+        monkeypatch.setattr("agoq_kernels.attention.attention_backend", lambda *_: backend)
+    scale = 0.7 / math.sqrt(d)
+    q, grad = (torch.randn(s, b, n, d, generator=rng).to(DEVICE, dtype) for _ in range(2))
+    k, v = (torch.randn(s, b, g, d, generator=rng).to(DEVICE, dtype) for _ in range(2))
+    wide = [t.double().requires_grad_() for t in (q, k, v)]
+    expected = plain(*wide, scale)
+    expected_grads = torch.autograd.grad(expected, wide, grad.double())
+
+    out, lse = attention(q, k, v, scale)
+    grads = attention_backward(grad, q, k, v, out, lse, scale)
+    assert out.is_contiguous() and lse.dtype == torch.float32 and lse.numel() == s * b * n
+    tolerance = TOLERANCE[dtype]
+    assert relative(out, expected) < tolerance
+    for name, ours, reference in zip("qkv", grads, expected_grads, strict=True):
+        assert ours.shape == reference.shape and ours.is_contiguous()
+        assert relative(ours, reference) < 2 * tolerance, name
+
+
+def test_no_kernel_is_an_error():
+    if DEVICE == "cuda":
+        with pytest.raises(NotImplementedError, match="512"):
+            attention_backend("cuda", torch.bfloat16, 512)
+    else:
+        assert attention_backend("cpu", torch.bfloat16, 512) == "cpu"
