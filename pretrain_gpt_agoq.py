@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node N pretrain_gpt_agoq.py FLAGS
 
-takes every flag of Megatron's, and those of ``agoq_megatron/config.py``. ``--agoq-dry-run`` prints what
-would be saved and stops. Without a GPU the same command trains on the CPU.
+takes every flag of Megatron's, and those of ``agoq_megatron/config.py``. ``--agoq-dry-run`` prints
+what would be saved and stops. Without a GPU the same command trains on the CPU.
 """
 
 

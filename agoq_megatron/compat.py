@@ -1,7 +1,7 @@
 """Every foreign symbol that is rebound where a GPU is present too, each with its reason.
 
-(``cpu.py`` holds those that a machine without a GPU needs.) All are names of megatron-core 0.19, which
-moves by hundreds of lines between minor versions; hence the version check.
+(``cpu.py`` holds those that a machine without a GPU needs.) All are names of megatron-core 0.19,
+which moves by hundreds of lines between minor versions; hence the version check.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class CompatibilityError(RuntimeError):
 
 
 def check_megatron() -> None:
-    """Raise :class:`CompatibilityError` unless a megatron-core of the supported range is installed."""
+    """Raise :class:`CompatibilityError` unless a supported megatron-core is installed."""
     try:
         installed = version("megatron-core")
     except PackageNotFoundError:
@@ -37,14 +37,18 @@ def silence_missing_accelerators() -> None:
     """Megatron warns a dozen times at import that Transformer Engine and apex are missing. Both are
     optional here; call this before Megatron is imported.
     """
-    for name in ("Apex is not installed", "Transformer Engine and Apex are not", "Only transformer-eng"):
+    for name in (
+        "Apex is not installed",
+        "Transformer Engine and Apex are not",
+        "Only transformer-eng",
+    ):
         warnings.filterwarnings("ignore", message=name, category=UserWarning)
 
 
 def skip_compiling_helpers() -> None:
     """``initialize_megatron`` runs ``make`` in the installed package, where the wheel has put no
-    Makefile, and exits when that fails. The wheel ships the compiled module: where it imports, there
-    is nothing to make.
+    Makefile, and exits when that fails. The wheel ships the compiled module: where it imports,
+    there is nothing to make.
     """
     try:
         importlib.import_module("megatron.core.datasets.helpers_cpp")
@@ -67,8 +71,8 @@ def bind_distributed_optimizer(subclass: type) -> None:
 def bind_checkpoint(wrap: Callable[[Callable], Callable]) -> None:
     """Replace activation recomputation by ``wrap(stock)``.
 
-    Transformer blocks and layers look ``tensor_parallel.checkpoint`` up when they run; what it keeps
-    of a recomputed region's input cannot be told otherwise.
+    Transformer blocks and layers look ``tensor_parallel.checkpoint`` up when they run; what it
+    keeps of a recomputed region's input cannot be told otherwise.
     """
     import megatron.core.tensor_parallel as tensor_parallel
 
@@ -76,8 +80,8 @@ def bind_checkpoint(wrap: Callable[[Callable], Callable]) -> None:
 
 
 def bind_training_loop(name: str, wrap: Callable[[Callable], Callable]) -> None:
-    """Replace a function of Megatron's loop by ``wrap(stock)``: ``pretrain`` offers no callbacks, and
-    the losses it computes reach nobody but the log, rounded.
+    """Replace a function of Megatron's loop by ``wrap(stock)``: ``pretrain`` offers no callbacks,
+    and the losses it computes reach nobody but the log, rounded.
 
     Args:
         name: a function of ``megatron.training.training``.

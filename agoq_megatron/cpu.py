@@ -1,17 +1,18 @@
 """Megatron's training loop on a machine without a GPU.
 
-``megatron.training`` speaks to ``torch.cuda`` throughout, though on gloo nothing of what it does needs
-a GPU. This module answers for the missing device, in three layers:
+``megatron.training`` speaks to ``torch.cuda`` throughout, though on gloo nothing of what it does
+needs a GPU. This module answers for the missing device, in three layers:
 
 1. ``torch.cuda``'s queries, streams, events and generator state get answers that are true on a CPU:
    one device, no asynchrony, no separate memory, one generator.
-2. A ``TorchFunctionMode`` turns ``device="cuda"`` (and device numbers) into the CPU, ``Tensor.cuda()``
-   into the tensor itself, and lets ``Tensor.type()`` say ``torch.cuda.…``, a string that Megatron's
-   optimizers compare.
+2. A ``TorchFunctionMode`` turns ``device="cuda"`` (and device numbers) into the CPU,
+   ``Tensor.cuda()`` into the tensor itself, and lets ``Tensor.type()`` say ``torch.cuda.…``, a
+   string that Megatron's optimizers compare.
 3. Megatron's flags that only a GPU can serve get other defaults; what the user says still wins.
 
-It is imported only where ``torch.cuda.is_available()`` is False, and that answer stays False: code that
-asks properly is told the truth. Ascend's ``transfer_to_npu`` serves its accelerators in the same way.
+It is imported only where ``torch.cuda.is_available()`` is False, and that answer stays False: code
+that asks properly is told the truth. Ascend's ``transfer_to_npu`` serves its accelerators in the
+same way.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ import os
 from collections import defaultdict
 from types import SimpleNamespace
 
-# torch.compile reads it when it decorates, which Megatron does at import. Compiling for the CPU would
-# need a C++ compiler and cost minutes for nothing.
+# torch.compile reads it when it decorates, which Megatron does at import. Compiling for the CPU
+# would need a C++ compiler and cost minutes for nothing.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 import torch  # noqa: E402
-import torch._dynamo  # noqa: E402, F401 - tabulates torch's functions as it is imported: before any of ours
+import torch._dynamo  # noqa: E402, F401 - tabulates torch's functions at import: before ours
 from torch.overrides import TorchFunctionMode  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 
@@ -246,17 +247,17 @@ def _answer_megatron() -> None:
     training.initialize_megatron = functools.partial(
         training.initialize_megatron, allow_no_cuda=True
     )
-    # The CPU's generator is the only one here, so the tracker's check for a stray use of it, meant for
-    # GPUs, fires at every fork.
+    # The CPU's generator is the only one here, so the tracker's check for a stray use of it, meant
+    # for GPUs, fires at every fork.
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()
     )
 
 
 def _keep_loaders_off_the_generator() -> None:
-    """A data loader draws its workers' seed from the CPU's generator when iteration starts. On a GPU
-    machine dropout draws from another one; here both would share it, and a resumed run, whose loaders
-    start after the checkpoint's generator state is restored, would drop out other elements.
+    """A data loader draws its workers' seed from the CPU's generator when iteration starts. On a
+    GPU machine dropout draws from another one; here both would share it, and a resumed run, whose
+    loaders start after the checkpoint's generator state is restored, would drop out other elements.
     """
     stock = DataLoader.__iter__
 

@@ -123,7 +123,9 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tu
 
     kind = MockGPTDataset if args.mock_data else GPTDataset
     print_rank_0(f"> building {kind.__name__}s for training, validation and test")
-    return BlendedMegatronDatasetBuilder(kind, num_samples, reads_here, dataset_config(args)).build()
+    return BlendedMegatronDatasetBuilder(
+        kind, num_samples, reads_here, dataset_config(args)
+    ).build()
 
 
 # Every rank calls the provider: those that read nothing still take part in its barriers.

@@ -5,12 +5,12 @@ Engine and apex does. torch's Adam keeps one step tensor a parameter, creates it
 step, and so meets four faults of the stock class when a run is resumed:
 
 * before the first step there is no state, and asking for the step count fails. A dummy step would
-  create the state, but it decays the weights and counts as one. Here the state is set up as the first
-  step would set it up, without stepping;
+  create the state, but it decays the weights and counts as one. Here the state is set up as the
+  first step would set it up, without stepping;
 * a loaded step count becomes one tensor that all parameters share, which every one of them then
   advances. Here each gets its own;
-* the step tensors are handed to the writers and loaders of parameter state, which expect tensors of the
-  parameter's size. Here they are left out: the count travels in the parameter groups alone;
+* the step tensors are handed to the writers and loaders of parameter state, which expect tensors of
+  the parameter's size. Here they are left out: the count travels in the parameter groups alone;
 * in FP32, loading writes into a view of a parameter while gradients are recorded.
 
 With Transformer Engine or apex installed the stock code is right, and nothing is changed.

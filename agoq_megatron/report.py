@@ -1,7 +1,7 @@
 """What a run did, as numbers: the observer of Megatron's loop, and the JSON file at its end.
 
-``RunObserver.watch`` wraps three functions of the loop, which offers no callbacks. Nothing that the loop
-computes is changed.
+``RunObserver.watch`` wraps three functions of the loop, which offers no callbacks. Nothing that the
+loop computes is changed.
 """
 
 from __future__ import annotations
@@ -114,7 +114,9 @@ class RunObserver:
 
     def _wrap_evaluate_and_print(self, stock):
         @functools.wraps(stock)
-        def evaluate_and_print_results(prefix, step, data_iterator, model, iteration, *args, **kwargs):
+        def evaluate_and_print_results(
+            prefix, step, data_iterator, model, iteration, *args, **kwargs
+        ):
             self._evaluation = None if "test set" in prefix else iteration
             return stock(prefix, step, data_iterator, model, iteration, *args, **kwargs)
 

@@ -139,8 +139,8 @@ def add_arguments(parser: argparse.ArgumentParser, defaults: dict) -> argparse.A
 def parse_arguments(on_cpu: bool) -> argparse.Namespace:
     """Parse and validate the command line: our checks, then Megatron's.
 
-    What ``parse_and_validate_args`` does, but for the global state, which opens writers and reads the
-    tokenizer: a dry run should leave no trace.
+    What ``parse_and_validate_args`` does, but for the global state, which opens writers and reads
+    the tokenizer: a dry run should leave no trace.
 
     Raises:
         UsageError: flags that cannot work.
@@ -179,7 +179,7 @@ def check_writers(args: argparse.Namespace) -> None:
 
 
 def keep_wandb_run(args: argparse.Namespace) -> None:
-    """Let a resumed run continue its W&B run: Megatron keeps no run id, so one is kept beside --save.
+    """Let a resumed run continue its W&B run. Megatron keeps no run id; one is kept in --save.
 
     A run that loads no checkpoint is a new one, whatever an earlier run left in the same folder. A
     ``WANDB_RUN_ID`` of the user's is used and kept.

@@ -94,10 +94,10 @@ PRESETS = {
         "training": {
             "micro-batch-size": 8,
             "global-batch-size": 8,
-            "train-iters": 300,
+            "train-iters": 240,
             "lr": 1.5e-3,
-            "lr-warmup-iters": 30,
-            "eval-interval": 50,
+            "lr-warmup-iters": 24,
+            "eval-interval": 40,
             "eval-iters": 10,
         },
     },
@@ -124,7 +124,7 @@ PRESETS = {
 }
 
 # Below this many BF16 operations a second the preset "cpu" would take more than ten minutes.
-SLOW_CPU = 50e9
+SLOW_CPU = 100e9
 
 # The shape of LLaMA, and what both runs have in common.
 COMMON_FLAGS = """

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-# The tests run in pytest's importlib mode, in which a test file cannot import its neighbour by name.
+# The tests run in pytest's importlib mode, in which a test file cannot import its neighbour by
+# name.
 _path = Path(__file__).with_name("launch.py")
 _spec = importlib.util.spec_from_file_location("agoq_test_launch", _path)
 launch = sys.modules.setdefault("agoq_test_launch", importlib.util.module_from_spec(_spec))

@@ -1,8 +1,8 @@
 """Runs the entry script with N ranks and a time limit, and reads back what it did.
 
-Two ways. ``torchrun=True`` starts ``torchrun pretrain_gpt_agoq.py``, as a user does. Otherwise a parent
-process that has imported Megatron once forks the ranks: importing takes many times longer than the
-training runs of the tests. All ranks are on the CPU, over gloo.
+Two ways. ``torchrun=True`` starts ``torchrun pretrain_gpt_agoq.py``, as a user does. Otherwise a
+parent process that has imported Megatron once forks the ranks: importing takes many times longer
+than the training runs of the tests. All ranks are on the CPU, over gloo.
 """
 
 from __future__ import annotations

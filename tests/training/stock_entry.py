@@ -1,5 +1,6 @@
-"""Megatron's own GPT, layers, loss and optimizer, as far from this project's as its wheel allows: the
-reference of the tests. Only the batches come from here, and the facade that lets it run on a CPU.
+"""Megatron's own GPT, layers, loss and optimizer, as far from this project's as its wheel allows:
+the reference of the tests. Only the batches come from here, and the facade that lets it run on a
+CPU.
 
 Writes ``{"iteration": [loss, gradient norm]}`` to the file that STOCK_REPORT names.
 """

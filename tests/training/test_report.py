@@ -24,8 +24,8 @@ def series(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 def wandb_records(file: Path) -> Iterator[bytes]:
     """The records of an offline W&B run: LevelDB's log format after a header of 7 bytes, which W&B
-    documents no reader for. Blocks of 32 KiB; each piece has a checksum, a length and a kind (whole,
-    first, middle, last)."""
+    documents no reader for. Blocks of 32 KiB; each piece has a checksum, a length and a kind
+    (whole, first, middle, last)."""
     data, block, record = file.read_bytes(), 32768, b""
     at = 7
     while at + 7 <= len(data):
@@ -91,9 +91,7 @@ def test_under_torchrun_with_every_writer(launcher, tmp_path):
     report = second.report
     assert report["iterations"] == 6 and report["tokens"] == 6 * 4 * 64
     assert report["final_train_loss"] == exact[6]
-    assert report["final_valid_loss"] == pytest.approx(
-        tags["lm loss validation"][2][1], rel=1e-6
-    )
+    assert report["final_valid_loss"] == pytest.approx(tags["lm loss validation"][2][1], rel=1e-6)
     assert report["device"] == "cpu" and report["peak_memory_bytes"] is None
     assert report["step_ms"] > 0
     measured = sum(t["measured_bytes_per_token"] for t in report["tensors"])
@@ -129,7 +127,10 @@ BAD = {
         "--wandb-exp-name",
     ),
     "a type": (["--num-layers", "two"], "--num-layers"),
-    "Megatron's own refusal": (["--global-batch-size", "3", "--micro-batch-size", "2"], "divisible"),
+    "Megatron's own refusal": (
+        ["--global-batch-size", "3", "--micro-batch-size", "2"],
+        "divisible",
+    ),
     "a missing tokenizer": (
         ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", "/nowhere/at/all"],
         "/nowhere/at/all",

@@ -1,4 +1,4 @@
-"""A run that was killed and resumed from its checkpoint is the uninterrupted run, to the last bit."""
+"""A run killed and resumed from its checkpoint is the uninterrupted run, to the last bit."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ FORMATS = {
 
 @pytest.mark.parametrize("case", FORMATS)
 def test_other_ways_to_save(launcher, tmp_path, case):
-    """On two ranks: the other checkpoint formats of the optimizer, and other kinds of parallelism."""
+    """On two ranks: the optimizer's other checkpoint formats, other kinds of parallelism."""
     flags = [f for f in FORMATS[case] if f != "--fp32"]
     tiny = [f for f in launcher.tiny if f != "--bf16" or "--fp32" not in FORMATS[case]]
     flags = [*tiny, *flags, "--train-iters", ITERATIONS, "--save-interval", 5]

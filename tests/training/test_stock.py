@@ -22,7 +22,9 @@ LLAMA = """
     --num-query-groups 2 --position-embedding-type rope --disable-bias-linear
     --untie-embeddings-and-output-weights
 """.split()
-GPT = "--normalization LayerNorm --ffn-hidden-size 224 --position-embedding-type learned_absolute".split()
+GPT = """
+    --normalization LayerNorm --ffn-hidden-size 224 --position-embedding-type learned_absolute
+""".split()
 MODELS = {"RMSNorm, SwiGLU, GQA, RoPE": LLAMA, "LayerNorm, GELU, MHA, biases, tied": GPT}
 
 
@@ -66,7 +68,9 @@ def test_checkpoint_continues_in_stock_megatron(launcher, stock, tmp_path, seed)
     whole = stock(*flags, "--save", theirs, "--save-interval", "3")
     (theirs / "latest_checkpointed_iteration.txt").write_text("3")
     off = ["--agoq-activations", "off"]
-    run = launcher.run(*flags, *off, "--load", theirs, "--save", ours, "--save-interval", "4", tiny=False)
+    run = launcher.run(
+        *flags, *off, "--load", theirs, "--save", ours, "--save-interval", "4", tiny=False
+    )
     assert run.ok, run.log[-4000:]
     assert_close(run, whole, 1e-4, first=4)
     (ours / "latest_checkpointed_iteration.txt").write_text("4")
