@@ -130,6 +130,13 @@ _NOT_CARRIED: tuple[_Check, ...] = (
         "--reset-attention-mask",
         "the fused attention is causal over the whole sequence and reads no mask",
     ),
+    (
+        "dataloader_inter_document_masking",
+        _set,
+        "--dataloader-inter-document-masking",
+        "packed sequences are not carried yet",
+    ),
+    ("fim_data", _set, "--fim-data", "fill-in-the-middle data sets are not carried yet"),
     ("sft", _set, "--sft", "packed fine-tuning sequences are not carried yet"),
     ("tp_comm_overlap", _set, "--tp-comm-overlap", "it needs Transformer Engine's linear layers"),
     ("delay_wgrad_compute", _set, "--delay-wgrad-compute", "it needs Transformer Engine's layers"),
