@@ -114,10 +114,10 @@ PRESETS = {
         "training": {
             "micro-batch-size": 16,
             "global-batch-size": 32,
-            "train-iters": 600,
+            "train-iters": 300,
             "lr": 1e-3,
-            "lr-warmup-iters": 60,
-            "eval-interval": 100,
+            "lr-warmup-iters": 30,
+            "eval-interval": 50,
             "eval-iters": 10,
         },
     },
