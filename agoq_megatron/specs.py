@@ -21,7 +21,7 @@ from megatron.training.argument_utils import core_transformer_config_from_args
 
 from agoq_megatron.modules.attention import CoreAttention, SelfAttention
 from agoq_megatron.modules.layer import TransformerLayer
-from agoq_megatron.modules.linear import LayerNormColumnParallelLinear, ReducedRowParallelLinear
+from agoq_megatron.modules.linear import FusedRowParallelLinear, LayerNormColumnParallelLinear
 from agoq_megatron.modules.mlp import MLP
 from agoq_megatron.modules.norm import Norm
 from agoq_megatron.policy.policy import ActivationPolicy, load_policy
@@ -55,7 +55,7 @@ class AGoQSpecProvider(BackendSpecProvider):
         raise NotImplementedError("every column-parallel linear here follows a norm")
 
     def row_parallel_linear(self) -> type:
-        return ReducedRowParallelLinear
+        return FusedRowParallelLinear
 
     def fuse_layernorm_and_linear(self) -> bool:
         return True

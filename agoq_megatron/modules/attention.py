@@ -108,5 +108,4 @@ class SelfAttention(MegatronSelfAttention):
         if isinstance(rotary_pos_emb, tuple):  # the same table for query and key
             rotary_pos_emb = rotary_pos_emb[0]
         qkv, _ = self.linear_qkv(hidden_states)
-        partial = self.core_attention(qkv, rotary_pos_emb, self.linear_proj.weight)
-        return self.linear_proj.reduce(partial)
+        return self.linear_proj(lambda weight: self.core_attention(qkv, rotary_pos_emb, weight))

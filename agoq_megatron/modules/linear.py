@@ -5,6 +5,8 @@ Both keep Megatron's construction, initialization and checkpoint layout; only th
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import (
@@ -55,11 +57,17 @@ class LayerNormColumnParallelLinear(ColumnParallelLinear):
         return y, None
 
 
-class ReducedRowParallelLinear(RowParallelLinear):
-    """Row-parallel linear whose product was computed by the function before it."""
+class FusedRowParallelLinear(RowParallelLinear):
+    """Row-parallel linear that is the last step of a function fused with the operation before it."""
 
-    def reduce(self, partial: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Sum partial products ``[s, b, h]`` over ranks (and scatter the sequence); also the bias."""
+    def forward(self, product: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Run ``product(weight)``, this rank's partial ``[s, b, h]``, and sum it over the ranks (with
+        sequence parallelism also scatter it: ``[s / t, b, h]``). Returns the sum, and the bias unadded.
+
+        The product is handed in, and run here, because Megatron's DDP waits for the gather of a
+        module's weights (``--overlap-param-gather``) in a hook on that module's call.
+        """
+        partial = product(self.weight)
         if self.sequence_parallel:
             output = reduce_scatter_to_sequence_parallel_region(partial, group=self.tp_group)
         else:

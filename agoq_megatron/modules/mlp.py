@@ -43,7 +43,7 @@ class MLP(MegatronMLP):
         """``[s, b, h]`` (``[s / t, b, h]``), not yet normalized -> the same shape, and the bias."""
         note_entry(self.linear_fc1.spec.norm_input)
         pre_activation, _ = self.linear_fc1(hidden_states)
-        partial = ActivationLinear.apply(
-            pre_activation, self.linear_fc2.weight, self.spec, torch.is_grad_enabled()
+        keep = torch.is_grad_enabled()
+        return self.linear_fc2(
+            lambda weight: ActivationLinear.apply(pre_activation, weight, self.spec, keep)
         )
-        return self.linear_fc2.reduce(partial)

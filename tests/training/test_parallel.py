@@ -21,7 +21,10 @@ STEPS = 10
 
 TP2 = "--tensor-model-parallel-size 2"
 PP2 = "--pipeline-model-parallel-size 2"
-OVERLAP = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
+# Small buckets: each layer must wait for its own weights.
+OVERLAP = (
+    "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 20000"
+)
 LAYOUTS = {
     "TP2": (2, TP2),
     "TP2 SP": (2, f"{TP2} --sequence-parallel"),
