@@ -21,6 +21,8 @@ from agoq_megatron.specs import AGoQTransformerConfig, transformer_config_from_a
 ATTENTION_SITES = (Site.QUERY, Site.KEY, Site.VALUE, Site.ATTENTION_OUTPUT)
 MLP_SITES = (Site.NORM2_INPUT, Site.NORM2_OUTPUT, Site.FC1_OUTPUT, Site.FC2_INPUT)
 LAYER_SITES = (Site.NORM1_INPUT, Site.NORM1_OUTPUT, *ATTENTION_SITES, *MLP_SITES)
+NORM_SITES = (Site.NORM1_INPUT, Site.NORM1_OUTPUT, Site.NORM2_INPUT, Site.NORM2_OUTPUT)
+HIDDEN_SITES = (*NORM_SITES, Site.LAYER_INPUT)
 DROPOUT = "hidden dropout masks"
 
 
@@ -90,16 +92,18 @@ class Plan:
         if rule.keep:
             dtype = str(self.config.params_dtype).removeprefix("torch.")
             return Row(site.value, f"{dtype}, not quantized", width, width * self._itemsize)
-        if width % rule.format.group:
-            fits = [g for g in (256, 128, 64, 32) if width % g == 0]
+        # Sequence parallelism cuts the sequence, not the last axis: there the groups see all of it.
+        axis = self.config.hidden_size if site in HIDDEN_SITES else width
+        if axis % rule.format.group:
+            fits = [g for g in (256, 128, 64, 32) if axis % g == 0]
             remedy = f"Use a group of {fits}" if fits else "Keep that tensor in 16 bits (bits: 16)"
             raise PolicyError(
                 f"--agoq-activations {self.config.agoq.name}: group {rule.format.group} does not "
-                f"divide {site.path(number)}, which has {width} features on each tensor-parallel "
+                f"divide {site.path(number)}, which has {axis} features on each tensor-parallel "
                 f"rank. {remedy} in a policy file, or change --hidden-size, --ffn-hidden-size or "
                 "--tensor-model-parallel-size."
             )
-        return Row(site.value, str(rule.format), width, rule.format.bytes_for(width))
+        return Row(site.value, str(rule.format), width, rule.format.bytes_for(axis) * width / axis)
 
     def bytes_per_token_layer(self, layers: Iterable[int] | None = None) -> float:
         """Mean over the given layers (numbers from 1), by default over the whole model."""
@@ -172,10 +176,10 @@ def plan_from_args(args) -> Plan:
     return Plan(transformer_config_from_args(args))
 
 
-def _features(config: AGoQTransformerConfig) -> dict[Site, int]:
+def _features(config: AGoQTransformerConfig) -> dict[Site, float]:
     """Elements a token that each tensor has on one rank."""
     tp = config.tensor_model_parallel_size
-    hidden = config.hidden_size // tp if config.sequence_parallel else config.hidden_size
+    hidden = config.hidden_size / tp if config.sequence_parallel else config.hidden_size
     query = config.num_attention_heads * config.kv_channels // tp
     key = config.num_query_groups * config.kv_channels // tp
     ffn = config.ffn_hidden_size // tp

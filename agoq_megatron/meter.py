@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from agoq_megatron.autograd import accounting
-from agoq_megatron.memory import Plan
+from agoq_megatron.memory import DROPOUT, Plan
 
 OTHER = "other (kept by operations that AGoQ does not own)"
 
@@ -45,6 +45,9 @@ class Meter:
             self._decoders.append(chunk.decoder)
             index = len(self._decoders) - 1
             chunk.decoder.register_forward_pre_hook(lambda *_, i=index: self._start(i))
+            if chunk.decoder.final_layernorm is not None:
+                # Once a model, not a layer: the plan lists it apart.
+                chunk.decoder.final_layernorm.register_forward_pre_hook(lambda *_: self._leave())
             chunk.decoder.register_forward_hook(
                 lambda _, __, output, i=index: self._stop(i, output)
             )
@@ -79,18 +82,12 @@ class Meter:
                 note(name, x)
 
         def pack(x: Tensor) -> Tensor:
-            note(OTHER, x)
+            note(DROPOUT if self._plan.config.hidden_dropout > 0 else OTHER, x)
             return x
 
-        final = decoder.final_layernorm
-        if final is not None:  # once a model, not a layer: the plan lists it apart
-            final.register_forward_pre_hook(self._before_final_norm)
         accounting.listen(listener)
         self._hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
         self._hooks.__enter__()
-
-    def _before_final_norm(self, *_) -> None:
-        self._leave()
 
     def _leave(self) -> None:
         if self._hooks is not None:

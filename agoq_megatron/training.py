@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import secrets
 import sys
 import traceback
@@ -127,6 +128,10 @@ def add_arguments(parser: argparse.ArgumentParser, defaults: dict) -> argparse.A
     """Add this project's flags, set defaults of Megatron's, and shorten the parser's errors."""
     ArgumentGroupFactory(AGoQConfig).build_group(parser, "AGoQ")
     parser.set_defaults(**defaults)
+    for action in parser._actions:
+        # One of Megatron's help texts holds a bare percent sign, on which argparse gives up.
+        if action.help and "%" in action.help:
+            action.help = re.sub(r"%(?!\()", "%%", action.help.replace("%%", "%"))
 
     def error(message: str):
         # argparse would print the usage of some 850 flags first.
@@ -157,6 +162,10 @@ def parse_arguments(on_cpu: bool) -> argparse.Namespace:
             raise UsageError("--use-checkpoint-args: say with --load where the checkpoint is.")
         load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
         load_args_from_checkpoint(args)
+    if "MASTER_ADDR" not in os.environ and not args.agoq_dry_run:
+        raise UsageError(
+            "start it with torchrun: torchrun --nproc-per-node N pretrain_gpt_agoq.py FLAGS"
+        )
     check(args, on_cpu)
     check_writers(args)
     validate_args(args)

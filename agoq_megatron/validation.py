@@ -137,6 +137,23 @@ _NOT_CARRIED: tuple[_Check, ...] = (
         "packed sequences are not carried yet",
     ),
     ("fim_data", _set, "--fim-data", "fill-in-the-middle data sets are not carried yet"),
+    (
+        "pipeline_model_parallel_layout",
+        _set,
+        "--pipeline-model-parallel-layout",
+        "layouts by string are not carried yet; use even stages, or "
+        "--decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers",
+    ),
+    ("freeze_all_layers", _set, "--freeze-all-layers", "all layers are trained here"),
+    ("logits_load_dir", _set, "--logits-load-dir", "distillation is not carried yet"),
+    ("logits_save_dir", _set, "--logits-save-dir", "distillation is not carried yet"),
+    ("inprocess_restart", _set, "--inprocess-restart", "restarts in a process are not carried yet"),
+    (
+        "attention_backend",
+        lambda v: v.name not in ("auto", "flash", "fused"),
+        "--attention-backend",
+        "attention always runs in torch's fused kernels; use auto",
+    ),
     ("sft", _set, "--sft", "packed fine-tuning sequences are not carried yet"),
     ("tp_comm_overlap", _set, "--tp-comm-overlap", "it needs Transformer Engine's linear layers"),
     ("delay_wgrad_compute", _set, "--delay-wgrad-compute", "it needs Transformer Engine's layers"),
@@ -201,6 +218,8 @@ def check(args: Namespace, on_cpu: bool = False) -> None:
         )
     if args.agoq_seed is not None and args.agoq_seed < 0:
         raise UsageError(f"--agoq-seed {args.agoq_seed}: give a number that is not negative.")
+    if args.agoq_report is not None and Path(args.agoq_report).is_dir():
+        raise UsageError(f"--agoq-report {args.agoq_report}: that is a folder; name a file in it.")
     if args.agoq_report is not None and not Path(args.agoq_report).absolute().parent.is_dir():
         raise UsageError(f"--agoq-report {args.agoq_report}: its folder does not exist; create it.")
     if on_cpu and args.fp16:
@@ -271,8 +290,25 @@ def _check_recompute(args: Namespace) -> None:
 def _check_data(args: Namespace) -> None:
     if args.mock_data:
         return
+    if args.tokenizer_type == "HuggingFaceTokenizer" and args.tokenizer_model:
+        model = str(args.tokenizer_model)
+        if model.startswith((".", "/")) and not Path(model).exists():
+            raise UsageError(
+                f"--tokenizer-model {model}: no such folder. scripts/prepare_corpus.py writes one "
+                "beside the corpus."
+            )
+    sources = ("data_path", "train_data_path", "data_args_path", "per_split_data_args_path")
+    if not any(getattr(args, name) for name in sources):
+        raise UsageError(
+            "no corpus: give --data-path (or --train-data-path and --valid-data-path), as "
+            "scripts/prepare_corpus.py writes it, or --mock-data to try the model without one."
+        )
+    for name in ("data_args_path", "per_split_data_args_path"):
+        path = getattr(args, name)
+        if path and "://" not in path and not Path(path).is_file():
+            raise UsageError(f"--{name.replace('_', '-')} {path}: no such file.")
     given = [*(args.data_path or ()), *(args.train_data_path or ()), *(args.valid_data_path or ())]
-    prefixes = [p for p in given if not p.replace(".", "", 1).isdigit()]
+    prefixes = [p for p in given if not p.replace(".", "", 1).isdigit() and "://" not in p]
     for prefix in prefixes:
         missing = [end for end in (".bin", ".idx") if not Path(prefix + end).is_file()]
         if missing:
@@ -280,11 +316,4 @@ def _check_data(args: Namespace) -> None:
                 f"corpus {prefix!r} (--data-path, --train-data-path or --valid-data-path): "
                 f"{' and '.join(prefix + end for end in missing)} not found. Write a corpus with "
                 "scripts/prepare_corpus.py, or use --mock-data to try the model without one."
-            )
-    if args.tokenizer_type == "HuggingFaceTokenizer" and args.tokenizer_model:
-        model = str(args.tokenizer_model)
-        if model.startswith((".", "/")) and not Path(model).exists():
-            raise UsageError(
-                f"--tokenizer-model {model}: no such folder. scripts/prepare_corpus.py writes one "
-                "beside the corpus."
             )

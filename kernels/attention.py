@@ -17,7 +17,9 @@ _aten = torch.ops.aten
 
 
 @functools.cache
-def attention_backend(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
+def attention_backend(
+    device_type: str, dtype: torch.dtype, head_dim: int, deterministic: bool = False
+) -> str:
     """Kernel used for this device and dtype: 'cpu', 'cudnn', 'flash' or 'efficient' (FP32 on a GPU).
 
     Raises:
@@ -29,11 +31,17 @@ def attention_backend(device_type: str, dtype: torch.dtype, head_dim: int) -> st
         return "efficient"
     major, _ = torch.cuda.get_device_capability()
     cudnn = torch.backends.cudnn.is_available() and torch.backends.cudnn.version() >= 90100
-    if cudnn and major >= 9 and head_dim % 8 == 0 and head_dim <= 128:
+    # cuDNN's backward does not repeat itself bit for bit; torch's own selector drops it here too.
+    if cudnn and not deterministic and major >= 9 and head_dim % 8 == 0 and head_dim <= 128:
         return "cudnn"
     if head_dim % 8 == 0 and head_dim <= 256:
         return "flash"
     raise NotImplementedError(f"no fused attention kernel takes head dimension {head_dim}")
+
+
+def _backend(q: Tensor) -> str:
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return attention_backend(q.device.type, q.dtype, q.shape[-1], deterministic)
 
 
 def _heads_first(x: Tensor) -> Tensor:
@@ -66,7 +74,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Te
     Returns:
         output ``[s, b, n, d]`` and the FP32 log-sum-exp in the kernel's own layout.
     """
-    backend = attention_backend(q.device.type, q.dtype, q.shape[-1])
+    backend = _backend(q)
     heads = q.shape[2]
     q, k, v = _heads_first(q), _heads_first(k), _heads_first(v)
     if backend == "cpu":
@@ -93,7 +101,7 @@ def attention_backward(
 
     Shapes as in :func:`attention`; ``grad`` and ``out`` are ``[s, b, n, d]``.
     """
-    backend = attention_backend(q.device.type, q.dtype, q.shape[-1])
+    backend = _backend(q)
     (s, _, heads, _), groups = q.shape, k.shape[2]
     grad, q, k, v, out = (_heads_first(t) for t in (grad, q, k, v, out))
     if backend == "cpu":

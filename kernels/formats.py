@@ -12,6 +12,8 @@ element, one scale, and, with the asymmetric code, one zero point:
 
 The scale is a bfloat16, or 8 bits in "ue5m3": no sign, 5 exponent bits, 3 mantissa bits. An 8-bit
 scale on groups of 64 costs what a 16-bit scale on groups of 128 costs, and holds outliers better.
+An 8-bit scale reaches from 2^-16 to 57344: with nf4 and cubic, whose scale is absmax, larger values
+are clipped there, and groups below 2^-16 lose precision. Wider data wants 16-bit scales.
 All arithmetic is FP32, and every rule here is exact: two backends must return the same codes.
 
 "cubic" is this project's own 4-bit code: the levels (t + t^3) / 2 at the 16 odd fifteenths t of

@@ -44,6 +44,15 @@ def test_tensor_parallel_shares():
     assert units(tp) == pytest.approx(units(whole) / 2 + 2)  # four hidden states stay whole
 
 
+def test_sequence_parallelism_does_not_cut_the_groups():
+    """768 features over 8 ranks: each rank holds an eighth of the sequence, whole rows of 768."""
+    shape = dict(hidden_size=768, ffn_hidden_size=3072, num_attention_heads=8, num_query_groups=8,
+                 kv_channels=128)
+    plan = Plan(config(tensor_model_parallel_size=8, sequence_parallel=True, **shape))
+    row = next(r for r in plan.layers[1] if r.name.endswith("linear_qkv.norm_input"))
+    assert row.bytes == pytest.approx(768 * (4 + 8 / 64) / 8 / 8)
+
+
 @pytest.mark.parametrize(
     "changes,expected",
     [

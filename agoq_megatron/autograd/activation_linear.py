@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from agoq_kernels.activation import activation, activation_backward
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from agoq_megatron.autograd.linear import input_gradient, linear, weight_gradient
 from agoq_megatron.autograd.saving import SavedTensor, Shelf
@@ -47,6 +48,7 @@ class ActivationLinear(torch.autograd.Function):
         return linear(y, weight)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         shelf, (weight,) = Shelf.take(ctx)
         spec: ActivationLinearSpec = ctx.spec

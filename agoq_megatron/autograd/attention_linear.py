@@ -13,6 +13,7 @@ import torch
 from agoq_kernels.attention import attention, attention_backward
 from agoq_kernels.rotary import merge_qkv_backward, rotary_tables, split_qkv
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from agoq_megatron.autograd.linear import input_gradient, linear, weight_gradient
 from agoq_megatron.autograd.saving import SavedTensor, Shelf
@@ -74,6 +75,7 @@ class AttentionLinear(torch.autograd.Function):
         return linear(flat, weight)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         shelf, (weight,) = Shelf.take(ctx)
         spec: AttentionLinearSpec = ctx.spec

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from agoq_kernels.norm import norm, norm_backward
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 class FinalNorm(torch.autograd.Function):
@@ -20,6 +21,7 @@ class FinalNorm(torch.autograd.Function):
         return norm(x, weight, bias, eps, kind)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         x, weight, bias = ctx.saved_tensors
         grads = norm_backward(grad, x, weight, bias, ctx.eps, ctx.kind)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from agoq_kernels.norm import norm, norm_backward
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from agoq_megatron.autograd.collectives import (
     Done,
@@ -75,6 +76,7 @@ class NormLinear(torch.autograd.Function):
         return linear(total, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         shelf, (norm_weight, norm_bias, weight) = Shelf.take(ctx)
         spec: NormLinearSpec = ctx.spec

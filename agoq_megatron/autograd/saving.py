@@ -3,7 +3,7 @@
 ``SavedTensor`` is the static part, made once per module: which tensor, of which layer, in which
 format. ``Shelf`` is the per-call part: an autograd function puts tensors on it in forward and takes
 them off, dequantized, in backward. Everything goes through ``save_for_backward``, so autograd's own
-checks (in-place changes, double backward, freeing) and ``saved_tensors_hooks`` keep working.
+checks (in-place changes, freeing) and ``saved_tensors_hooks`` keep working.
 """
 
 from __future__ import annotations

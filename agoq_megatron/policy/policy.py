@@ -146,6 +146,13 @@ def _check_layout(where: str, data) -> None:
             raise PolicyError(
                 f"{where}: matcher {name!r} needs the keys config, type, pattern and enabled."
             )
+        if not isinstance(matcher["config"], str) or not isinstance(matcher.get("enabled"), bool):
+            raise PolicyError(
+                f"{where}: matcher {name!r}: config must be a name, and enabled true or false."
+            )
+        unknown = set(matcher) - {"config", "type", "pattern", "enabled"}
+        if unknown:
+            raise PolicyError(f"{where}: matcher {name!r}: unknown keys {sorted(map(str, unknown))}.")
         if matcher["type"] != "glob":
             raise PolicyError(
                 f"{where}: matcher {name!r} has type {matcher['type']!r}; only 'glob' is known."
@@ -164,6 +171,9 @@ def _rule(where: str, key: str, config, rounding: str) -> Rule:
             f"{where}: unknown keys {sorted(map(str, unknown))}; known are {sorted(_FORMAT_KEYS)}."
         )
     bits = config["bits"]
+    for name in ("bits", "group", "scale_bits"):
+        if type(config.get(name, 0)) is not int:
+            raise PolicyError(f"{where}: {name} must be a whole number; got {config[name]!r}.")
     if bits in (0, KEEP_BITS) and not isinstance(bits, bool):
         if len(config) > 1:
             raise PolicyError(f"{where}: with bits {bits} nothing else may be set.")

@@ -38,6 +38,12 @@ CASES = {
     "report in no folder": ("--agoq-report /no/such/folder/r.json", ["--agoq-report"]),
     "unknown flag": ("--agoq-activatoins off", ["--agoq-activatoins"]),
     "missing corpus": ("{real} --data-path /no/such/corpus", ["/no/such/corpus", ".bin", "prepare_corpus"]),
+    "no corpus": ("{real}", ["--data-path", "--mock-data"]),
+    "width that is no whole number": ("--agoq-activations {fraction}", ["whole number", "4.0"]),
+    "matcher neither on nor off": ("--agoq-activations {maybe}", ["enabled true or false"]),
+    "layout by string": ("--pipeline-model-parallel-layout Et|tL", ["--pipeline-model-parallel-layout"]),
+    "frozen layers": ("--freeze-all-layers", ["--freeze-all-layers"]),
+    "unfused attention": ("--attention-backend unfused", ["--attention-backend"]),
     "missing tokenizer": (
         "--tokenizer-type HuggingFaceTokenizer --tokenizer-model /no/tokenizer {real}",
         ["--tokenizer-model"],
@@ -74,6 +80,8 @@ def files(tmp_path_factory):
         "corrupt": "configs: [",
         "other": "a: 1\nb: 2\n",
         "bits7": POLICY.replace("bits: 4", "bits: 7"),
+        "fraction": POLICY.replace("bits: 4", "bits: 4.0"),
+        "maybe": POLICY.replace("enabled: true", "enabled: perhaps", 1),
         "group48": POLICY.replace("group: 64", "group: 48"),
         "nf5": POLICY.replace("nf4", "nf5"),
         "uncovered": POLICY.replace('pattern: "*"', 'pattern: "mlp*"'),
@@ -105,6 +113,12 @@ def test_refused(launcher, files, case):
     assert run.log.rstrip().endswith(errors[0])  # one paragraph, last
     for word in words:
         assert word in errors[0], errors[0]
+
+
+def test_help_lists_all_flags(launcher):
+    run = launcher.run("--help", timeout=60)
+    assert run.codes == [0], run.log[-2000:]
+    assert "--agoq-activations" in run.log and "--num-layers" in run.log
 
 
 def test_dry_run_prints_the_plan_and_stops(launcher, tmp_path):
