@@ -1,8 +1,7 @@
 """quantize() and dequantize(): argument checks, and the torch operators behind them.
 
 The operators `agoq::quantize` and `agoq::dequantize` have one schema and one shape function
-(`register_fake`); the torch reference serves every device. A backend takes over a device with
-`quantize_op.register_kernel("cuda")(function)`.
+(`register_fake`); Triton serves GPUs, the torch reference every other device, and FP64 on all.
 """
 
 from __future__ import annotations
@@ -71,6 +70,16 @@ def quantize_op(
     return reference.quantize(x, Format(bits, code, group, scale_bits, rounding), key)
 
 
+@quantize_op.register_kernel("cuda")
+def _(x, bits, code, group, scale_bits, rounding, key):
+    fmt = Format(bits, code, group, scale_bits, rounding)
+    if x.dtype == torch.float64:
+        return reference.quantize(x, fmt, key)
+    from agoq_kernels.triton import launchers
+
+    return launchers.quantize(x, fmt, key)
+
+
 @quantize_op.register_fake
 def _(x, bits, code, group, scale_bits, rounding, key):
     fmt = Format(bits, code, group, scale_bits, rounding)
@@ -95,6 +104,16 @@ def dequantize_op(
     dtype: torch.dtype,
 ) -> Tensor:
     return reference.dequantize(codes, scale, zero, Format(bits, code, group, scale_bits), dtype)
+
+
+@dequantize_op.register_kernel("cuda")
+def _(codes, scale, zero, bits, code, group, scale_bits, dtype):
+    fmt = Format(bits, code, group, scale_bits)
+    if dtype == torch.float64:
+        return reference.dequantize(codes, scale, zero, fmt, dtype)
+    from agoq_kernels.triton import launchers
+
+    return launchers.dequantize((codes, scale, zero), fmt, dtype)
 
 
 @dequantize_op.register_fake

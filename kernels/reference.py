@@ -60,13 +60,14 @@ def quantize(x: Tensor, fmt: Format, key: int) -> tuple[Tensor, Tensor, Tensor]:
     codes = x.new_empty(groups.shape[0], fmt.bytes_per_group, dtype=torch.uint8)
     for block in blocks:
         y = torch.mul(groups[block], inverse[block, None])  # FP32, as inverse is
-        if some_invalid:
-            y.masked_fill_(invalid[block, None], 0.0)  # NaN has no code; the scale says it
         u = None
         if fmt.rounding == "stochastic":
             u = uniform(block.start * fmt.group, y.numel(), key, y.device).view_as(y)
+        q = _encode_(y, u, fmt, zero[block])
+        if some_invalid:
+            q.nan_to_num_(nan=0.0)  # infinity * 0 has no code; the scale says it, and code 0 is kept
         # To uint8 by way of int16: torch converts floats to uint8 one at a time.
-        q = _encode_(y, u, fmt, zero[block]).to(torch.int16).to(torch.uint8)
+        q = q.to(torch.int16).to(torch.uint8)
         codes[block] = pack(q, fmt.bits)
 
     per_group = (*lead, n // fmt.group)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 
-def rotary_tables(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine ``[s, 1, 1, rot]`` in the compute dtype, rounded as Megatron rounds them."""
-    return torch.cos(angles).to(dtype), torch.sin(angles).to(dtype)
+def rotary_tables(angles: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine ``[s, 1, 1, rot]`` of FP32 angles, in FP32."""
+    return torch.cos(angles), torch.sin(angles)
 
 
 def _rotate_half(x: Tensor, interleaved: bool) -> Tensor:
@@ -24,12 +24,15 @@ def _rotate_half(x: Tensor, interleaved: bool) -> Tensor:
 
 
 def rotate(x: Tensor, tables: tuple[Tensor, Tensor] | None, interleaved: bool) -> Tensor:
-    """Rotate the first ``rot`` features of each head of ``x`` ``[s, b, heads, d]``."""
+    """Rotate the first ``rot`` features of each head of ``x`` ``[s, b, heads, d]``.
+
+    In FP32, rounded once to the dtype of ``x``; contiguous.
+    """
     if tables is None:
         return x.contiguous()
     cos, sin = tables
     turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-    turned = turned * cos + _rotate_half(turned, interleaved) * sin
+    turned = (turned * cos + _rotate_half(turned, interleaved) * sin).to(x.dtype)
     return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
 
 

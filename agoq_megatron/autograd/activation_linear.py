@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from agoq_kernels.activation import activation, activation_backward
+from agoq_kernels.fused import activation_backward, activation_forward
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -38,10 +38,12 @@ class ActivationLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, spec: ActivationLinearSpec, keep: bool) -> Tensor:
         """``x`` ``[s, b, 2f]`` for SwiGLU, ``[s, b, f]`` for GELU -> ``[s, b, h]``, a partial sum."""
-        y = activation(x, spec.kind)
+        saved = spec.pre_activation
+        fmt, key = (saved.rule.format, saved.next_key()) if keep else (None, 0)
+        y, packed = activation_forward(x, spec.kind, fmt, key)
         if keep:
             shelf = Shelf()
-            shelf.put(spec.pre_activation, x)
+            shelf.put(saved, x, packed)
             shelf.put(spec.output, y)
             shelf.save(ctx, weight)
             ctx.spec, ctx.dtype = spec, x.dtype
@@ -52,8 +54,10 @@ class ActivationLinear(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         shelf, (weight,) = Shelf.take(ctx)
         spec: ActivationLinearSpec = ctx.spec
-        x = shelf.get(spec.pre_activation, ctx.dtype)
-        grad_x, y = activation_backward(input_gradient(grad, weight), x, spec.kind)
+        saved = spec.pre_activation
+        kept = saved.kept(shelf.packed(saved))
+        grad_y = input_gradient(grad, weight)
+        grad_x, y = activation_backward(grad_y, kept, spec.kind, saved.rule.format)
         if not spec.output.rule.recompute:
             y = shelf.get(spec.output, ctx.dtype)
         grad_weight = weight_gradient(grad, y) if ctx.needs_input_grad[1] else None

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import torch
 from agoq_kernels.attention import attention, attention_backward
-from agoq_kernels.rotary import merge_qkv_backward, rotary_tables, split_qkv
+from agoq_kernels.fused import merge_qkv, split_qkv
+from agoq_kernels.rotary import rotary_tables
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -57,15 +58,19 @@ class AttentionLinear(torch.autograd.Function):
         The result is this rank's partial sum; the caller reduces it over tensor-parallel ranks.
         """
         s, b, _ = qkv.shape
-        tables = None if angles is None else rotary_tables(angles, qkv.dtype)
-        q, k, v = split_qkv(qkv, spec.groups, spec.head_dim, tables, spec.interleaved)
+        tables = None if angles is None else rotary_tables(angles)
+        sites = spec.query, spec.key, spec.value
+        formats = tuple(saved.rule.format if keep else None for saved in sites)
+        keys = tuple(saved.next_key() if keep else 0 for saved in sites)
+        (q, k, v), packed = split_qkv(
+            qkv, spec.groups, spec.head_dim, tables, spec.interleaved, formats, keys
+        )
         out, lse = attention(q, k, v, spec.scale)
         flat = out.view(s, b, -1)
         if keep:
             shelf = Shelf()
-            shelf.put(spec.query, q.view(s, b, -1))
-            shelf.put(spec.key, k.view(s, b, -1))
-            shelf.put(spec.value, v.view(s, b, -1))
+            for saved, part, its_packed in zip(sites, (q, k, v), packed, strict=True):
+                shelf.put(saved, part.view(s, b, -1), its_packed)
             if not spec.recompute:
                 shelf.put(spec.output, flat)
                 shelf.put_exact(LSE, spec.output.layer_number, lse)
@@ -96,6 +101,6 @@ class AttentionLinear(torch.autograd.Function):
         grads = attention_backward(grad_out, q, k, v, out, lse, spec.scale)
         tables = None
         if ctx.angles is not None:
-            tables = rotary_tables(ctx.angles, ctx.dtype)
-        grad_qkv = merge_qkv_backward(*grads, tables, spec.interleaved)
+            tables = rotary_tables(ctx.angles)
+        grad_qkv = merge_qkv(*grads, tables, spec.interleaved)
         return grad_qkv, None, grad_weight, None, None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from agoq_kernels.norm import norm, norm_backward
+from agoq_kernels.fused import kept_as_is, norm_backward, norm_forward
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -18,11 +18,14 @@ class FinalNorm(torch.autograd.Function):
         """``x`` ``[s, b, h]`` -> ``[s, b, h]``."""
         ctx.save_for_backward(x, weight, bias)
         ctx.eps, ctx.kind = eps, kind
-        return norm(x, weight, bias, eps, kind)
+        y, _, _ = norm_forward(x, None, weight, bias, eps, kind)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         x, weight, bias = ctx.saved_tensors
-        grads = norm_backward(grad, x, weight, bias, ctx.eps, ctx.kind)
-        return *grads, None, None
+        grads = norm_backward(
+            grad, kept_as_is(x), None, weight, bias, ctx.eps, ctx.kind, None, with_output=False
+        )
+        return *grads[:3], None, None

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from agoq_kernels.norm import norm, norm_backward
+from agoq_kernels.fused import norm_backward, norm_forward, norm_from_kept
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -64,11 +64,15 @@ class NormLinear(torch.autograd.Function):
         ``keep`` is False where no backward pass can follow (evaluation, or the first pass of a
         recomputed region): nothing is quantized then.
         """
-        y = norm(x, norm_weight, norm_bias, spec.eps, spec.kind)
+        saved = spec.norm_input
+        fmt, key = (saved.rule.format, saved.next_key()) if keep else (None, 0)
+        y, _, packed = norm_forward(
+            x, None, norm_weight, norm_bias, spec.eps, spec.kind, fmt, key
+        )
         total, handle = gather_sequence(y, spec.group) if spec.sequence_parallel else (y, Done())
         if keep:
             shelf = Shelf()
-            shelf.put(spec.norm_input, x)
+            shelf.put(saved, x, packed)
             shelf.put(spec.norm_output, y)
             shelf.save(ctx, norm_weight, norm_bias, weight)
             ctx.spec, ctx.dtype = spec, x.dtype
@@ -83,7 +87,8 @@ class NormLinear(torch.autograd.Function):
         need_weight, need_bias = ctx.needs_input_grad[3:5]
         norm_args = norm_weight, norm_bias, spec.eps, spec.kind
 
-        source = spec.norm_input if spec.norm_output.rule.recompute else spec.norm_output
+        saved, fmt = spec.norm_input, spec.norm_input.rule.format
+        source = saved if spec.norm_output.rule.recompute else spec.norm_output
         parts = shelf.packed(source)
         gathers = []
         if spec.sequence_parallel and need_weight:
@@ -96,18 +101,18 @@ class NormLinear(torch.autograd.Function):
         reduce = reduce_scatter_sequence if spec.sequence_parallel else all_reduce
         grad_y, handle = reduce(grad_y, spec.group)
 
-        x = grad_weight = None
+        grad_weight = None
         if need_weight:
-            total = source.unpack(parts, ctx.dtype)
-            if source is spec.norm_input:
-                if total.shape[0] == grad_y.shape[0]:
-                    x = total
-                total = norm(total, *norm_args)
+            if source is saved:
+                total = norm_from_kept(saved.kept(parts), *norm_args, fmt, ctx.dtype)
+            else:
+                total = source.unpack(parts, ctx.dtype)
             grad_weight = weight_gradient(grad, total)
         grad_bias = bias_gradient(grad) if need_bias else None
 
         handle.wait()
-        if x is None:
-            x = shelf.get(spec.norm_input, ctx.dtype)
-        grad_x, grad_norm_weight, grad_norm_bias = norm_backward(grad_y, x, *norm_args)
+        kept = saved.kept(shelf.packed(saved))
+        grad_x, grad_norm_weight, grad_norm_bias, _ = norm_backward(
+            grad_y, kept, None, *norm_args, fmt, with_output=False
+        )
         return grad_x, grad_norm_weight, grad_norm_bias, grad_weight, grad_bias, None, None

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from agoq_kernels.fused import Kept, kept_as_is
 from agoq_kernels.ops import dequantize, quantize
 from torch import Tensor
 
@@ -34,29 +35,44 @@ class SavedTensor:
     layer_number: int
     rule: Rule
 
-    def pack(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The tensors to keep for ``x`` ``[..., n]``: none, ``x`` itself, or codes and scales."""
+    def next_key(self) -> int:
+        """Key of the random numbers for packing the tensor once more; 0 where none are drawn."""
+        fmt = self.rule.format
+        if fmt is None or fmt.rounding != "stochastic":
+            return 0
+        return counter.key(self.layer_number, self.site.value)
+
+    def pack(self, x: Tensor, packed: Kept | None = None) -> tuple[Tensor, ...]:
+        """The tensors to keep for ``x`` ``[..., n]``: none, ``x`` itself, or codes and scales.
+
+        Args:
+            packed: what a fused operator already made of ``x``, with :meth:`next_key` as its key.
+        """
         if self.rule.recompute:
             return ()
         fmt = self.rule.format
         if fmt is None:
             kept = (x,)
         else:
-            stochastic = fmt.rounding == "stochastic"
-            key = counter.key(self.layer_number, self.site.value) if stochastic else 0
-            codes, scale, zero = quantize(x, fmt, key)
+            codes, scale, zero = packed or quantize(x, fmt, self.next_key())
             kept = (codes, scale, zero) if zero.numel() else (codes, scale)
         accounting.announce(self.layer_number, self.site.value, kept)
         return kept
+
+    def kept(self, tensors: tuple[Tensor, ...]) -> Kept:
+        """What :meth:`pack` returned, as the fused operators take it."""
+        if self.rule.format is None:
+            return kept_as_is(tensors[0])
+        if len(tensors) == 3:
+            return tensors
+        return *tensors, torch.empty(0, dtype=torch.uint8, device=tensors[0].device)
 
     def unpack(self, kept: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
         """The tensor ``[..., n]`` back from what :meth:`pack` returned."""
         fmt = self.rule.format
         if fmt is None:
             return kept[0]
-        codes, scale = kept[:2]
-        zero = kept[2] if len(kept) > 2 else torch.empty(0, dtype=torch.uint8, device=codes.device)
-        return dequantize(codes, scale, zero, fmt, dtype)
+        return dequantize(*self.kept(kept), fmt, dtype)
 
 
 def saved_tensor(policy: ActivationPolicy, site: Site, layer_number: int) -> SavedTensor:
@@ -71,10 +87,10 @@ class Shelf:
         self._tensors: list[Tensor | None] = []
         self._spans: dict[Site, tuple[SavedTensor, int, int]] = {}
 
-    def put(self, saved: SavedTensor, x: Tensor) -> None:
-        """Pack ``x`` (nothing is kept where the rule says to recompute it)."""
+    def put(self, saved: SavedTensor, x: Tensor, packed: Kept | None = None) -> None:
+        """Keep ``x``, packed here or by a fused operator (nothing where it is to be recomputed)."""
         start = len(self._tensors)
-        self._tensors.extend(saved.pack(x))
+        self._tensors.extend(saved.pack(x, packed))
         self._spans[saved.site] = saved, start, len(self._tensors)
 
     def put_exact(self, name: str, layer_number: int, x: Tensor) -> None:

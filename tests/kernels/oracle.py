@@ -128,9 +128,9 @@ def quantize(x: np.ndarray, fmt, key: int) -> tuple[list, list, list, np.ndarray
             zero = min(max(round(float(-low * inverse)), 0), 2**fmt.bits - 1)
         codes = []
         for i, value in enumerate(row):
-            y = f32(0) if np.isnan(scale) else value * inverse
+            y = value * inverse
             u = uniform(g * fmt.group + i, key) if fmt.rounding == "stochastic" else None
-            codes.append(encode(y, u, fmt, zero))
+            codes.append(0 if np.isnan(y) else encode(y, u, fmt, zero))
             values[g, i] = f32(decode(codes[-1], fmt, zero) * scale)
         all_codes.append(codes), scales.append(scale), zeros.append(zero)
     return all_codes, scales, zeros, values

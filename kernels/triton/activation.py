@@ -1,0 +1,190 @@
+"""SwiGLU and GELU, forward while packing their input, backward straight from its codes.
+
+A program takes R groups of the gate and the same R groups of the up half of one row.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from agoq_kernels.formats import Format
+from agoq_kernels.triton.codec import cast, load_dequantize, quantize_store
+from agoq_kernels.triton.constants import constants
+from agoq_kernels.triton.quantize import (
+    Packed,
+    as_rows,
+    empty_packed,
+    packed_arguments,
+    signed_key,
+)
+from torch import Tensor
+
+TILE = 2048  # elements of a program, in each half
+
+
+@triton.jit
+def _sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def _gelu(x, KIND: tl.constexpr):
+    """Value and slope."""
+    if KIND == "gelu":
+        cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+        return x * cdf, cdf + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+    else:
+        inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+        half = _sigmoid(2.0 * inner)  # (1 + tanh(inner)) / 2
+        slope = 0.7978845608028654 * (1.0 + 3 * 0.044715 * x * x)
+        return x * half, half + x * 2.0 * half * (1.0 - half) * slope
+
+
+@triton.jit
+def _place(n, R: tl.constexpr, FMT: tl.constexpr):
+    """Row of this program, its groups [R] within the row's half, and their columns [R, B]."""
+    blocks = tl.cdiv(tl.cdiv(n, FMT.group), R)
+    row = tl.program_id(0) // blocks
+    group = (tl.program_id(0) - row * blocks) * R + tl.arange(0, R)
+    columns = (group * FMT.group)[:, None] + tl.arange(0, FMT.group // FMT.lanes)[None, :]
+    return row.to(tl.int64), group, columns
+
+
+@triton.jit(do_not_specialize=["key_a", "key_b"])
+def _forward_kernel(
+    x_ptr, y_ptr, codes_ptr, scale_ptr, zero_ptr, tables_ptr, n, x_stride, key_a, key_b,
+    KIND: tl.constexpr, QUANTIZE: tl.constexpr, R: tl.constexpr, FMT: tl.constexpr,
+):  # fmt: skip
+    LANES: tl.constexpr = FMT.lanes
+    B: tl.constexpr = FMT.group // LANES
+    GATED: tl.constexpr = KIND == "swiglu"
+    row, group, columns = _place(n, R, FMT)
+    source = x_ptr + row * x_stride
+    gates = ()
+    ups = ()
+    for i in tl.static_range(LANES):
+        column = columns + i * B
+        gate = tl.load(source + column, mask=column < n, other=0.0).to(tl.float32)
+        gates = gates + (gate,)
+        if GATED:
+            up = tl.load(source + n + column, mask=column < n, other=0.0).to(tl.float32)
+            ups = ups + (up,)
+            y = gate * _sigmoid(gate) * up
+        else:
+            y, _ = _gelu(gate, KIND)
+        tl.store(y_ptr + row * n + column, cast(y, y_ptr.dtype.element_ty), mask=column < n)
+    if QUANTIZE:
+        per_half = n // FMT.group
+        mask = group < per_half
+        first = row * (per_half * (2 if GATED else 1)) + group
+        quantize_store(
+            gates, first, mask, codes_ptr, scale_ptr, zero_ptr, tables_ptr, key_a, key_b, FMT
+        )
+        if GATED:
+            quantize_store(
+                ups, first + per_half, mask, codes_ptr, scale_ptr, zero_ptr, tables_ptr,
+                key_a, key_b, FMT,
+            )  # fmt: skip
+
+
+@triton.jit
+def _load_kept(
+    x_ptr, start, first, mask, columns, n, scale_ptr, zero_ptr, tables_ptr,
+    QUANTIZED: tl.constexpr, FMT: tl.constexpr,
+):  # fmt: skip
+    if QUANTIZED:
+        return load_dequantize(first, mask, x_ptr, scale_ptr, zero_ptr, tables_ptr, FMT)
+    else:
+        xs = ()
+        for i in tl.static_range(tl.constexpr(FMT.lanes)):
+            column = columns + i * (FMT.group // FMT.lanes)
+            x = tl.load(x_ptr + start + column, mask=column < n, other=0.0)
+            xs = xs + (x.to(tl.float32),)
+        return xs
+
+
+@triton.jit
+def _backward_kernel(
+    grad_ptr, x_ptr, scale_ptr, zero_ptr, tables_ptr, grad_x_ptr, y_ptr, n, grad_stride,
+    KIND: tl.constexpr, QUANTIZED: tl.constexpr, R: tl.constexpr, FMT: tl.constexpr,
+):  # fmt: skip
+    LANES: tl.constexpr = FMT.lanes
+    B: tl.constexpr = FMT.group // LANES
+    GATED: tl.constexpr = KIND == "swiglu"
+    HALVES: tl.constexpr = 2 if GATED else 1
+    row, group, columns = _place(n, R, FMT)
+    per_half = n // FMT.group
+    mask = group < per_half
+    first = row * (per_half * HALVES) + group
+    start = row * n * HALVES
+    gates = _load_kept(
+        x_ptr, start, first, mask, columns, n, scale_ptr, zero_ptr, tables_ptr, QUANTIZED, FMT
+    )
+    if GATED:
+        ups = _load_kept(
+            x_ptr, start + n, first + per_half, mask, columns, n, scale_ptr, zero_ptr, tables_ptr,
+            QUANTIZED, FMT,
+        )  # fmt: skip
+    out = grad_x_ptr + start
+    dtype = y_ptr.dtype.element_ty
+    for i in tl.static_range(LANES):
+        column = columns + i * B
+        inside = column < n
+        grad = tl.load(grad_ptr + row * grad_stride + column, mask=inside, other=0.0).to(tl.float32)
+        gate = gates[i]
+        if GATED:
+            sigmoid = _sigmoid(gate)
+            silu = gate * sigmoid
+            slope = sigmoid + silu * (1.0 - sigmoid)
+            y = silu * ups[i]
+            tl.store(out + column, cast(grad * ups[i] * slope, dtype), mask=inside)
+            tl.store(out + n + column, cast(grad * silu, dtype), mask=inside)
+        else:
+            y, slope = _gelu(gate, KIND)
+            tl.store(out + column, cast(grad * slope, dtype), mask=inside)
+        tl.store(y_ptr + row * n + column, cast(y, dtype), mask=inside)
+
+
+def _launch(rows: int, n: int, fmt: Format | None) -> tuple[tuple[int], dict]:
+    """Grid and tile for rows of n columns a half."""
+    numbers = constants(fmt)
+    groups = triton.cdiv(n, numbers.group)
+    per_program = min(TILE // numbers.group, triton.next_power_of_2(groups))
+    tile = dict(R=per_program, FMT=numbers, num_warps=4, enable_fp_fusion=False)
+    return (rows * triton.cdiv(groups, per_program),), tile
+
+
+def activation_forward(
+    x: Tensor, kind: str, fmt: Format | None, key: int
+) -> tuple[Tensor, Packed]:
+    """See fused.activation_forward(); half of x's last axis is a multiple of the group."""
+    rows = as_rows(x)
+    n = x.shape[-1] // (2 if kind == "swiglu" else 1)
+    y = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
+    packed = empty_packed(x.shape[:-1], x.shape[-1], fmt, x.device)
+    if rows.numel():
+        grid, tile = _launch(rows.shape[0], n, fmt)
+        _forward_kernel[grid](
+            rows, y, *packed_arguments(packed, fmt), n, rows.stride(0), *signed_key(key),
+            KIND=kind, QUANTIZE=fmt is not None, **tile,
+        )  # fmt: skip
+    return y, packed
+
+
+def activation_backward(
+    grad: Tensor, kept: Packed, kind: str, fmt: Format | None
+) -> tuple[Tensor, Tensor]:
+    """See fused.activation_backward()."""
+    rows = as_rows(grad)
+    n = grad.shape[-1]
+    halves = 2 if kind == "swiglu" else 1
+    grad_x = torch.empty((*grad.shape[:-1], halves * n), dtype=grad.dtype, device=grad.device)
+    y = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
+    if rows.numel():
+        grid, tile = _launch(rows.shape[0], n, fmt)
+        _backward_kernel[grid](
+            rows, *packed_arguments(kept, fmt), grad_x, y, n, rows.stride(0),
+            KIND=kind, QUANTIZED=fmt is not None, **tile,
+        )  # fmt: skip
+    return grad_x, y

@@ -1,0 +1,341 @@
+"""Device functions that all kernels share: groups in registers <-> codes, scales and zero points.
+
+A kernel holds groups as a tuple of FP32 "lanes" [R, B]: R groups, and in lane l the elements
+l * B ... l * B + B - 1 of each. B is chosen so that the elements which share a byte of the narrowest
+plane (see packing.py) lie in different lanes at the same place: packing is then arithmetic within a
+thread, and neither loads nor stores need a shuffle.
+
+The arithmetic is that of reference.py, operation for operation; kernels are compiled without fused
+multiply-adds. Where a trick replaces an operation it is exact, and says so. `FMT` is a
+`constants.Constants`, known at compile time.
+"""
+
+from __future__ import annotations
+
+import os
+
+import triton
+import triton.language as tl
+
+# The interpreter's minimum and maximum of two tensors propagate NaN and its reductions drop it,
+# whatever they are asked for; a reduction by a function of ours takes it a second per 50,000 numbers.
+INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+# Adding 1.5 * 2^23 to an FP32 number below 2^22 in magnitude rounds it to an integer, ties to even;
+# larger numbers stay large. Integers below 2^23 added to 2^23 appear in the low bits of the sum.
+ROUND = tl.constexpr(1.5 * 2.0**23)
+MAGIC = tl.constexpr(2.0**23)
+MAGIC_BITS = tl.constexpr(0x4B000000)
+CELL_MASK = tl.constexpr(63)
+
+
+@triton.jit
+def _nan_max(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _nan_min(a, b):
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _group_max(x):
+    """Maximum [R] of each row of x [R, B]; NaN where a row holds one."""
+    if INTERPRET:
+        return tl.max(x, 1) + tl.sum(x * 0.0, 1)
+    else:
+        return tl.reduce(x, 1, _nan_max)
+
+
+@triton.jit
+def _group_min(x):
+    if INTERPRET:
+        return tl.min(x, 1) + tl.sum(x * 0.0, 1)
+    else:
+        return tl.reduce(x, 1, _nan_min)
+
+
+@triton.jit
+def _clamp(x, low: tl.constexpr, high: tl.constexpr):
+    """x limited to [low, high]; NaN gives low."""
+    if INTERPRET:
+        x = tl.where(x > low, x, low)
+    else:
+        x = tl.maximum(x, low)
+    return tl.minimum(x, high)
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr):
+    """FP32 to dtype, to the nearest, ties to even (the interpreter truncates to bfloat16)."""
+    if INTERPRET and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = tl.where(x == x, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, 0x7FC0)
+        return bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(dtype)
+
+
+# --- Scales and zero points -----------------------------------------------------------------------
+
+
+@triton.jit
+def _store_scale(scale, FMT: tl.constexpr):
+    """FP32 scales >= 0 -> what is stored (int16 bits of a bfloat16, or uint8), and that as FP32."""
+    bits = scale.to(tl.int32, bitcast=True)
+    invalid = (bits & 0x7F800000) == 0x7F800000
+    if FMT.scale_bits == 16:
+        stored = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        invalid = invalid | (stored >= 0x7F80)  # rounded up to infinity
+        stored = tl.where(stored < 0x80, 0, stored)  # below 2^-126
+        stored = tl.where(invalid, 0x7FC0, stored)
+        return stored.to(tl.int16), (stored << 16).to(tl.float32, bitcast=True)
+    else:
+        bits = tl.minimum(bits, 0x47600000)  # 57344; integers order as the positive floats do
+        if FMT.bits >= 6:
+            bits += 0xFFFFF
+        else:
+            bits += 0x7FFFF + ((bits >> 20) & 1)
+        stored = tl.minimum(tl.maximum((bits >> 20) - 888, 1), 254)
+        stored = tl.where(scale == 0, 0, stored)
+        stored = tl.where(invalid, 255, stored)
+        return stored.to(tl.uint8), _decode_scale(stored, FMT)
+
+
+@triton.jit
+def _decode_scale(stored, FMT: tl.constexpr):
+    """Stored scales as integers -> FP32."""
+    if FMT.scale_bits == 16:
+        return (stored.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        stored = stored.to(tl.int32)
+        bits = tl.where(stored == 0, 0, (stored + 888) << 20)
+        bits = tl.where(stored == 255, 0x7FC00000, bits)
+        return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _scale_and_zero(xs, FMT: tl.constexpr):
+    """Lanes -> stored scale [R], FP32 reciprocal of it [R] (0 for zero and NaN), FP32 zero [R]."""
+    if FMT.has_zero:
+        low = xs[0]
+        high = xs[0]
+        for i in tl.static_range(1, tl.constexpr(FMT.lanes)):
+            low = _nan_min(low, xs[i])
+            high = _nan_max(high, xs[i])
+        low = _nan_min(_group_min(low), 0.0)
+        high = _nan_max(_group_max(high), 0.0)
+        stored, step = _store_scale((high - low) * FMT.inverse_range, FMT)
+    else:
+        absmax = tl.abs(xs[0])
+        for i in tl.static_range(1, tl.constexpr(FMT.lanes)):
+            absmax = _nan_max(absmax, tl.abs(xs[i]))
+        absmax = _group_max(absmax)
+        low = absmax
+        if FMT.inverse_range != 1.0:
+            absmax = absmax * FMT.inverse_range
+        stored, step = _store_scale(absmax, FMT)
+    usable = step > 0
+    inverse = tl.where(usable, tl.div_rn(1.0, tl.where(usable, step, 1.0)), 0.0)
+    zero = low
+    if FMT.has_zero:
+        zero = tl.where(usable, (0.0 - low) * inverse, 0.0)
+        zero = _clamp((zero + ROUND) - ROUND, 0.0, FMT.top)
+    return stored, inverse, zero
+
+
+# --- Random numbers (rng.py) ----------------------------------------------------------------------
+
+
+@triton.jit
+def _mix(x):
+    x ^= x >> 16
+    x *= 0x7FEB352D
+    x ^= x >> 15
+    x *= 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _uniform(index, key_a, key_b):
+    """FP32 numbers in [0, 1) of the elements at index (int64)."""
+    word = _mix(index.to(tl.uint32) ^ key_a.to(tl.uint32))
+    word = word ^ key_b.to(tl.uint32) ^ _mix((index >> 32).to(tl.uint32))
+    return (_mix(word) >> 8).to(tl.float32) * 5.9604644775390625e-08  # 2^-24
+
+
+# --- Codes ----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _nearest_level(y, tables, FMT: tl.constexpr):
+    """Codes, as FP32 integers, of y in a format of levels.
+
+    The line is cut into cells of which none holds two thresholds. A table gives, for the cell of y,
+    the threshold in its low word and in its high word the code below it.
+    """
+    magnitude = y
+    if FMT.code == "e2m1":
+        magnitude = tl.abs(y)
+    limited = _clamp(magnitude, -FMT.cell_limit, FMT.cell_limit)
+    cell = (limited * FMT.cells_per_unit + (ROUND + FMT.cell_origin)).to(tl.int32, bitcast=True)
+    entry = tl.load(tables + 16 + (cell & CELL_MASK))
+    threshold = entry.to(tl.int32).to(tl.float32, bitcast=True)
+    below = (entry >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    code = below + tl.where(limited > threshold, 1.0, 0.0)
+    if FMT.code == "e2m1":
+        code += tl.where(y < 0, 8.0, 0.0)
+    return code
+
+
+@triton.jit
+def _stochastic_level(y, u, tables, FMT: tl.constexpr):
+    """As _nearest_level, but one of the two neighbours, with the probabilities of their distances."""
+    magnitude = y
+    if FMT.code == "e2m1":
+        magnitude = tl.abs(y)
+    lower = tl.zeros_like(y).to(tl.int32)
+    for i in tl.static_range(tl.constexpr(FMT.n_inner_levels)):
+        lower += (magnitude >= FMT.inner_levels[i]).to(tl.int32)
+    # Entry i < 16 holds level i and, in the high word, the distance to the next.
+    entry = tl.load(tables + lower)
+    level = entry.to(tl.int32).to(tl.float32, bitcast=True)
+    gap = (entry >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    code = lower.to(tl.float32) + tl.where(u * gap < magnitude - level, 1.0, 0.0)
+    if FMT.code == "e2m1":
+        code += tl.where(y < 0, 8.0, 0.0)
+    return code
+
+
+@triton.jit
+def _encode(x, inverse, zero, index, key_a, key_b, tables, FMT: tl.constexpr):
+    """One lane [R, B] -> codes as FP32 integers."""
+    y = x * inverse[:, None]
+    if FMT.code == "int" or FMT.code == "int_asym":
+        if FMT.rounding == "stochastic":
+            y = tl.floor(y + _uniform(index, key_a, key_b))
+        else:
+            y = (y + ROUND) - ROUND
+        if FMT.has_zero:
+            return _clamp(y + zero[:, None], 0.0, FMT.top)
+        else:
+            return _clamp(y, -FMT.qmax, FMT.qmax) + FMT.qmax
+    else:
+        if FMT.rounding == "stochastic":
+            return _stochastic_level(y, _uniform(index, key_a, key_b), tables, FMT)
+        else:
+            return _nearest_level(y, tables, FMT)
+
+
+@triton.jit
+def _bits(code):
+    """FP32 integers of 0..255 -> int32 whose low bits are the integer."""
+    return (code + MAGIC).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _store_plane(codes, out, mask, P: tl.constexpr, FMT: tl.constexpr):
+    """Store plane P of the codes, lanes of FP32 integers."""
+    WIDTH: tl.constexpr = FMT.planes[P]
+    SHIFT: tl.constexpr = FMT.plane_shifts[P]
+    B: tl.constexpr = FMT.group // FMT.lanes
+    PARTS: tl.constexpr = FMT.lanes * WIDTH // 8  # runs of B bytes in this plane
+    START: tl.constexpr = FMT.group * SHIFT // 8
+    for t in tl.static_range(PARTS):
+        byte = (_bits(codes[t]) >> SHIFT) & ((1 << WIDTH) - 1)
+        for k in tl.static_range(1, 8 // WIDTH):
+            bits = (_bits(codes[k * PARTS + t]) >> SHIFT) & ((1 << WIDTH) - 1)
+            byte |= bits << (k * WIDTH)
+        tl.store(out + (START + t * B), byte.to(tl.uint8), mask=mask[:, None])
+
+
+@triton.jit
+def quantize_store(
+    xs, groups, mask, codes_ptr, scale_ptr, zero_ptr, tables, key_a, key_b, FMT: tl.constexpr
+):
+    """Quantize the lanes xs and store all that is kept of them.
+
+    groups [R], int64: index of each group in the whole tensor; mask [R]: which of them exist. Masked
+    lanes may hold anything.
+    """
+    B: tl.constexpr = FMT.group // FMT.lanes
+    stored, inverse, zero = _scale_and_zero(xs, FMT)
+    tl.store(scale_ptr + groups, stored, mask=mask)
+    if FMT.has_zero:
+        tl.store(zero_ptr + groups, _bits(zero).to(tl.uint8), mask=mask)
+
+    column = tl.arange(0, B)[None, :]
+    codes = ()
+    for i in tl.static_range(tl.constexpr(FMT.lanes)):
+        index = groups[:, None] * FMT.group + (column + i * B)
+        code = _encode(xs[i], inverse, zero, index, key_a, key_b, tables, FMT)
+        codes = codes + (code,)
+    out = codes_ptr + (groups * FMT.bytes_per_group)[:, None] + column
+
+    if FMT.lanes * FMT.bits == 8:  # whole bytes from one place: add the shifted codes as exact FP32 integers
+        byte = codes[0]
+        for i in tl.static_range(1, tl.constexpr(FMT.lanes)):
+            byte += codes[i] * (1 << FMT.bits * i)
+        tl.store(out, _bits(byte).to(tl.uint8), mask=mask[:, None])
+    else:
+        for p in tl.static_range(tl.constexpr(FMT.n_planes)):
+            _store_plane(codes, out, mask, p, FMT)
+
+
+@triton.jit
+def _decode(code, zero, tables, FMT: tl.constexpr):
+    """int32 codes [R, B] -> FP32 values in units of the scale."""
+    if FMT.code == "int":
+        return (code | MAGIC_BITS).to(tl.float32, bitcast=True) - (MAGIC + FMT.qmax)
+    elif FMT.code == "int_asym":
+        return (code | MAGIC_BITS).to(tl.float32, bitcast=True) - (zero + MAGIC)[:, None]
+    elif FMT.code == "cubic":
+        m = ((code * 2) | MAGIC_BITS).to(tl.float32, bitcast=True) - (MAGIC + 15.0)
+        return (m * (m * m + 225.0)) * FMT.cubic_unit
+    else:
+        return tl.load(tables + code).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _load_plane(source, mask, P: tl.constexpr, FMT: tl.constexpr):
+    """Lanes of int32: the bits of each code that plane P holds."""
+    WIDTH: tl.constexpr = FMT.planes[P]
+    B: tl.constexpr = FMT.group // FMT.lanes
+    PARTS: tl.constexpr = FMT.lanes * WIDTH // 8  # runs of B bytes in this plane
+    START: tl.constexpr = FMT.group * FMT.plane_shifts[P] // 8
+    parts = ()
+    for t in tl.static_range(PARTS):
+        byte = tl.load(source + (START + t * B), mask=mask[:, None], other=0)
+        parts = parts + (byte.to(tl.int32),)
+    lanes = ()
+    for lane in tl.static_range(tl.constexpr(FMT.lanes)):
+        code = parts[lane % PARTS] >> (lane // PARTS * WIDTH)
+        if lane // PARTS < 8 // WIDTH - 1:  # nothing above the highest code of a byte
+            code = code & ((1 << WIDTH) - 1)
+        lanes = lanes + (code,)
+    return lanes
+
+
+@triton.jit
+def load_dequantize(groups, mask, codes_ptr, scale_ptr, zero_ptr, tables, FMT: tl.constexpr):
+    """Load groups and dequantize them: a tuple of FP32 lanes [R, B]; 0 where mask [R] is False."""
+    B: tl.constexpr = FMT.group // FMT.lanes
+    step = _decode_scale(tl.load(scale_ptr + groups, mask=mask, other=0), FMT)
+    zero = step
+    if FMT.has_zero:
+        zero = tl.load(zero_ptr + groups, mask=mask, other=0).to(tl.int32)
+        zero = (zero | MAGIC_BITS).to(tl.float32, bitcast=True) - MAGIC
+    column = tl.arange(0, B)[None, :]
+    source = codes_ptr + (groups * FMT.bytes_per_group)[:, None] + column
+
+    codes = _load_plane(source, mask, 0, FMT)
+    if FMT.n_planes == 2:
+        low, high, codes = codes, _load_plane(source, mask, 1, FMT), ()
+        for lane in tl.static_range(tl.constexpr(FMT.lanes)):
+            codes = codes + (low[lane] | (high[lane] << FMT.plane_shifts[1]),)
+
+    xs = ()
+    for lane in tl.static_range(tl.constexpr(FMT.lanes)):
+        xs = xs + (_decode(codes[lane], zero, tables, FMT) * step[:, None],)
+    return xs

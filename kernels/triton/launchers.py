@@ -1,0 +1,59 @@
+"""What the operators call on a GPU. A group that crosses the boundary which a fused kernel works along
+(between gate and up, or between two heads) is quantized by itself, in a second pass."""
+
+from __future__ import annotations
+
+import torch
+from agoq_kernels.formats import Format
+from agoq_kernels.triton import activation, rotary
+from agoq_kernels.triton.norm import norm_backward, norm_forward, norm_from_kept
+from agoq_kernels.triton.quantize import Packed, dequantize, empty_packed, quantize
+from agoq_kernels.triton.rotary import merge_qkv
+from torch import Tensor
+
+__all__ = [
+    "activation_backward",
+    "activation_forward",
+    "dequantize",
+    "merge_qkv",
+    "norm_backward",
+    "norm_forward",
+    "norm_from_kept",
+    "quantize",
+    "split_qkv",
+]
+
+
+def activation_forward(
+    x: Tensor, kind: str, fmt: Format | None, key: int
+) -> tuple[Tensor, Packed]:
+    """See fused.activation_forward()."""
+    half = x.shape[-1] // 2
+    if fmt is None or kind != "swiglu" or half % fmt.group == 0:
+        return activation.activation_forward(x, kind, fmt, key)
+    y, _ = activation.activation_forward(x, kind, None, key)
+    return y, quantize(x, fmt, key)
+
+
+def activation_backward(
+    grad: Tensor, kept: Packed, kind: str, fmt: Format | None
+) -> tuple[Tensor, Tensor]:
+    """See fused.activation_backward()."""
+    if fmt is not None and kind == "swiglu" and grad.shape[-1] % fmt.group:
+        x = dequantize(kept, fmt, torch.float32)
+        kept, fmt = (x, *empty_packed((), 0, None, x.device)[1:]), None
+    return activation.activation_backward(grad, kept, kind, fmt)
+
+
+def split_qkv(
+    qkv: Tensor, tables: tuple[Tensor, Tensor] | None, groups: int, head_dim: int,
+    interleaved: bool, formats: tuple[Format | None, ...], keys: tuple[int, ...],
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Packed, Packed, Packed]]:  # fmt: skip
+    """See fused.split_qkv()."""
+    fused = [f if f is None or head_dim % f.group == 0 else None for f in formats]
+    parts, packed = rotary.split_qkv(qkv, tables, groups, head_dim, interleaved, fused, keys)
+    packed = list(packed)
+    for i, fmt in enumerate(formats):
+        if fmt is not fused[i]:
+            packed[i] = quantize(parts[i].flatten(2), fmt, keys[i])
+    return parts, tuple(packed)

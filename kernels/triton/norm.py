@@ -1,0 +1,303 @@
+"""RMSNorm and LayerNorm, one pass over memory each way, packing or unpacking the input as it goes.
+
+    forward             [x + residual ->] total -> norm, and codes of total
+    from what was kept  codes -> norm
+    backward            codes, gradients -> gradient of the input [and the norm again]
+
+A program holds whole rows in registers, in the lanes of codec.py. Statistics are FP32 and derived anew
+in backward. Weight gradients are summed by each program over its rows, then over programs by torch:
+in a fixed order, so that a run repeats.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from agoq_kernels.formats import Format
+from agoq_kernels.triton.codec import cast, load_dequantize, quantize_store
+from agoq_kernels.triton.constants import constants
+from agoq_kernels.triton.quantize import (
+    Packed,
+    as_rows,
+    empty_packed,
+    packed_arguments,
+    signed_key,
+)
+from torch import Tensor
+
+
+@triton.jit
+def _load_lanes(ptr, columns, n, FMT: tl.constexpr):
+    """Lanes of FP32 [NG, B] at ptr + columns; 0 from column n on."""
+    xs = ()
+    for i in tl.static_range(tl.constexpr(FMT.lanes)):
+        column = columns + i * (FMT.group // FMT.lanes)
+        xs = xs + (tl.load(ptr + column, mask=column < n, other=0.0).to(tl.float32),)
+    return xs
+
+
+@triton.jit
+def _store_lanes(ptr, xs, columns, n, FMT: tl.constexpr):
+    for i in tl.static_range(tl.constexpr(FMT.lanes)):
+        column = columns + i * (FMT.group // FMT.lanes)
+        tl.store(ptr + column, cast(xs[i], ptr.dtype.element_ty), mask=column < n)
+
+
+@triton.jit
+def _sum_of_products(xs, ys, FMT: tl.constexpr):
+    total = xs[0] * ys[0]
+    for i in tl.static_range(1, tl.constexpr(FMT.lanes)):
+        total += xs[i] * ys[i]
+    return tl.sum(tl.sum(total, 1), 0)
+
+
+@triton.jit
+def _sum(xs, FMT: tl.constexpr):
+    total = xs[0]
+    for i in tl.static_range(1, tl.constexpr(FMT.lanes)):
+        total += xs[i]
+    return tl.sum(tl.sum(total, 1), 0)
+
+
+@triton.jit
+def _normalize(xs, columns, n, eps, LAYER_NORM: tl.constexpr, FMT: tl.constexpr):
+    """Lanes of the normalized row (0 from column n on), and its reciprocal deviation."""
+    if LAYER_NORM:
+        mean = _sum(xs, FMT) / n
+        centred = ()
+        for i in tl.static_range(tl.constexpr(FMT.lanes)):
+            column = columns + i * (FMT.group // FMT.lanes)
+            centred = centred + (tl.where(column < n, xs[i] - mean, 0.0),)
+        xs = centred
+    rstd = tl.rsqrt(_sum_of_products(xs, xs, FMT) / n + eps)
+    normalized = ()
+    for i in tl.static_range(tl.constexpr(FMT.lanes)):
+        normalized = normalized + (xs[i] * rstd,)
+    return normalized, rstd
+
+
+@triton.jit
+def _scale_and_shift(xs, weight_ptr, bias_ptr, columns, n, HAS_BIAS: tl.constexpr, FMT: tl.constexpr):
+    weights = _load_lanes(weight_ptr, columns, n, FMT)
+    ys = ()
+    for i in tl.static_range(tl.constexpr(FMT.lanes)):
+        ys = ys + (xs[i] * weights[i],)
+    if HAS_BIAS:
+        biases = _load_lanes(bias_ptr, columns, n, FMT)
+        shifted = ()
+        for i in tl.static_range(tl.constexpr(FMT.lanes)):
+            shifted = shifted + (ys[i] + biases[i],)
+        ys = shifted
+    return ys
+
+
+@triton.jit(do_not_specialize=["key_a", "key_b"])
+def _forward_kernel(
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, total_ptr,
+    codes_ptr, scale_ptr, zero_ptr, tables_ptr, n, x_stride, residual_stride, eps, key_a, key_b,
+    LAYER_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr,
+    QUANTIZE: tl.constexpr, NG: tl.constexpr, FMT: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    group = tl.arange(0, NG)
+    columns = (group * FMT.group)[:, None] + tl.arange(0, FMT.group // FMT.lanes)[None, :]
+    xs = _load_lanes(x_ptr + row * x_stride, columns, n, FMT)
+    if HAS_RESIDUAL:
+        residuals = _load_lanes(residual_ptr + row * residual_stride, columns, n, FMT)
+        totals = ()
+        for i in tl.static_range(tl.constexpr(FMT.lanes)):
+            # Rounded as the stored sum is: what follows sees what later layers see.
+            total = cast(xs[i] + residuals[i], total_ptr.dtype.element_ty).to(tl.float32)
+            totals = totals + (total,)
+        xs = totals
+        _store_lanes(total_ptr + row * n, xs, columns, n, FMT)
+    normalized, _ = _normalize(xs, columns, n, eps, LAYER_NORM, FMT)
+    ys = _scale_and_shift(normalized, weight_ptr, bias_ptr, columns, n, HAS_BIAS, FMT)
+    _store_lanes(y_ptr + row * n, ys, columns, n, FMT)
+    if QUANTIZE:
+        groups_per_row = n // FMT.group
+        quantize_store(
+            xs, row * groups_per_row + group, group < groups_per_row,
+            codes_ptr, scale_ptr, zero_ptr, tables_ptr, key_a, key_b, FMT,
+        )  # fmt: skip
+
+
+@triton.jit
+def _load_kept(
+    x_ptr, row, columns, group, n, scale_ptr, zero_ptr, tables_ptr,
+    QUANTIZED: tl.constexpr, FMT: tl.constexpr,
+):  # fmt: skip
+    """Lanes of a row that was kept packed or as it is."""
+    if QUANTIZED:
+        groups_per_row = n // FMT.group
+        xs = load_dequantize(
+            row * groups_per_row + group, group < groups_per_row,
+            x_ptr, scale_ptr, zero_ptr, tables_ptr, FMT,
+        )  # fmt: skip
+        return xs
+    else:
+        return _load_lanes(x_ptr + row * n, columns, n, FMT)
+
+
+@triton.jit
+def _from_kept_kernel(
+    x_ptr, scale_ptr, zero_ptr, tables_ptr, weight_ptr, bias_ptr, y_ptr, n, eps,
+    LAYER_NORM: tl.constexpr, HAS_BIAS: tl.constexpr, QUANTIZED: tl.constexpr,
+    NG: tl.constexpr, FMT: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    group = tl.arange(0, NG)
+    columns = (group * FMT.group)[:, None] + tl.arange(0, FMT.group // FMT.lanes)[None, :]
+    xs = _load_kept(
+        x_ptr, row, columns, group, n, scale_ptr, zero_ptr, tables_ptr, QUANTIZED, FMT
+    )
+    normalized, _ = _normalize(xs, columns, n, eps, LAYER_NORM, FMT)
+    ys = _scale_and_shift(normalized, weight_ptr, bias_ptr, columns, n, HAS_BIAS, FMT)
+    _store_lanes(y_ptr + row * n, ys, columns, n, FMT)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _backward_kernel(
+    grad_ptr, x_ptr, scale_ptr, zero_ptr, tables_ptr, residual_grad_ptr, weight_ptr, bias_ptr,
+    grad_x_ptr, y_ptr, grad_weight_ptr, grad_bias_ptr, n_rows, n, grad_stride, residual_stride, eps,
+    LAYER_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr,
+    WITH_OUTPUT: tl.constexpr, QUANTIZED: tl.constexpr, NG: tl.constexpr, FMT: tl.constexpr,
+):  # fmt: skip
+    LANES: tl.constexpr = FMT.lanes
+    B: tl.constexpr = FMT.group // LANES
+    program = tl.program_id(0).to(tl.int64)
+    group = tl.arange(0, NG)
+    columns = (group * FMT.group)[:, None] + tl.arange(0, B)[None, :]
+    grad_weights = ()
+    grad_biases = ()
+    for _ in tl.static_range(LANES):
+        grad_weights = grad_weights + (tl.zeros([NG, B], dtype=tl.float32),)
+        grad_biases = grad_biases + (tl.zeros([NG, B], dtype=tl.float32),)
+
+    row = program
+    while row < n_rows:  # for takes no run-time bounds in the interpreter under NumPy 2.5
+        grads = _load_lanes(grad_ptr + row * grad_stride, columns, n, FMT)
+        xs = _load_kept(
+            x_ptr, row, columns, group, n, scale_ptr, zero_ptr, tables_ptr, QUANTIZED, FMT
+        )
+        normalized, rstd = _normalize(xs, columns, n, eps, LAYER_NORM, FMT)
+        if WITH_OUTPUT:
+            ys = _scale_and_shift(normalized, weight_ptr, bias_ptr, columns, n, HAS_BIAS, FMT)
+            _store_lanes(y_ptr + row * n, ys, columns, n, FMT)
+        weights = _load_lanes(weight_ptr, columns, n, FMT)
+        weighted = ()
+        new_weights = ()
+        new_biases = ()
+        for i in tl.static_range(LANES):
+            weighted = weighted + (grads[i] * weights[i],)
+            new_weights = new_weights + (grad_weights[i] + grads[i] * normalized[i],)
+            if HAS_BIAS:
+                new_biases = new_biases + (grad_biases[i] + grads[i],)
+            else:
+                new_biases = new_biases + (grad_biases[i],)
+        grad_weights = new_weights
+        grad_biases = new_biases
+
+        along = _sum_of_products(weighted, normalized, FMT) / n
+        mean = 0.0
+        if LAYER_NORM:
+            mean = _sum(weighted, FMT) / n
+        if HAS_RESIDUAL:
+            residual_grads = _load_lanes(
+                residual_grad_ptr + row * residual_stride, columns, n, FMT
+            )
+        grad_xs = ()
+        for i in tl.static_range(LANES):
+            grad_x = weighted[i] - normalized[i] * along
+            if LAYER_NORM:
+                grad_x -= mean
+            grad_x *= rstd
+            if HAS_RESIDUAL:
+                grad_x += residual_grads[i]
+            grad_xs = grad_xs + (grad_x,)
+        _store_lanes(grad_x_ptr + row * n, grad_xs, columns, n, FMT)
+        row += tl.num_programs(0)
+
+    _store_lanes(grad_weight_ptr + program * n, grad_weights, columns, n, FMT)
+    if HAS_BIAS:
+        _store_lanes(grad_bias_ptr + program * n, grad_biases, columns, n, FMT)
+
+
+def _tile(n: int, fmt: Format | None) -> dict:
+    """Shape of a row in registers."""
+    numbers = constants(fmt)
+    groups = triton.next_power_of_2(triton.cdiv(n, numbers.group))
+    warps = min(max(groups * numbers.group // 512, 1), 16)
+    return dict(NG=groups, FMT=numbers, num_warps=warps, enable_fp_fusion=False)
+
+
+def _programs(rows: int, device: torch.device) -> int:
+    """Programs of a kernel that loops over rows."""
+    per_device = 4
+    if device.type == "cuda":
+        per_device = 2 * torch.cuda.get_device_properties(device).multi_processor_count
+    return min(rows, per_device)
+
+
+def norm_forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, kind: str,
+    fmt: Format | None, key: int,
+) -> tuple[Tensor, Tensor, Packed]:  # fmt: skip
+    """See fused.norm_forward()."""
+    n = x.shape[-1]
+    rows = as_rows(x)
+    residual_rows = rows if residual is None else as_rows(residual)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    total = torch.empty(0 if residual is None else x.shape, dtype=x.dtype, device=x.device)
+    packed = empty_packed(x.shape[:-1], n, fmt, x.device)
+    if rows.numel():
+        _forward_kernel[(rows.shape[0],)](
+            rows, residual_rows, weight, weight if bias is None else bias, y, total,
+            *packed_arguments(packed, fmt), n, rows.stride(0), residual_rows.stride(0), eps,
+            *signed_key(key), LAYER_NORM=kind == "LayerNorm", HAS_RESIDUAL=residual is not None,
+            HAS_BIAS=bias is not None, QUANTIZE=fmt is not None, **_tile(n, fmt),
+        )  # fmt: skip
+    return y, total, packed
+
+
+def norm_from_kept(
+    kept: Packed, weight: Tensor, bias: Tensor | None, eps: float, kind: str, fmt: Format | None,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """See fused.norm_from_kept()."""
+    n = weight.numel()
+    y = torch.empty((*kept[0].shape[:-1], n), dtype=dtype, device=weight.device)
+    if y.numel():
+        _from_kept_kernel[(y.numel() // n,)](
+            *packed_arguments(kept, fmt), weight, weight if bias is None else bias, y, n, eps,
+            LAYER_NORM=kind == "LayerNorm", HAS_BIAS=bias is not None, QUANTIZED=fmt is not None,
+            **_tile(n, fmt),
+        )  # fmt: skip
+    return y
+
+
+def norm_backward(
+    grad: Tensor, kept: Packed, residual_grad: Tensor | None, weight: Tensor, bias: Tensor | None,
+    eps: float, kind: str, fmt: Format | None, with_output: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:  # fmt: skip
+    """See fused.norm_backward()."""
+    n = grad.shape[-1]
+    rows = as_rows(grad)
+    residual_rows = rows if residual_grad is None else as_rows(residual_grad)
+    grad_x = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
+    y = torch.empty(grad.shape if with_output else 0, dtype=grad.dtype, device=grad.device)
+    programs = _programs(rows.shape[0], grad.device)
+    partial = torch.empty(programs, n, dtype=torch.float32, device=grad.device)
+    partial_bias = torch.empty_like(partial) if bias is not None else partial
+    if rows.numel():
+        _backward_kernel[(programs,)](
+            rows, *packed_arguments(kept, fmt), residual_rows, weight,
+            weight if bias is None else bias, grad_x, y, partial, partial_bias, rows.shape[0], n,
+            rows.stride(0), residual_rows.stride(0), eps, LAYER_NORM=kind == "LayerNorm",
+            HAS_RESIDUAL=residual_grad is not None, HAS_BIAS=bias is not None,
+            WITH_OUTPUT=with_output, QUANTIZED=fmt is not None, **_tile(n, fmt),
+        )  # fmt: skip
+    grad_weight = partial.sum(0).to(weight.dtype)
+    grad_bias = None if bias is None else partial_bias.sum(0).to(bias.dtype)
+    return grad_x, grad_weight, grad_bias, y

@@ -1,0 +1,156 @@
+"""Rotary embedding, the split of QKV and its inverse, and quantization, one pass a part.
+
+One kernel serves all six uses: queries, keys and values, out of Megatron's interleaved QKV and back
+into it. Each use touches only its own part, so that every byte is moved once.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from agoq_kernels.formats import Format
+from agoq_kernels.triton.codec import cast, quantize_store
+from agoq_kernels.triton.constants import constants
+from agoq_kernels.triton.quantize import Packed, empty_packed, packed_arguments, signed_key
+from torch import Tensor
+
+TILE = 4096  # elements a program, at most
+
+
+@triton.jit(do_not_specialize=["n_tokens", "key_a", "key_b"])
+def _rotate_kernel(
+    source_ptr, out_ptr, cos_ptr, sin_ptr, codes_ptr, scale_ptr, zero_ptr, tables_ptr,
+    n_tokens, batch, source_token, source_group, out_token, out_group, key_a, key_b,
+    HEADS: tl.constexpr, HEADS_A_GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, ROT: tl.constexpr,
+    INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr, QUANTIZE: tl.constexpr, RUNS: tl.constexpr,
+    T: tl.constexpr, NG: tl.constexpr, FMT: tl.constexpr,
+):  # fmt: skip
+    """T tokens, and all heads of each as NG groups (padded). Strides in elements; ROT 0 copies.
+
+    RUNS: no lane of a group crosses the middle or the end of the rotated features, so that the
+    partners of a run of neighbours are a run as well.
+    """
+    LANES: tl.constexpr = FMT.lanes
+    B: tl.constexpr = FMT.group // LANES
+    HALF: tl.constexpr = ROT // 2
+    place = tl.arange(0, T * NG)
+    token = tl.program_id(0).to(tl.int64) * T + place // NG
+    group = place % NG
+    mask = (token < n_tokens) & (group < HEADS * HEAD_DIM // FMT.group)
+    head = group * FMT.group // HEAD_DIM
+    first = group * FMT.group % HEAD_DIM  # feature of the head at which the group begins
+    inside = (head // HEADS_A_GROUP, head % HEADS_A_GROUP * HEAD_DIM)
+    source = source_ptr + token * source_token + inside[0] * source_group + inside[1]
+    out = out_ptr + token * out_token + inside[0] * out_group + inside[1]
+    table = (token // batch) * ROT
+    run = tl.arange(0, B)[None, :]
+
+    xs = ()
+    for i in tl.static_range(LANES):
+        start = first + i * B
+        feature = start[:, None] + run
+        x = tl.load(source[:, None] + feature, mask=mask[:, None], other=0.0).to(tl.float32)
+        if ROT > 0:
+            if INTERLEAVED:
+                partner = feature ^ 1
+                lower = feature % 2 == 0
+                turned = mask[:, None] & (feature < ROT)
+            elif RUNS:
+                partner = tl.where(start < HALF, start + HALF, start - HALF)[:, None] + run
+                lower = (start < HALF)[:, None]
+                turned = (mask & (start < ROT))[:, None]
+            else:
+                partner = tl.where(feature < HALF, feature + HALF, feature - HALF)
+                lower = feature < HALF
+                turned = mask[:, None] & (feature < ROT)
+            other = tl.load(source[:, None] + partner, mask=turned, other=0.0).to(tl.float32)
+            cos = tl.load(cos_ptr + table[:, None] + feature, mask=turned, other=1.0)
+            sin = tl.load(sin_ptr + table[:, None] + feature, mask=turned, other=0.0)
+            if INVERSE:
+                lower = lower == 0
+            x = x * cos + tl.where(lower, 0.0 - other, other) * sin
+        rounded = cast(x, out_ptr.dtype.element_ty)
+        tl.store(out[:, None] + feature, rounded, mask=mask[:, None])
+        xs = xs + (rounded.to(tl.float32),)
+    if QUANTIZE:
+        groups = token * (HEADS * HEAD_DIM // FMT.group) + group
+        quantize_store(
+            xs, groups, mask, codes_ptr, scale_ptr, zero_ptr, tables_ptr, key_a, key_b, FMT
+        )
+
+
+def _largest_power_of_2(n: int, limit: int) -> int:
+    return min(n & -n, limit)
+
+
+def _rotate(
+    source: Tensor, out: Tensor, tables: tuple[Tensor, Tensor] | None, heads: int, per_group: int,
+    head_dim: int, strides: tuple[int, int, int, int], tokens: int, batch: int, interleaved: bool,
+    inverse: bool, fmt: Format | None = None, key: int = 0,
+) -> Packed:  # fmt: skip
+    rot = 0 if tables is None else tables[0].shape[-1]
+    # Without a format any power of two that divides the head serves as a group.
+    run = 256 if rot == 0 or interleaved else _largest_power_of_2(rot // 2, 256)
+    numbers = constants(fmt, group=_largest_power_of_2(head_dim, 64), run=run)
+    lane = numbers.group // numbers.lanes
+    groups = triton.next_power_of_2(heads * head_dim // numbers.group)
+    packed = empty_packed((tokens // batch, batch), heads * head_dim, fmt, source.device)
+    per_program = max(1, TILE // (groups * numbers.group))
+    cos, sin = tables if tables is not None else (source, source)
+    if tokens:
+        _rotate_kernel[(triton.cdiv(tokens, per_program),)](
+            source, out, cos, sin, *packed_arguments(packed, fmt), tokens, batch, *strides,
+            *signed_key(key), HEADS=heads, HEADS_A_GROUP=per_group, HEAD_DIM=head_dim, ROT=rot,
+            INTERLEAVED=interleaved, INVERSE=inverse, QUANTIZE=fmt is not None,
+            RUNS=rot // 2 % lane == 0, T=per_program, NG=groups, FMT=numbers,
+            num_warps=min(max(groups * numbers.group * per_program // 512, 1), 16),
+            enable_fp_fusion=False,
+        )  # fmt: skip
+    return packed
+
+
+def split_qkv(
+    qkv: Tensor, tables: tuple[Tensor, Tensor] | None, groups: int, head_dim: int,
+    interleaved: bool, formats: tuple[Format | None, ...], keys: tuple[int, ...],
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Packed, Packed, Packed]]:  # fmt: skip
+    """See fused.split_qkv(); groups of a format lie within a head."""
+    qkv = qkv.contiguous()
+    s, b, width = qkv.shape
+    per_group = width // groups  # elements of [q ... q k v]
+    queries = per_group // head_dim - 2
+    parts, packed = [], []
+    for i, heads_a_group in enumerate((queries, 1, 1)):
+        heads = groups * heads_a_group
+        offset = (0, queries, queries + 1)[i] * head_dim
+        part = torch.empty((s, b, heads, head_dim), dtype=qkv.dtype, device=qkv.device)
+        strides = width, per_group, heads * head_dim, heads_a_group * head_dim
+        parts.append(part)
+        packed.append(
+            _rotate(
+                qkv.view(-1)[offset:], part, tables if i < 2 else None, heads, heads_a_group,
+                head_dim, strides, s * b, b, interleaved, False, formats[i], keys[i],
+            )
+        )  # fmt: skip
+    return tuple(parts), tuple(packed)
+
+
+def merge_qkv(
+    grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, tables: tuple[Tensor, Tensor] | None,
+    interleaved: bool,
+) -> Tensor:  # fmt: skip
+    """See fused.merge_qkv()."""
+    s, b, groups, head_dim = grad_k.shape
+    queries = grad_q.shape[2] // groups
+    per_group = (queries + 2) * head_dim
+    grad = torch.empty((s, b, groups * per_group), dtype=grad_q.dtype, device=grad_q.device)
+    for i, part in enumerate((grad_q, grad_k, grad_v)):
+        heads_a_group = (queries, 1, 1)[i]
+        heads = groups * heads_a_group
+        offset = (0, queries, queries + 1)[i] * head_dim
+        strides = heads * head_dim, heads_a_group * head_dim, groups * per_group, per_group
+        _rotate(
+            part.contiguous(), grad.view(-1)[offset:], tables if i < 2 else None, heads,
+            heads_a_group, head_dim, strides, s * b, b, interleaved, True,
+        )  # fmt: skip
+    return grad

@@ -1,0 +1,226 @@
+#!/usr/bin/env python3
+"""Time every Triton kernel against the card's copy rate, at the sizes of a model's layer.
+
+    python scripts/bench_kernels.py --out kernels.json
+    python scripts/bench_kernels.py --hidden 512 --ffn 1408 --heads 8 --groups 4 --tokens 1000
+
+One row a kernel: its median time, the bytes that it must move (each input read once, each output written
+once), terabytes a second, and the fraction of the rate at which the same card, in the same process, copies
+a large tensor (bytes read plus bytes written). Before it is timed, each kernel's result is compared with
+the torch reference on the CPU, on fresh random input, over a few rows: codes bit for bit, other numbers to
+their dtype's precision. A kernel that fails prints what differs and no speed, and the exit status is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import torch
+import triton
+from agoq_kernels import fused, ops, rotary
+from agoq_kernels.formats import Format
+from torch import Tensor
+
+CHECKED_TOKENS = 64
+TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float32: 4e-6}
+
+
+@dataclass
+class Case:
+    """One kernel call.
+
+    Attributes:
+        name: what is printed.
+        make: inputs for that many tokens, on the device.
+        call: runs the kernel on them.
+    """
+
+    name: str
+    make: Callable[[int], list[Tensor]]
+    call: Callable[..., tuple[Tensor, ...]]
+
+
+def flat(*results) -> tuple[Tensor, ...]:
+    """All tensors in nested tuples, the empty ones left out."""
+    out = []
+    for result in results:
+        if isinstance(result, Tensor):
+            if result.numel():
+                out.append(result)
+        elif result is not None:
+            out.extend(flat(*result))
+    return tuple(out)
+
+
+def cases(args, generator: torch.Generator) -> list[Case]:
+    """All kernels at the given sizes."""
+    dtype = getattr(torch, args.dtype)
+    four = Format(args.bits, args.code, args.group, args.scale_bits, args.rounding)
+    eight = Format(bits=8, scale_bits=16, rounding=args.rounding)
+    h, f, d = args.hidden, args.ffn, args.hidden // args.heads
+    width = (args.heads + 2 * args.groups) * d
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=args.device).to(dtype)
+
+    def angles(s: int) -> tuple[Tensor, Tensor]:
+        half = torch.rand(s, 1, 1, d // 2, generator=generator, device=args.device) * 100
+        return rotary.rotary_tables(torch.cat((half, half), -1))
+
+    def packed(x: Tensor, fmt: Format) -> tuple[Tensor, ...]:
+        return ops.quantize(x, fmt, 1)
+
+    weight = 1 + randn(h) / 8
+    norm = (None, 1e-5, "RMSNorm")
+    out = []
+    for fmt, n in ((four, 2 * f), (eight, h)):
+        out.append(
+            Case(f"quantize {fmt}", lambda t, n=n: [randn(t, n)],
+                 lambda x, fmt=fmt: ops.quantize(x, fmt, 7))
+        )  # fmt: skip
+        out.append(
+            Case(f"dequantize {fmt}", lambda t, n=n, fmt=fmt: [*packed(randn(t, n), fmt)],
+                 lambda c, s, z, fmt=fmt: ops.dequantize(c, s, z, fmt, dtype))
+        )  # fmt: skip
+    for fmt in (None, four):
+        label = fmt or "unquantized"
+
+        def keep(x: Tensor, fmt=fmt):
+            return [*packed(x, fmt)] if fmt else [*fused.kept_as_is(x)]
+
+        out += [
+            Case(f"norm, {label}", lambda t: [randn(t, h), weight],
+                 lambda x, w, fmt=fmt: flat(
+                     fused.norm_forward_op(x, None, w, *norm, fused.format_name(fmt), 7))),
+            Case(f"residual + norm, {label}", lambda t: [randn(t, h), randn(t, h), weight],
+                 lambda x, r, w, fmt=fmt: flat(fused.norm_forward(x, r, w, *norm, fmt, 7))),
+            Case(f"norm from kept, {label}", lambda t, keep=keep: [*keep(randn(t, h)), weight],
+                 lambda c, s, z, w, fmt=fmt: (
+                     fused.norm_from_kept((c, s, z), w, *norm, fmt, dtype),)),
+            Case(f"norm backward, {label}",
+                 lambda t, keep=keep: [randn(t, h), *keep(randn(t, h)), randn(t, h), weight],
+                 lambda g, c, s, z, r, w, fmt=fmt: flat(
+                     fused.norm_backward(g, (c, s, z), r, w, *norm, fmt, False))),
+            Case(f"norm backward + norm, {label}",
+                 lambda t, keep=keep: [randn(t, h), *keep(randn(t, h)), randn(t, h), weight],
+                 lambda g, c, s, z, r, w, fmt=fmt: flat(
+                     fused.norm_backward(g, (c, s, z), r, w, *norm, fmt, True))),
+            Case(f"SwiGLU, {label}", lambda t: [randn(t, 2 * f)],
+                 lambda x, fmt=fmt: flat(fused.activation_forward(x, "swiglu", fmt, 7))),
+            Case(f"SwiGLU backward, {label}",
+                 lambda t, keep=keep: [randn(t, f), *keep(randn(t, 2 * f))],
+                 lambda g, c, s, z, fmt=fmt: flat(
+                     fused.activation_backward(g, (c, s, z), "swiglu", fmt))),
+        ]  # fmt: skip
+    for fmt in (None, eight):
+        out.append(
+            Case(f"split + RoPE, {fmt or 'unquantized'}",
+                 lambda t: [randn(t, 1, width), *angles(t)],
+                 lambda x, c, s, fmt=fmt: flat(fused.split_qkv(
+                     x, args.groups, d, (c, s), False, (fmt,) * 3, (1, 2, 3))))
+        )  # fmt: skip
+    out.append(
+        Case("RoPE backward + merge",
+             lambda t: [randn(t, 1, args.heads, d), randn(t, 1, args.groups, d),
+                        randn(t, 1, args.groups, d), *angles(t)],
+             lambda q, k, v, c, s: flat(fused.merge_qkv(q, k, v, (c, s), False)))
+    )  # fmt: skip
+    return out
+
+
+def check(case: Case, device: str) -> str | None:
+    """What differs from the reference on the CPU, or None."""
+    inputs = case.make(CHECKED_TOKENS)
+    poison = [torch.full((1 << 24,), 255, dtype=torch.uint8, device=device) for _ in range(8)]
+    del poison  # the outputs lie where this was
+    got = [t.cpu() for t in case.call(*inputs)]
+    expected = case.call(*(x.cpu() for x in inputs))
+    for i, (a, b) in enumerate(zip(got, expected, strict=True)):
+        if a.dtype == torch.uint8 or a.numel() != b.numel():
+            if not torch.equal(a, b):
+                return f"result {i}: {int((a != b).sum())} of {a.numel()} codes differ"
+            continue
+        error = ((a.double() - b.double()).norm() / b.double().norm()).item()
+        if not error <= TOLERANCE.get(a.dtype, 0):
+            return f"result {i}: relative error {error:.2e}"
+    return None
+
+
+def copy_rate(device: str) -> float:
+    """Bytes a second, read plus written, of a large copy."""
+    source = torch.randint(255, (1 << 30,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    ms = triton.testing.do_bench(lambda: target.copy_(source), return_mode="median")
+    return 2 * source.numel() / ms * 1e3
+
+
+def main() -> int:
+    """Check and time; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument("--ffn", type=int, default=14336)
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--groups", type=int, default=8, help="key/value heads")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--code", default="nf4", help="of the 4-bit tensors")
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--group", type=int, default=64)
+    parser.add_argument("--scale-bits", type=int, default=8)
+    parser.add_argument("--rounding", default="nearest", choices=["nearest", "stochastic"])
+    parser.add_argument("--only", default="", help="kernels whose name holds this")
+    parser.add_argument("--out", type=Path, metavar="FILE.json")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("kernels are timed on a GPU, and none is present")
+    args.device = "cuda"
+
+    generator = torch.Generator(args.device).manual_seed(torch.seed() % 2**31)
+    rate = copy_rate(args.device)
+    print(f"{torch.cuda.get_device_name()}: copies {rate / 1e12:.2f} TB/s")
+    print(f"{'kernel':<44} {'us':>8} {'MB':>8} {'TB/s':>6} {'of copy':>8}")
+    rows, failed = [], 0
+    for case in cases(args, generator):
+        if args.only not in case.name:
+            continue
+        problem = check(case, args.device)
+        if problem:
+            failed += 1
+            rows.append({"kernel": case.name, "error": problem})
+            print(f"{case.name:<44} WRONG: {problem}", flush=True)
+            continue
+        inputs = case.make(args.tokens)
+        outputs = case.call(*inputs)
+        moved = sum(t.numel() * t.element_size() for t in (*inputs, *outputs))
+        # do_bench clears the cache between calls.
+        us = 1e3 * triton.testing.do_bench(functools.partial(case.call, *inputs), return_mode="median")
+        fraction = moved / us * 1e6 / rate
+        rows.append({"kernel": case.name, "us": us, "bytes": moved, "of_copy_rate": fraction})
+        print(
+            f"{case.name:<44} {us:>8.1f} {moved / 1e6:>8.1f} {moved / us / 1e6:>6.2f} {fraction:>8.0%}",
+            flush=True,
+        )
+        inputs = outputs = None  # free them before the next kernel's are made
+    if args.out:
+        report = {
+            "date": datetime.now().isoformat(timespec="seconds"),
+            "card": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "command": " ".join(["python", *sys.argv]),
+            "copy_bytes_per_s": rate,
+            "kernels": rows,
+        }
+        args.out.write_text(json.dumps(report, indent=1) + "\n")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
