@@ -244,9 +244,7 @@ def _answer_megatron() -> None:
     random._get_cuda_rng_state = get_state
     random._set_cuda_rng_state = set_state
     # pretrain() has no way to pass the permission on.
-    training.initialize_megatron = functools.partial(
-        training.initialize_megatron, allow_no_cuda=True
-    )
+    training.initialize_megatron = functools.partial(training.initialize_megatron, allow_no_cuda=True)
     # The CPU's generator is the only one here, so the tracker's check for a stray use of it, meant
     # for GPUs, fires at every fork.
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(

@@ -43,10 +43,7 @@ def get_batch(data_iterator, vp_stage: int | None) -> tuple[torch.Tensor | None,
     tp_rank = mpu.get_tensor_model_parallel_rank()
     if tp_rank == 0:
         sample = next(data_iterator)
-        batch = {
-            key: sample[key].cuda(non_blocking=True) if key in sample else None
-            for key in BATCH_KEYS
-        }
+        batch = {key: sample[key].cuda(non_blocking=True) if key in sample else None for key in BATCH_KEYS}
     evaluating = not torch.is_grad_enabled()
     batch = get_batch_on_this_tp_rank(
         batch,
@@ -64,9 +61,7 @@ def get_batch(data_iterator, vp_stage: int | None) -> tuple[torch.Tensor | None,
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(
             ignore_virtual=vp_stage is None, vp_stage=vp_stage
         ),
-        is_pipeline_last_stage=mpu.is_pipeline_last_stage(
-            ignore_virtual=vp_stage is None, vp_stage=vp_stage
-        ),
+        is_pipeline_last_stage=mpu.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage),
     )
     return tuple(batch[key] for key in BATCH_KEYS)
 
@@ -117,15 +112,11 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tu
     args = get_args()
 
     def reads_here() -> bool:
-        return is_first_or_last_pipeline_stage(vp_stage) and (
-            mpu.get_tensor_model_parallel_rank() == 0
-        )
+        return is_first_or_last_pipeline_stage(vp_stage) and (mpu.get_tensor_model_parallel_rank() == 0)
 
     kind = MockGPTDataset if args.mock_data else GPTDataset
     print_rank_0(f"> building {kind.__name__}s for training, validation and test")
-    return BlendedMegatronDatasetBuilder(
-        kind, num_samples, reads_here, dataset_config(args)
-    ).build()
+    return BlendedMegatronDatasetBuilder(kind, num_samples, reads_here, dataset_config(args)).build()
 
 
 # Every rank calls the provider: those that read nothing still take part in its barriers.

@@ -156,9 +156,7 @@ class Plan:
     def _notes(self) -> Iterable[str]:
         config = self.config
         yield "  not quantized: log-sum-exp (FP32, the softmax's exact statistics);"
-        yield (
-            "    once a model, not a layer: embedding output, final norm's input, logits and loss;"
-        )
+        yield ("    once a model, not a layer: embedding output, final norm's input, logits and loss;")
         if config.pipeline_model_parallel_size > 1:
             yield (
                 "    pipeline stages after the first: the stage's input, 1U a micro-batch in flight, "

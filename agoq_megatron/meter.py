@@ -48,9 +48,7 @@ class Meter:
             if chunk.decoder.final_layernorm is not None:
                 # Once a model, not a layer: the plan lists it apart.
                 chunk.decoder.final_layernorm.register_forward_pre_hook(lambda *_: self._leave())
-            chunk.decoder.register_forward_hook(
-                lambda _, __, output, i=index: self._stop(i, output)
-            )
+            chunk.decoder.register_forward_hook(lambda _, __, output, i=index: self._stop(i, output))
 
     def begin_iteration(self, iteration: int) -> None:
         """Tell the meter the training iteration; repeated calls with the same one do nothing."""
@@ -68,9 +66,7 @@ class Meter:
         if not decoder.training:
             return
         self._storages = {}
-        constants = {
-            t.untyped_storage().data_ptr() for t in (*decoder.parameters(), *decoder.buffers())
-        }
+        constants = {t.untyped_storage().data_ptr() for t in (*decoder.parameters(), *decoder.buffers())}
 
         def note(name: str, x: Tensor) -> None:
             storage = x.untyped_storage()

@@ -13,6 +13,8 @@ step, and so meets four faults of the stock class when a run is resumed:
   the parameter's size. Here they are left out: the count travels in the parameter groups alone;
 * in FP32, loading writes into a view of a parameter while gradients are recorded.
 
+On a GPU torch's Adam steps in its fused kernel, as Transformer Engine's and apex's do.
+
 With Transformer Engine or apex installed the stock code is right, and nothing is changed.
 """
 
@@ -25,6 +27,17 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 class ResumableDistributedOptimizer(DistributedOptimizer):
     """``DistributedOptimizer`` whose checkpoints continue bit for bit without TE and apex."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._use_fused_adam()
+
+    def _use_fused_adam(self) -> None:
+        """On a GPU step in torch's fused kernel: its default makes several full-size temporaries."""
+        if self._has_torch_adam:
+            for group in self.optimizer.param_groups:
+                on_gpu = all(shard.device.type == "cuda" for shard in group["params"])
+                group["fused"], group["foreach"] = on_gpu, None
 
     @property
     def _has_torch_adam(self) -> bool:
@@ -61,6 +74,7 @@ class ResumableDistributedOptimizer(DistributedOptimizer):
             return
         self._init_adam_state()
         super().load_state_dict(state_dict)
+        self._use_fused_adam()  # the checkpoint's own choice came with its parameter groups
         for state in self.optimizer.state.values():
             state["step"] = state["step"].clone()
 

@@ -54,9 +54,7 @@ class RunObserver:
         def train_step(forward_step_func, data_iterator, model, *args, iteration, **kwargs):
             self._begin(model, iteration)
             start = time.perf_counter()
-            result = stock(
-                forward_step_func, data_iterator, model, *args, iteration=iteration, **kwargs
-            )
+            result = stock(forward_step_func, data_iterator, model, *args, iteration=iteration, **kwargs)
             losses, skipped, grad_norm = result[0], result[1], result[5]
             seconds = time.perf_counter() - start
             self._pending.append((iteration + 1, losses.get(LOSS), grad_norm, skipped, seconds))
@@ -73,9 +71,7 @@ class RunObserver:
             self._started = True
             self.meter.attach(model)
             seed = self._args.agoq_seed
-            rounding.counter.seed(
-                self._args.seed if seed is None else seed, mpu.get_data_parallel_rank()
-            )
+            rounding.counter.seed(self._args.seed if seed is None else seed, mpu.get_data_parallel_rank())
         rounding.counter.begin_iteration(iteration)
         self.meter.begin_iteration(iteration)
 
@@ -114,9 +110,7 @@ class RunObserver:
 
     def _wrap_evaluate_and_print(self, stock):
         @functools.wraps(stock)
-        def evaluate_and_print_results(
-            prefix, step, data_iterator, model, iteration, *args, **kwargs
-        ):
+        def evaluate_and_print_results(prefix, step, data_iterator, model, iteration, *args, **kwargs):
             self._evaluation = None if "test set" in prefix else iteration
             return stock(prefix, step, data_iterator, model, iteration, *args, **kwargs)
 

@@ -63,9 +63,7 @@ class AGoQSpecProvider(BackendSpecProvider):
     def column_parallel_layer_norm_linear(self) -> type:
         return LayerNormColumnParallelLinear
 
-    def layer_norm(
-        self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False
-    ) -> type:
+    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False) -> type:
         return Norm
 
     def core_attention(self) -> type:

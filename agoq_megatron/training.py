@@ -163,9 +163,7 @@ def parse_arguments(on_cpu: bool) -> argparse.Namespace:
         load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
         load_args_from_checkpoint(args)
     if "MASTER_ADDR" not in os.environ and not args.agoq_dry_run:
-        raise UsageError(
-            "start it with torchrun: torchrun --nproc-per-node N pretrain_gpt_agoq.py FLAGS"
-        )
+        raise UsageError("start it with torchrun: torchrun --nproc-per-node N pretrain_gpt_agoq.py FLAGS")
     check(args, on_cpu)
     check_writers(args)
     validate_args(args)
@@ -178,8 +176,7 @@ def check_writers(args: argparse.Namespace) -> None:
         return
     if not args.tensorboard_dir:
         raise UsageError(
-            "--wandb-project: Megatron sends metrics to W&B only beside TensorBoard's. Add "
-            "--tensorboard-dir."
+            "--wandb-project: Megatron sends metrics to W&B only beside TensorBoard's. Add --tensorboard-dir."
         )
     if not args.wandb_exp_name:
         raise UsageError("--wandb-project: name the run with --wandb-exp-name.")

@@ -81,8 +81,7 @@ _NOT_CARRIED: tuple[_Check, ...] = (
         "attention_dropout",
         lambda p: p > 0,
         "--attention-dropout",
-        "the saved attention has no dropout mask; pass --attention-dropout 0 (Megatron's default "
-        "is 0.1)",
+        "the saved attention has no dropout mask; pass --attention-dropout 0 (Megatron's default is 0.1)",
     ),
     (
         "layernorm_zero_centered_gamma",
@@ -251,8 +250,7 @@ def _check_shapes(args: Namespace) -> None:
     groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
     if args.group_query_attention and (not groups or args.num_attention_heads % groups):
         raise UsageError(
-            f"--num-query-groups {groups}: it must divide --num-attention-heads "
-            f"{args.num_attention_heads}."
+            f"--num-query-groups {groups}: it must divide --num-attention-heads {args.num_attention_heads}."
         )
     if groups % tp:
         raise UsageError(

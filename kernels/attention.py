@@ -84,9 +84,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Te
             q, k, v, None, True, 0.0, True, False, scale=scale
         )
     elif backend == "flash":
-        out, lse, *_ = _aten._scaled_dot_product_flash_attention(
-            q, k, v, 0.0, True, False, scale=scale
-        )
+        out, lse, *_ = _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, False, scale=scale)
     else:
         out, lse, *_ = _aten._scaled_dot_product_efficient_attention(
             q, _repeat(k, heads), _repeat(v, heads), None, True, 0.0, True, scale=scale

@@ -47,8 +47,7 @@ NF4_LEVELS = (
 # m (225 + m^2) / 6750 for odd m: the product is an exact integer, so that a kernel's
 # FP32(product) * FP32(1 / 6750) gives the same levels as this table.
 CUBIC_LEVELS = tuple(
-    (torch.tensor(float(m * (225 + m * m))) * torch.tensor(1 / 6750)).item()
-    for m in range(-15, 16, 2)
+    (torch.tensor(float(m * (225 + m * m))) * torch.tensor(1 / 6750)).item() for m in range(-15, 16, 2)
 )
 E2M1_LEVELS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 

@@ -101,9 +101,7 @@ def norm_forward_op(
 
 @norm_forward_op.register_kernel("cuda")
 def _(x, residual, weight, bias, eps, kind, fmt, key):
-    y, total, packed = _triton().norm_forward(
-        x, residual, weight, bias, eps, kind, _format(fmt), key
-    )
+    y, total, packed = _triton().norm_forward(x, residual, weight, bias, eps, kind, _format(fmt), key)
     return y, total, *packed
 
 
@@ -126,9 +124,7 @@ def norm_from_kept_op(
 
 @norm_from_kept_op.register_kernel("cuda")
 def _(x, scale, zero, weight, bias, eps, kind, fmt, dtype):
-    return _triton().norm_from_kept(
-        (x, scale, zero), weight, bias, eps, kind, _format(fmt), dtype
-    )
+    return _triton().norm_from_kept((x, scale, zero), weight, bias, eps, kind, _format(fmt), dtype)
 
 
 def norm_backward(
@@ -181,18 +177,14 @@ def _(grad, x, scale, zero, residual_grad, weight, bias, eps, kind, fmt, with_ou
 # --- Activation -----------------------------------------------------------------------------------
 
 
-def activation_forward(
-    x: Tensor, kind: str, fmt: Format | None = None, key: int = 0
-) -> tuple[Tensor, Kept]:
+def activation_forward(x: Tensor, kind: str, fmt: Format | None = None, key: int = 0) -> tuple[Tensor, Kept]:
     """The activation's output ``[..., f]``, and its input ``x`` (``[..., 2f]`` for swiglu) packed."""
     y, *packed = activation_forward_op(x, kind, format_name(fmt), key)
     return y, tuple(packed)
 
 
 @torch.library.custom_op("agoq::activation_forward", mutates_args=())
-def activation_forward_op(
-    x: Tensor, kind: str, fmt: str, key: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def activation_forward_op(x: Tensor, kind: str, fmt: str, key: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return activations.activation(x, kind), *_pack(x, _format(fmt), key)
 
 
@@ -202,9 +194,7 @@ def _(x, kind, fmt, key):
     return y, *packed
 
 
-def activation_backward(
-    grad: Tensor, kept: Kept, kind: str, fmt: Format | None
-) -> tuple[Tensor, Tensor]:
+def activation_backward(grad: Tensor, kept: Kept, kind: str, fmt: Format | None) -> tuple[Tensor, Tensor]:
     """From the gradient ``[..., f]`` of the output: that of the input that was kept, and the output
     again, for the next weight gradient; both in the dtype of ``grad``."""
     return activation_backward_op(grad, *kept, kind, format_name(fmt))
@@ -263,9 +253,7 @@ def split_qkv_op(
 def _(qkv, cos, sin, groups, head_dim, interleaved, formats, keys):
     tables = None if cos is None else (cos, sin)
     formats = tuple(_format(name) for name in formats.split(","))
-    parts, packed = _triton().split_qkv(
-        qkv, tables, groups, head_dim, interleaved, formats, tuple(keys)
-    )
+    parts, packed = _triton().split_qkv(qkv, tables, groups, head_dim, interleaved, formats, tuple(keys))
     return [*parts, *packed[0], *packed[1], *packed[2]]
 
 

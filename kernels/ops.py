@@ -35,9 +35,7 @@ def quantize(x: Tensor, fmt: Format, key: int = 0) -> tuple[Tensor, Tensor, Tens
     return quantize_op(x, fmt.bits, fmt.code, fmt.group, fmt.scale_bits, fmt.rounding, key)
 
 
-def dequantize(
-    codes: Tensor, scale: Tensor, zero: Tensor, fmt: Format, dtype: torch.dtype
-) -> Tensor:
+def dequantize(codes: Tensor, scale: Tensor, zero: Tensor, fmt: Format, dtype: torch.dtype) -> Tensor:
     """The tensor [..., n], in dtype, that quantize() stored in format fmt as (codes, scale, zero).
 
     Computed in FP32, then cast. Raises ValueError where the three tensors do not fit each other or

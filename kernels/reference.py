@@ -78,9 +78,7 @@ def quantize(x: Tensor, fmt: Format, key: int) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def dequantize(
-    codes: Tensor, scale: Tensor, zero: Tensor, fmt: Format, dtype: torch.dtype
-) -> Tensor:
+def dequantize(codes: Tensor, scale: Tensor, zero: Tensor, fmt: Format, dtype: torch.dtype) -> Tensor:
     """Undo quantize() up to rounding: [..., n] in dtype."""
     *lead, n_bytes = codes.shape
     groups = codes.reshape(-1, fmt.bytes_per_group)

@@ -3,8 +3,7 @@
 
     python scripts/bench_step.py --model llama3-8b --out step.json
     python scripts/bench_step.py --model tiny --repeat 1        # a trial on a CPU
-    python scripts/bench_step.py --run 'off=--agoq-activations off' --run 'mlp=--agoq-activations off
-        --recompute-granularity selective --recompute-modules mlp' -- --cross-entropy-loss-fusion
+    python scripts/bench_step.py --run 'four=--agoq-activations uniform4' -- --cross-entropy-loss-fusion
     python scripts/bench_step.py --longest off --longest agoq --out longest.json
 
 Every run is a fresh process that trains 10 iterations on made-up tokens; its step time is the median of
@@ -38,7 +37,6 @@ from datetime import datetime
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-
 SHAPE = """num-layers hidden-size ffn-hidden-size num-attention-heads num-query-groups
            seq-length micro-batch-size""".split()  # Megatron's flags
 MODELS = {
@@ -50,11 +48,10 @@ MODELS = {
 # Divisible by 1: Megatron would pad the vocabulary to a multiple of 128 times the tensor-parallel size.
 # Log interval 1: before each of its lines Megatron waits for the device and for all ranks.
 COMMON_FLAGS = """
-    --swiglu --normalization RMSNorm --position-embedding-type rope --group-query-attention --bf16
+    --swiglu --normalization RMSNorm --position-embedding-type rope --group-query-attention --lr 1e-4
     --untie-embeddings-and-output-weights --disable-bias-linear --hidden-dropout 0 --attention-dropout 0
-    --mock-data --tokenizer-type NullTokenizer --vocab-size 32000 --make-vocab-size-divisible-by 1
-    --use-distributed-optimizer --lr 1e-4 --lr-decay-style constant
-    --log-interval 1 --eval-iters 0 --eval-interval 1000000
+    --mock-data --tokenizer-type NullTokenizer --vocab-size 32000 --make-vocab-size-divisible-by 1 --bf16
+    --use-distributed-optimizer --lr-decay-style constant --log-interval 1 --eval-iters 0 --eval-interval 99
 """.split()
 TIMED = range(4, 10)  # iterations, counted from 1; iteration TIMED.stop is a run's last
 DEFAULT_RUNS = ("off=--agoq-activations off", "agoq=--agoq-activations agoq")
@@ -74,7 +71,7 @@ print(json.dumps({"card": card, "versions": versions | {"cudnn": torch.backends.
 def iteration_times(log: str) -> dict[int, float]:
     """Milliseconds of every iteration, counted from 1, out of Megatron's log."""
     times = {int(number): float(ms) for number, ms in ITERATION.findall(log)}
-    if 1 in times and 2 in times:
+    if 2 in times:
         # Megatron does not reset its timer after the first line: the second is the mean of both.
         times[2] = round(2 * times[2] - times[1], 1)
     return times
@@ -117,7 +114,7 @@ def summarize(runs: list[dict], names: list[str]) -> list[dict]:
         if done:
             steps = [run["step_ms"] for run in done]
             row |= {"step_ms": statistics.median(steps), "min_ms": min(steps), "max_ms": max(steps)}
-            first = [*rows, row][0].get("step_ms")
+            first = (rows or [row])[0].get("step_ms")
             row["ratio"] = first and round(row["step_ms"] / first, 4)
             row["tokens_per_s"] = statistics.median(run["tokens_per_s"] for run in done)
             row["peak_allocated_mib"] = max(run["peak_allocated_mib"] or 0 for run in done) or None

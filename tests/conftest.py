@@ -12,6 +12,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is imported
+
 _SESSION_SEED = int(os.environ.get("AGOQ_TEST_SEED") or random.SystemRandom().randrange(2**31))
 
 

@@ -13,7 +13,7 @@ from agoq_kernels.fused import activation_backward, activation_forward
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from agoq_megatron.autograd.linear import input_gradient, linear, weight_gradient
+from agoq_megatron.autograd.linear import accumulate_weight_gradient, input_gradient, linear
 from agoq_megatron.autograd.saving import SavedTensor, Shelf
 
 
@@ -60,5 +60,5 @@ class ActivationLinear(torch.autograd.Function):
         grad_x, y = activation_backward(grad_y, kept, spec.kind, saved.rule.format)
         if not spec.output.rule.recompute:
             y = shelf.get(spec.output, ctx.dtype)
-        grad_weight = weight_gradient(grad, y) if ctx.needs_input_grad[1] else None
+        grad_weight = accumulate_weight_gradient(weight, grad, y) if ctx.needs_input_grad[1] else None
         return grad_x, grad_weight, None, None

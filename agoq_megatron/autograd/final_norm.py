@@ -12,9 +12,7 @@ class FinalNorm(torch.autograd.Function):
     """``norm(x)`` with statistics recomputed in backward."""
 
     @staticmethod
-    def forward(
-        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, kind: str
-    ) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, kind: str) -> Tensor:
         """``x`` ``[s, b, h]`` -> ``[s, b, h]``."""
         ctx.save_for_backward(x, weight, bias)
         ctx.eps, ctx.kind = eps, kind

@@ -21,7 +21,12 @@ from agoq_megatron.autograd.collectives import (
     gather_sequence,
     reduce_scatter_sequence,
 )
-from agoq_megatron.autograd.linear import bias_gradient, input_gradient, linear, weight_gradient
+from agoq_megatron.autograd.linear import (
+    accumulate_weight_gradient,
+    bias_gradient,
+    input_gradient,
+    linear,
+)
 from agoq_megatron.autograd.saving import SavedTensor, Shelf
 
 
@@ -66,9 +71,7 @@ class NormLinear(torch.autograd.Function):
         """
         saved = spec.norm_input
         fmt, key = (saved.rule.format, saved.next_key()) if keep else (None, 0)
-        y, _, packed = norm_forward(
-            x, None, norm_weight, norm_bias, spec.eps, spec.kind, fmt, key
-        )
+        y, _, packed = norm_forward(x, None, norm_weight, norm_bias, spec.eps, spec.kind, fmt, key)
         total, handle = gather_sequence(y, spec.group) if spec.sequence_parallel else (y, Done())
         if keep:
             shelf = Shelf()
@@ -107,7 +110,7 @@ class NormLinear(torch.autograd.Function):
                 total = norm_from_kept(saved.kept(parts), *norm_args, fmt, ctx.dtype)
             else:
                 total = source.unpack(parts, ctx.dtype)
-            grad_weight = weight_gradient(grad, total)
+            grad_weight = accumulate_weight_gradient(weight, grad, total)
         grad_bias = bias_gradient(grad) if need_bias else None
 
         handle.wait()

@@ -44,6 +44,4 @@ class MLP(MegatronMLP):
         note_entry(self.linear_fc1.spec.norm_input)
         pre_activation, _ = self.linear_fc1(hidden_states)
         keep = torch.is_grad_enabled()
-        return self.linear_fc2(
-            lambda weight: ActivationLinear.apply(pre_activation, weight, self.spec, keep)
-        )
+        return self.linear_fc2(lambda weight: ActivationLinear.apply(pre_activation, weight, self.spec, keep))

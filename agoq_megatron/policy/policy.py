@@ -143,13 +143,9 @@ def _check_layout(where: str, data) -> None:
         raise PolicyError(f"{where}: unknown top-level keys {sorted(map(str, unknown))}.")
     for name, matcher in data["matchers"].items():
         if not isinstance(matcher, dict) or not {"config", "type", "pattern"} <= set(matcher):
-            raise PolicyError(
-                f"{where}: matcher {name!r} needs the keys config, type, pattern and enabled."
-            )
+            raise PolicyError(f"{where}: matcher {name!r} needs the keys config, type, pattern and enabled.")
         if not isinstance(matcher["config"], str) or not isinstance(matcher.get("enabled"), bool):
-            raise PolicyError(
-                f"{where}: matcher {name!r}: config must be a name, and enabled true or false."
-            )
+            raise PolicyError(f"{where}: matcher {name!r}: config must be a name, and enabled true or false.")
         unknown = set(matcher) - {"config", "type", "pattern", "enabled"}
         if unknown:
             raise PolicyError(f"{where}: matcher {name!r}: unknown keys {sorted(map(str, unknown))}.")

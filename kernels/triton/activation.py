@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from agoq_kernels.formats import Format
-from agoq_kernels.triton.codec import cast, load_dequantize, quantize_store
+from agoq_kernels.triton.codec import cast, load_dequantize, quantize_store, widen
 from agoq_kernels.triton.constants import constants
 from agoq_kernels.triton.quantize import (
     Packed,
@@ -65,10 +65,10 @@ def _forward_kernel(
     ups = ()
     for i in tl.static_range(LANES):
         column = columns + i * B
-        gate = tl.load(source + column, mask=column < n, other=0.0).to(tl.float32)
+        gate = widen(tl.load(source + column, mask=column < n, other=0.0))
         gates = gates + (gate,)
         if GATED:
-            up = tl.load(source + n + column, mask=column < n, other=0.0).to(tl.float32)
+            up = widen(tl.load(source + n + column, mask=column < n, other=0.0))
             ups = ups + (up,)
             y = gate * _sigmoid(gate) * up
         else:
@@ -78,9 +78,7 @@ def _forward_kernel(
         per_half = n // FMT.group
         mask = group < per_half
         first = row * (per_half * (2 if GATED else 1)) + group
-        quantize_store(
-            gates, first, mask, codes_ptr, scale_ptr, zero_ptr, tables_ptr, key_a, key_b, FMT
-        )
+        quantize_store(gates, first, mask, codes_ptr, scale_ptr, zero_ptr, tables_ptr, key_a, key_b, FMT)
         if GATED:
             quantize_store(
                 ups, first + per_half, mask, codes_ptr, scale_ptr, zero_ptr, tables_ptr,
@@ -100,7 +98,7 @@ def _load_kept(
         for i in tl.static_range(tl.constexpr(FMT.lanes)):
             column = columns + i * (FMT.group // FMT.lanes)
             x = tl.load(x_ptr + start + column, mask=column < n, other=0.0)
-            xs = xs + (x.to(tl.float32),)
+            xs = xs + (widen(x),)
         return xs
 
 
@@ -118,9 +116,7 @@ def _backward_kernel(
     mask = group < per_half
     first = row * (per_half * HALVES) + group
     start = row * n * HALVES
-    gates = _load_kept(
-        x_ptr, start, first, mask, columns, n, scale_ptr, zero_ptr, tables_ptr, QUANTIZED, FMT
-    )
+    gates = _load_kept(x_ptr, start, first, mask, columns, n, scale_ptr, zero_ptr, tables_ptr, QUANTIZED, FMT)
     if GATED:
         ups = _load_kept(
             x_ptr, start + n, first + per_half, mask, columns, n, scale_ptr, zero_ptr, tables_ptr,
@@ -131,7 +127,7 @@ def _backward_kernel(
     for i in tl.static_range(LANES):
         column = columns + i * B
         inside = column < n
-        grad = tl.load(grad_ptr + row * grad_stride + column, mask=inside, other=0.0).to(tl.float32)
+        grad = widen(tl.load(grad_ptr + row * grad_stride + column, mask=inside, other=0.0))
         gate = gates[i]
         if GATED:
             sigmoid = _sigmoid(gate)
@@ -155,9 +151,7 @@ def _launch(rows: int, n: int, fmt: Format | None) -> tuple[tuple[int], dict]:
     return (rows * triton.cdiv(groups, per_program),), tile
 
 
-def activation_forward(
-    x: Tensor, kind: str, fmt: Format | None, key: int
-) -> tuple[Tensor, Packed]:
+def activation_forward(x: Tensor, kind: str, fmt: Format | None, key: int) -> tuple[Tensor, Packed]:
     """See fused.activation_forward(); half of x's last axis is a multiple of the group."""
     rows = as_rows(x)
     n = x.shape[-1] // (2 if kind == "swiglu" else 1)
@@ -172,9 +166,7 @@ def activation_forward(
     return y, packed
 
 
-def activation_backward(
-    grad: Tensor, kept: Packed, kind: str, fmt: Format | None
-) -> tuple[Tensor, Tensor]:
+def activation_backward(grad: Tensor, kept: Packed, kind: str, fmt: Format | None) -> tuple[Tensor, Tensor]:
     """See fused.activation_backward()."""
     rows = as_rows(grad)
     n = grad.shape[-1]

@@ -77,6 +77,15 @@ def cast(x, dtype: tl.constexpr):
         return x.to(dtype)
 
 
+@triton.jit
+def widen(x):
+    """Any floating-point dtype to FP32, exactly (the interpreter gets subnormal bfloat16 wrong)."""
+    if INTERPRET and x.dtype == tl.bfloat16:
+        return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
+
+
 # --- Scales and zero points -----------------------------------------------------------------------
 
 
@@ -251,9 +260,7 @@ def _store_plane(codes, out, mask, P: tl.constexpr, FMT: tl.constexpr):
 
 
 @triton.jit
-def quantize_store(
-    xs, groups, mask, codes_ptr, scale_ptr, zero_ptr, tables, key_a, key_b, FMT: tl.constexpr
-):
+def quantize_store(xs, groups, mask, codes_ptr, scale_ptr, zero_ptr, tables, key_a, key_b, FMT: tl.constexpr):
     """Quantize the lanes xs and store all that is kept of them.
 
     groups [R], int64: index of each group in the whole tensor; mask [R]: which of them exist. Masked

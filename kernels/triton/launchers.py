@@ -24,9 +24,7 @@ __all__ = [
 ]
 
 
-def activation_forward(
-    x: Tensor, kind: str, fmt: Format | None, key: int
-) -> tuple[Tensor, Packed]:
+def activation_forward(x: Tensor, kind: str, fmt: Format | None, key: int) -> tuple[Tensor, Packed]:
     """See fused.activation_forward()."""
     half = x.shape[-1] // 2
     if fmt is None or kind != "swiglu" or half % fmt.group == 0:
@@ -35,9 +33,7 @@ def activation_forward(
     return y, quantize(x, fmt, key)
 
 
-def activation_backward(
-    grad: Tensor, kept: Packed, kind: str, fmt: Format | None
-) -> tuple[Tensor, Tensor]:
+def activation_backward(grad: Tensor, kept: Packed, kind: str, fmt: Format | None) -> tuple[Tensor, Tensor]:
     """See fused.activation_backward()."""
     if fmt is not None and kind == "swiglu" and grad.shape[-1] % fmt.group:
         x = dequantize(kept, fmt, torch.float32)

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from agoq_kernels.formats import Format
-from agoq_kernels.triton.codec import cast, load_dequantize, quantize_store
+from agoq_kernels.triton.codec import cast, load_dequantize, quantize_store, widen
 from agoq_kernels.triton.constants import constants
 from agoq_kernels.triton.quantize import (
     Packed,
@@ -33,7 +33,7 @@ def _load_lanes(ptr, columns, n, FMT: tl.constexpr):
     xs = ()
     for i in tl.static_range(tl.constexpr(FMT.lanes)):
         column = columns + i * (FMT.group // FMT.lanes)
-        xs = xs + (tl.load(ptr + column, mask=column < n, other=0.0).to(tl.float32),)
+        xs = xs + (widen(tl.load(ptr + column, mask=column < n, other=0.0)),)
     return xs
 
 
@@ -108,7 +108,7 @@ def _forward_kernel(
         totals = ()
         for i in tl.static_range(tl.constexpr(FMT.lanes)):
             # Rounded as the stored sum is: what follows sees what later layers see.
-            total = cast(xs[i] + residuals[i], total_ptr.dtype.element_ty).to(tl.float32)
+            total = widen(cast(xs[i] + residuals[i], total_ptr.dtype.element_ty))
             totals = totals + (total,)
         xs = totals
         _store_lanes(total_ptr + row * n, xs, columns, n, FMT)
@@ -149,9 +149,7 @@ def _from_kept_kernel(
     row = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, NG)
     columns = (group * FMT.group)[:, None] + tl.arange(0, FMT.group // FMT.lanes)[None, :]
-    xs = _load_kept(
-        x_ptr, row, columns, group, n, scale_ptr, zero_ptr, tables_ptr, QUANTIZED, FMT
-    )
+    xs = _load_kept(x_ptr, row, columns, group, n, scale_ptr, zero_ptr, tables_ptr, QUANTIZED, FMT)
     normalized, _ = _normalize(xs, columns, n, eps, LAYER_NORM, FMT)
     ys = _scale_and_shift(normalized, weight_ptr, bias_ptr, columns, n, HAS_BIAS, FMT)
     _store_lanes(y_ptr + row * n, ys, columns, n, FMT)
@@ -178,9 +176,7 @@ def _backward_kernel(
     row = program
     while row < n_rows:  # for takes no run-time bounds in the interpreter under NumPy 2.5
         grads = _load_lanes(grad_ptr + row * grad_stride, columns, n, FMT)
-        xs = _load_kept(
-            x_ptr, row, columns, group, n, scale_ptr, zero_ptr, tables_ptr, QUANTIZED, FMT
-        )
+        xs = _load_kept(x_ptr, row, columns, group, n, scale_ptr, zero_ptr, tables_ptr, QUANTIZED, FMT)
         normalized, rstd = _normalize(xs, columns, n, eps, LAYER_NORM, FMT)
         if WITH_OUTPUT:
             ys = _scale_and_shift(normalized, weight_ptr, bias_ptr, columns, n, HAS_BIAS, FMT)
@@ -204,9 +200,7 @@ def _backward_kernel(
         if LAYER_NORM:
             mean = _sum(weighted, FMT) / n
         if HAS_RESIDUAL:
-            residual_grads = _load_lanes(
-                residual_grad_ptr + row * residual_stride, columns, n, FMT
-            )
+            residual_grads = _load_lanes(residual_grad_ptr + row * residual_stride, columns, n, FMT)
         grad_xs = ()
         for i in tl.static_range(LANES):
             grad_x = weighted[i] - normalized[i] * along

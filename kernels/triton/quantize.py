@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from agoq_kernels.formats import Format
 from agoq_kernels.rng import key_words
-from agoq_kernels.triton.codec import cast, load_dequantize, quantize_store
+from agoq_kernels.triton.codec import cast, load_dequantize, quantize_store, widen
 from agoq_kernels.triton.constants import constants, tables
 from torch import Tensor
 
@@ -32,10 +32,8 @@ def _quantize_kernel(
     source = x_ptr + start[:, None] + tl.arange(0, B)[None, :]
     xs = ()
     for i in tl.static_range(tl.constexpr(FMT.lanes)):
-        xs = xs + (tl.load(source + i * B, mask=mask[:, None], other=0.0).to(tl.float32),)
-    quantize_store(
-        xs, groups, mask, codes_ptr, scale_ptr, zero_ptr, tables_ptr, key_a, key_b, FMT
-    )
+        xs = xs + (widen(tl.load(source + i * B, mask=mask[:, None], other=0.0)),)
+    quantize_store(xs, groups, mask, codes_ptr, scale_ptr, zero_ptr, tables_ptr, key_a, key_b, FMT)
 
 
 @triton.jit(do_not_specialize=["n_groups"])
@@ -102,9 +100,7 @@ def quantize(x: Tensor, fmt: Format, key: int) -> Packed:
 def dequantize(packed: Packed, fmt: Format, dtype: torch.dtype) -> Tensor:
     """reference.dequantize() on a GPU."""
     codes = packed[0]
-    x = torch.empty(
-        (*codes.shape[:-1], codes.shape[-1] * 8 // fmt.bits), dtype=dtype, device=codes.device
-    )
+    x = torch.empty((*codes.shape[:-1], codes.shape[-1] * 8 // fmt.bits), dtype=dtype, device=codes.device)
     n_groups = x.numel() // fmt.group
     if n_groups:
         per_group = TILE // fmt.group

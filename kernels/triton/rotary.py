@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from agoq_kernels.formats import Format
-from agoq_kernels.triton.codec import cast, quantize_store
+from agoq_kernels.triton.codec import cast, quantize_store, widen
 from agoq_kernels.triton.constants import constants
 from agoq_kernels.triton.quantize import Packed, empty_packed, packed_arguments, signed_key
 from torch import Tensor
@@ -50,7 +50,7 @@ def _rotate_kernel(
     for i in tl.static_range(LANES):
         start = first + i * B
         feature = start[:, None] + run
-        x = tl.load(source[:, None] + feature, mask=mask[:, None], other=0.0).to(tl.float32)
+        x = widen(tl.load(source[:, None] + feature, mask=mask[:, None], other=0.0))
         if ROT > 0:
             if INTERLEAVED:
                 partner = feature ^ 1
@@ -64,7 +64,7 @@ def _rotate_kernel(
                 partner = tl.where(feature < HALF, feature + HALF, feature - HALF)
                 lower = feature < HALF
                 turned = mask[:, None] & (feature < ROT)
-            other = tl.load(source[:, None] + partner, mask=turned, other=0.0).to(tl.float32)
+            other = widen(tl.load(source[:, None] + partner, mask=turned, other=0.0))
             cos = tl.load(cos_ptr + table[:, None] + feature, mask=turned, other=1.0)
             sin = tl.load(sin_ptr + table[:, None] + feature, mask=turned, other=0.0)
             if INVERSE:
@@ -72,12 +72,10 @@ def _rotate_kernel(
             x = x * cos + tl.where(lower, 0.0 - other, other) * sin
         rounded = cast(x, out_ptr.dtype.element_ty)
         tl.store(out[:, None] + feature, rounded, mask=mask[:, None])
-        xs = xs + (rounded.to(tl.float32),)
+        xs = xs + (widen(rounded),)
     if QUANTIZE:
         groups = token * (HEADS * HEAD_DIM // FMT.group) + group
-        quantize_store(
-            xs, groups, mask, codes_ptr, scale_ptr, zero_ptr, tables_ptr, key_a, key_b, FMT
-        )
+        quantize_store(xs, groups, mask, codes_ptr, scale_ptr, zero_ptr, tables_ptr, key_a, key_b, FMT)
 
 
 def _largest_power_of_2(n: int, limit: int) -> int:

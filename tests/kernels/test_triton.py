@@ -1,0 +1,177 @@
+"""Triton kernels against the torch reference: codes bit for bit, other results to rounding.
+
+On a GPU the compiled kernels run, elsewhere Triton's interpreter (conftest.py asks for it).
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value")
+
+from agoq_kernels import fused, reference, rotary  # noqa: E402
+from agoq_kernels.formats import GROUP_SIZES, ROUNDINGS, SCALE_BITS, Format  # noqa: E402
+from agoq_kernels.triton import launchers  # noqa: E402
+
+from tests.kernels.test_quantize import CODES_AND_BITS, sample  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+PRECISION = {torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float32: 4e-6}
+FORMATS = (
+    None,
+    Format(code="nf4"),
+    Format(code="int_asym", group=32),
+    Format(bits=8, scale_bits=16, rounding="stochastic"),
+    Format(bits=5, group=32),
+    Format(bits=3, code="int_asym", group=32, rounding="stochastic"),
+)
+
+
+def same(got, expected) -> None:
+    """Bit for bit."""
+    for a, b in zip(got, expected, strict=True):
+        a = a.cpu()
+        assert a.dtype == b.dtype and a.shape == b.shape
+        assert torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+def close(got: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    """To the rounding of dtype."""
+    assert got.dtype == dtype
+    error = (got.cpu().double() - expected.double()).norm() / expected.double().norm()
+    assert error <= PRECISION[dtype]
+
+
+@pytest.fixture
+def draw(rng):
+    def randn(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.randn(*shape, generator=rng).to(dtype)
+
+    return randn
+
+
+@pytest.mark.parametrize("code, bits", CODES_AND_BITS)
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_quantize(code, bits, rounding, rng):
+    dtypes = itertools.cycle(DTYPES)
+    for group, scale_bits in itertools.product(GROUP_SIZES, SCALE_BITS):
+        fmt = Format(bits, code, group, scale_bits, rounding)
+        key = int(torch.randint(0, 2**63 - 1, (), generator=rng))
+        x = sample(group, next(dtypes), rng)
+        expected = reference.quantize(x, fmt, key)
+        same(launchers.quantize(x.to(DEVICE), fmt, key), expected)
+        packed = tuple(t.to(DEVICE) for t in expected)
+        for dtype in DTYPES:
+            if dtype == torch.float16 and DEVICE == "cpu":
+                continue  # the interpreter casts large numbers to FP16 in its own way
+            got = launchers.dequantize(packed, fmt, dtype).cpu()
+            value = reference.dequantize(*expected, fmt, dtype)
+            torch.testing.assert_close(got, value, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantize_strided_rows(dtype, draw):
+    x = draw(13, 5, 320, dtype=dtype)[:, 1:4, 64:256]
+    for fmt in (f for f in FORMATS if f):
+        same(launchers.quantize(x.to(DEVICE), fmt, 5), reference.quantize(x, fmt, 5))
+
+
+def kept(x, fmt, packed):
+    """What backward finds: on the device, and as FP32 on the CPU."""
+    if fmt is None:
+        return fused.kept_as_is(x.to(DEVICE)), x.float()
+    return packed, reference.dequantize(*(t.cpu() for t in packed), fmt, torch.float32)
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+@pytest.mark.parametrize("kind", ["RMSNorm", "LayerNorm"])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_norm(fmt, kind, with_residual, draw, rng):
+    for dtype, n in zip(DTYPES, (192, 64, 320), strict=True):
+        shape = (3, 2, n)
+        x, grad = draw(*shape, dtype=dtype), draw(*shape, dtype=dtype)
+        residual = draw(*shape, dtype=dtype) if with_residual else None
+        weight = 1 + draw(n, dtype=dtype) / 8
+        bias = draw(n, dtype=dtype) if kind == "LayerNorm" else None
+
+        def on_device(*tensors):
+            return [None if t is None else t.to(DEVICE) for t in tensors]
+
+        parameters = on_device(weight, bias)
+        y, total, packed = launchers.norm_forward(*on_device(x, residual), *parameters, 1e-5, kind, fmt, 77)
+        expected, total_, packed_ = fused.norm_forward(x, residual, weight, bias, 1e-5, kind, fmt, 77)
+        close(y, expected, dtype)
+        same(packed, packed_)
+        if with_residual:
+            same([total], [total_])
+
+        stored, value = kept(total_, fmt, packed)
+        wide = weight.float(), None if bias is None else bias.float()
+        at_kept = fused.norm_forward(value, None, *wide, 1e-5, kind)[0]
+        close(launchers.norm_from_kept(stored, *parameters, 1e-5, kind, fmt, dtype), at_kept, dtype)
+        for with_output in (False, True):
+            got = launchers.norm_backward(
+                *on_device(grad), stored, *on_device(residual), *parameters, 1e-5, kind, fmt,
+                with_output,
+            )  # fmt: skip
+            more = None if residual is None else residual.float()
+            expected = fused.norm_backward(
+                grad.float(), fused.kept_as_is(value), more, *wide, 1e-5, kind, None, with_output
+            )
+            for a, b in zip(got, expected, strict=True):
+                if b is None or not b.numel():
+                    assert a is None or not a.numel()
+                else:
+                    close(a, b, dtype)
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+@pytest.mark.parametrize("kind", ["swiglu", "gelu", "gelu_tanh"])
+def test_activation(fmt, kind, draw):
+    for dtype, n in zip(DTYPES, (192, 64, 96), strict=True):  # 96: groups of 64 cross the middle
+        width = 2 * n if kind == "swiglu" else n
+        if fmt and width % fmt.group:
+            continue
+        x, grad = draw(2, 3, width, dtype=dtype), draw(2, 3, n, dtype=dtype)
+        y, packed = launchers.activation_forward(x.to(DEVICE), kind, fmt, 3)
+        expected, packed_ = fused.activation_forward(x, kind, fmt, 3)
+        close(y, expected, dtype)
+        same(packed, packed_)
+        stored, value = kept(x, fmt, packed)
+        got = launchers.activation_backward(grad.to(DEVICE), stored, kind, fmt)
+        expected = fused.activation_backward(grad.float(), fused.kept_as_is(value), kind, None)
+        for a, b in zip(got, expected, strict=True):
+            close(a, b, dtype)
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_split_and_merge(fmt, interleaved, draw, rng):
+    shapes = ((2, 3, 64, 64), (3, 1, 128, 64), (1, 2, 96, 96), (2, 2, 64, 0))
+    for dtype, (groups, r, d, rot) in itertools.product(DTYPES, shapes):
+        s, b = 3, 2
+        if fmt and groups * d % fmt.group:
+            continue
+        tables = on_device = None
+        if rot:
+            angles = 9 * torch.randn(s, 1, 1, rot // 2, generator=rng)
+            pair = torch.stack if interleaved else torch.cat
+            tables = rotary.rotary_tables(pair((angles, angles), -1).reshape(s, 1, 1, rot))
+            on_device = tuple(t.to(DEVICE) for t in tables)
+        qkv = draw(s, b, groups * (r + 2) * d, dtype=dtype)
+        formats, keys = (fmt,) * 3, (1, 2 << 40, 3)
+        parts, packed = launchers.split_qkv(qkv.to(DEVICE), on_device, groups, d, interleaved, formats, keys)
+        parts_, packed_ = fused.split_qkv(qkv, groups, d, tables, interleaved, formats, keys)
+        for a, b_ in zip(parts, parts_, strict=True):
+            torch.testing.assert_close(a.cpu(), b_, rtol=0, atol=0)
+        for a, b_ in zip(packed, packed_, strict=True):
+            same(a, b_)
+        grads = [draw(*p.shape, dtype=dtype) for p in parts]
+        got = launchers.merge_qkv(*(g.to(DEVICE) for g in grads), on_device, interleaved)
+        expected = fused.merge_qkv(*grads, tables, interleaved)
+        torch.testing.assert_close(got.cpu(), expected, rtol=0, atol=0)
