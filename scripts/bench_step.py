@@ -57,7 +57,7 @@ TIMED = range(4, 10)  # iterations, counted from 1; iteration TIMED.stop is a ru
 DEFAULT_RUNS = ("off=--agoq-activations off", "agoq=--agoq-activations agoq")
 ITERATION = re.compile(r" iteration +(\d+)/ *\d+ \|.* elapsed time per iteration \(ms\): ([\d.]+) \|")
 OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|ALLOC_FAILED", re.IGNORECASE)
-REASON = re.compile(r"^[\w.]*(Error|Exception|Interrupt)\b|\berror: |\bSignal \d+ \(SIG")
+ERROR = re.compile(r"^[\w.]*(Error|Exception|Interrupt)\b|\berror: ")
 # Run in a process of its own: asking for the card's name would take memory on it for as long as we run.
 MACHINE_PROBE = """
 import json, torch, importlib.metadata as packages
@@ -78,11 +78,11 @@ def iteration_times(log: str) -> dict[int, float]:
 
 
 def failure_reason(log: str) -> str:
-    """The line of a failed run's log that says why: memory if any does, else the last error."""
+    """The line of a failed run's log that says why: memory, else the last error, else a signal."""
     lines = [re.sub(r"^\s*(\[\w+\]:)?\s*", "", line).rstrip() for line in log.splitlines()]
     lines = [line for line in lines if line and "ChildFailedError" not in line]  # torchrun's own
-    for pattern in (OUT_OF_MEMORY, REASON, re.compile("")):
-        if found := [line for line in lines if pattern.search(line)]:
+    for pattern in (OUT_OF_MEMORY, ERROR, r"\bSignal \d+ \(", ""):
+        if found := [line for line in lines if re.search(pattern, line)]:
             return found[-1]
     return "nothing was printed"
 
@@ -284,7 +284,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     runs = [run.partition("=") for run in args.run or DEFAULT_RUNS]
     args.runs = {name: shlex.split(flags) for name, _, flags in runs}
-    if len(args.runs) < len(runs) or not all(re.fullmatch(r"[\w.+-]+", name) for name in args.runs):
+    if len(args.runs) < len(runs) or not all(re.fullmatch(r"[\w.+-]+=", name + eq) for name, eq, _ in runs):
         parser.error("--run: give NAME=FLAGS, each name once, and one that a file could have.")
     if unknown := set(args.longest or ()) - set(args.runs):
         parser.error(f"--longest {unknown.pop()}: there is no such configuration; see --run.")

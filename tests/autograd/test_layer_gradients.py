@@ -92,7 +92,10 @@ def oracle_layer(x, p, rules, shape, kind, act, ours):
         own = dequantized(t.reshape(*t.shape[:2], -1), rules[site])
         kept = ours[site]
         differ = (own - kept).abs() > 1e-5 * own.abs().max()
-        assert differ.float().mean() < 0.002, f"{site}: the kept tensor is another one"
+        # A last-bit difference may flip a code, or the scale of a group and with it the whole group.
+        assert differ.sum() <= 128 + 0.002 * differ.numel(), f"{site}: the kept tensor is another one"
+        error = (own - kept).norm() / own.norm()
+        assert error < 0.02, f"{site}: the kept tensor is another one ({error:.1e})"
         return kept.view(t.shape)
 
     heads, groups, d = shape

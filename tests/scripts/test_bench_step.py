@@ -1,0 +1,291 @@
+"""The bench's arithmetic on made-up logs, its command lines, and one real run of the tiny model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import bench_step as bench
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+KEYS = {"name", "step_ms", "tokens_per_s", "peak_allocated_mib", "loss"}
+
+
+def make_log(times: list[float]) -> str:
+    """Megatron's lines for iterations of these milliseconds: its second one tells the mean of two."""
+    shown = [times[0], (times[0] + times[1]) / 2, *times[2:]]
+    line = (
+        " [2026-01-02 03:04:05.678901] iteration {:8d}/{:8d} | consumed samples: {:12d} |"
+        " elapsed time per iteration (ms): {:.1f} | learning rate: 1.000000E-04 |"
+        " global batch size:     4 | lm loss: 1.036146E+01 | loss scale: 1.0 |"
+    )
+    lines = [line.format(i, len(times), 4 * i, ms) for i, ms in enumerate(shown, start=1)]
+    return "\n".join(["using world size: 1", *lines, "[rank0] (after 10 iterations) memory (MB)"])
+
+
+def make_report(iterations: int, peak: int | None) -> dict:
+    return {
+        "tokens": iterations * 8 * 4096,
+        "iterations": iterations,
+        "peak_memory_bytes": peak,
+        "train": [{"iteration": i, "lm loss": 11 - i / 10} for i in range(1, iterations + 1)],
+    }
+
+
+TIMES = [9000.0, 700.0, 600.0, 510.0, 500.0, 530.0, 520.0, 550.0, 540.0, 5000.0]
+
+
+def test_the_median_is_of_iterations_4_to_9():
+    assert bench.iteration_times(make_log(TIMES)) == dict(enumerate(TIMES, start=1))
+    run = bench.result("off", make_log(TIMES), make_report(10, 3 * 2**29), bench.TIMED)
+    assert run.pop("iterations_ms") == dict(enumerate(TIMES, start=1))
+    assert run == {
+        "name": "off",
+        "step_ms": 525.0,
+        "tokens_per_s": pytest.approx(8 * 4096 / 0.525, abs=0.1),
+        "peak_allocated_mib": 1536.0,
+        "loss": 10.0,
+    }
+
+
+def test_iterations_added_for_a_trace_do_not_count():
+    log = make_log([*TIMES, 9999.0, 9999.0])
+    run = bench.result("off", log, make_report(12, None), bench.TIMED)
+    assert run["step_ms"] == 525.0 and run["loss"] == 10.0
+    assert run["tokens_per_s"] == pytest.approx(8 * 4096 / 0.525, abs=0.1)
+    assert run["peak_allocated_mib"] is None
+
+
+def test_a_log_without_all_times_is_a_failure():
+    run = bench.result("off", make_log(TIMES[:7]), make_report(7, None), bench.TIMED)
+    assert run == {"name": "off", "error": "the log tells no time of iterations [8, 9]"}
+
+
+LAUNCHER = """\
+Traceback (most recent call last):
+  File "torch/distributed/run.py", line 981, in run
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+============================================================
+pretrain_gpt_agoq.py FAILED
+  exitcode  : -15 (pid: 29931)
+  traceback : Signal {} received by PID 29931
+============================================================
+"""
+
+
+@pytest.mark.parametrize(
+    ("log", "reason"),
+    [
+        (
+            "  error_injection_type ... transient_error\n"
+            "[rank0]: Traceback (most recent call last):\n"
+            "[rank0]: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.\n"
+            "[rank1]: torch.distributed.DistBackendError: NCCL communicator was aborted\n",
+            "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.",
+        ),
+        (
+            "[rank0]: KeyError: 'a'\n[rank0]: During handling of the above exception, another:\n"
+            "[rank0]: ValueError: no such thing\n[rank0]: frame #3\n",
+            "ValueError: no such thing",
+        ),
+        ("pretrain_gpt_agoq.py: error: --fp8: no.\n", "pretrain_gpt_agoq.py: error: --fp8: no."),
+        ("training ...\n", "traceback : Signal 15 (SIGTERM) received by PID 29931"),
+    ],
+)
+def test_the_reason_of_a_failure(log, reason):
+    assert bench.failure_reason(log + LAUNCHER.format("15 (SIGTERM)")) == reason
+
+
+def test_a_failure_without_a_reason():
+    assert bench.failure_reason("") == "nothing was printed"
+    assert bench.failure_reason("\nlast words\n\n") == "last words"
+
+
+def make_run(name: str, step_ms: float, peak: float | None = 100.0) -> dict:
+    return {
+        "name": name,
+        "step_ms": step_ms,
+        "tokens_per_s": 1e6 / step_ms,
+        "peak_allocated_mib": peak,
+        "loss": 10.25,
+    }
+
+
+def test_medians_spread_and_ratio():
+    runs = [make_run("off", 200.0), make_run("agoq", 230.0, 50.0), {"name": "bad", "error": "no"}]
+    runs += [make_run("off", 190.0), make_run("agoq", 240.0, 51.0), {"name": "bad", "error": "no"}]
+    runs += [make_run("off", 220.0), {"name": "agoq", "error": "no"}, {"name": "bad", "error": "no"}]
+    off, agoq, bad = rows = bench.summarize(runs, ["off", "agoq", "bad"])
+    assert off["step_ms"] == 200 and (off["min_ms"], off["max_ms"]) == (190, 220)
+    assert off["ratio"] == 1 and off["tokens_per_s"] == 5000 and off["runs"] == 3
+    assert agoq["step_ms"] == 235 and agoq["ratio"] == 1.175 and agoq["peak_allocated_mib"] == 51
+    assert (agoq["runs"], agoq["failed"]) == (2, 1)
+    assert bad == {"name": "bad", "runs": 0, "failed": 3}
+    lines = [line.split() for line in bench.table(rows).splitlines()]
+    assert lines[0] == "name step_ms min_ms max_ms ratio tokens_per_s peak_allocated_mib loss failed".split()
+    assert lines[2] == "agoq 235.0 230.0 240.0 1.175 4257 51 10.2500 1".split()
+    assert lines[3] == ["bad", *"-" * 7, "3"]
+
+
+def test_no_ratio_where_the_first_configuration_failed():
+    rows = bench.summarize([{"name": "off", "error": "no"}, make_run("agoq", 230.0, None)], ["off", "agoq"])
+    assert rows[1]["ratio"] is None and rows[1]["peak_allocated_mib"] is None
+    assert bench.table(rows).splitlines()[2].split()[4] == "-"
+
+
+@pytest.mark.parametrize("start", [4096, 8192, 16384])
+@pytest.mark.parametrize("capacity", [0, 4095, 8192, 50_000, 131_071, 131_072, 150_000, 10**9])
+def test_the_longest_sequence(start, capacity):
+    tried = []
+
+    def fits(tokens: int) -> bool:
+        tried.append(tokens)
+        return tokens <= capacity
+
+    limit, step = 200_000, 8192
+    found = bench.longest_sequence(fits, start, limit, step)
+    assert max(tried) <= limit and len(tried) == len(set(tried)) <= 12
+    if capacity < start:
+        assert found is None
+    elif capacity >= limit:
+        assert found == limit
+    else:
+        assert found <= capacity < found + step
+
+
+def parse(*argv: str):
+    return bench.parse_arguments(list(argv))
+
+
+@pytest.fixture
+def silent():
+    """Collects what would be written to ``--out``."""
+    written: dict = {}
+    return written, lambda **content: written.update(content)
+
+
+def test_configurations_take_turns(monkeypatch, capsys, silent):
+    labels = []
+
+    def train(args, name, label, shape, timed):
+        labels.append(label)
+        if label == "agoq-1":
+            return {"name": name, "error": "no", "command": "...", "log": "agoq-1.log"}
+        return make_run(name, 100.0) | {"iterations_ms": {}, "command": "...", "log": "..."}
+
+    monkeypatch.setattr(bench, "train", train)
+    written, write = silent
+    assert not bench.time_runs(parse("--repeat", "2"), write)
+    assert labels == ["off-1", "agoq-1", "off-2", "agoq-2"]
+    shown = capsys.readouterr()
+    lines = [json.loads(line) for line in shown.out.splitlines()]
+    assert lines[1] == {"name": "agoq", "error": "no"}
+    assert all(set(line) == KEYS for line in (lines[0], *lines[2:]))
+    assert shown.err.splitlines()[-1] == "agoq-1.log"
+    assert len(written["runs"]) == 4 and [row["failed"] for row in written["medians"]] == [0, 1]
+
+
+@pytest.mark.parametrize("word", ["CUDA out of memory", "CUDA error: an illegal memory access"])
+def test_only_a_lack_of_memory_answers_the_longest_sequence(monkeypatch, capsys, silent, word):
+    def train(args, name, label, shape, timed):
+        assert shape["micro-batch-size"] == args.micro_batches == 1 and timed.stop == 2
+        run = make_run(name, 1.0) if shape["seq-length"] <= 24576 else {"name": name, "error": word}
+        return run | {"command": "...", "log": f"{label}.log"}
+
+    monkeypatch.setattr(bench, "train", train)
+    written, write = silent
+    memory = "out of memory" in word
+    assert bench.find_longest(parse("--longest", "agoq"), write) is memory
+    trials = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(t["seq_length"], t["fits"]) for t in trials[:3]] == [(8192, True), (16384, True), (32768, False)]
+    assert trials[2]["error"] == word and trials[0]["name"] == "agoq"
+    assert written["longest"] == ({"agoq": 24576} if memory else {})
+    assert len(trials) == len(written["trials"]) == (4 if memory else 3)
+
+
+def flags_of(args, name: str, iterations: int = 10) -> dict[str, str]:
+    """The command's flags with their values; a flag given twice has the later one, as in argparse."""
+    args.logs = Path("logs")
+    command = bench.build_command(args, name, f"{name}-1", args.shape, iterations)
+    return {flag: value for flag, value in zip(command, [*command[1:], ""], strict=True) if flag[:2] == "--"}
+
+
+def test_the_command_of_a_model():
+    flags = flags_of(parse(), "off")
+    expected = {"num-layers": 8, "hidden-size": 4096, "ffn-hidden-size": 14336, "num-query-groups": 8}
+    expected |= {"seq-length": 4096, "max-position-embeddings": 4096, "micro-batch-size": 4}
+    expected |= {"global-batch-size": 8, "train-iters": 10, "agoq-activations": "off", "nproc-per-node": 1}
+    assert {name: flags[f"--{name}"] for name in expected} == {k: str(v) for k, v in expected.items()}
+    assert "--profile" not in flags
+
+
+def test_what_the_user_says_comes_last():
+    args = parse(
+        "--model", "llama2-7b", "--layers", "2", "--seq-length", "32768", "--micro-batch-size", "1",
+        "--micro-batches", "3", "--nproc-per-node", "8", "--profile", "traces",
+        "--run", "tp=--tensor-model-parallel-size 2 --lr 1", "--", "--lr", "3", "--seed", "7",
+    )  # fmt: skip
+    flags = flags_of(args, "tp")
+    assert flags["--seq-length"] == flags["--max-position-embeddings"] == "32768"
+    assert flags["--num-layers"] == "2" and flags["--nproc-per-node"] == "8"
+    assert flags["--global-batch-size"] == str(1 * 3 * 4)  # four data-parallel ranks
+    assert flags["--lr"] == "3" and flags["--seed"] == "7"
+    assert flags["--train-iters"] == "12" and flags["--profile-step-end"] == "12"
+    assert flags["--tensorboard-dir"] == "traces/tp-1/tensorboard"
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--run", "uniform4"],
+        ["--run", "a/b=--fp16"],
+        ["--run", "a=--x", "--run", "a=--y"],
+        ["--longest", "uniform4"],
+    ],
+)
+def test_a_bad_command_line(argv, capsys):
+    with pytest.raises(SystemExit):
+        parse(*argv)
+    assert "error: --" in capsys.readouterr().err
+
+
+def test_a_run_that_hangs_is_ended(tmp_path):
+    script = "import time; print('started', flush=True); time.sleep(100)"
+    start = time.monotonic()
+    assert bench.execute([sys.executable, "-c", script], tmp_path / "log", timeout=1.5) is None
+    assert time.monotonic() - start < 20
+    assert (tmp_path / "log").read_text() == "started\n"
+    assert bench.execute([sys.executable, "-c", "raise SystemExit(3)"], tmp_path / "log", timeout=60) == 3
+
+
+@pytest.mark.slow
+def test_the_tiny_model_for_real(tmp_path):
+    """Two policies and a configuration that is refused, each in its own process."""
+    command = [sys.executable, str(ROOT / "scripts" / "bench_step.py"), "--model", "tiny", "--repeat", "1"]
+    command += ["--run", "off=--agoq-activations off", "--run", "bad=--agoq-activations off --qk-layernorm"]
+    command += ["--run", "agoq=--agoq-activations agoq", "--logs", str(tmp_path / "logs")]
+    command += ["--out", str(tmp_path / "out.json"), "--", "--lr", "1e-3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 1, done.stderr
+    off, bad, agoq = (json.loads(line) for line in done.stdout.splitlines())
+    assert set(off) == set(agoq) == KEYS, done.stdout
+    assert set(bad) == {"name", "error"} and "--qk-layernorm" in bad["error"]
+    for run in (off, agoq):
+        assert run["tokens_per_s"] == pytest.approx(2 * 2 * 64 / run["step_ms"] * 1e3, rel=0.01)
+        assert 0 < run["loss"] < 10.4  # a uniform guess over the vocabulary has 10.37
+    assert agoq["loss"] == pytest.approx(off["loss"], rel=0.01)
+    log = (tmp_path / "logs" / "off-1.log").read_text()
+    assert "padded vocab (size: 32000) with 0 dummy tokens" in log and "validation loss" not in log
+    assert "--qk-layernorm" in (tmp_path / "logs" / "bad-1.log").read_text()
+
+    out = json.loads((tmp_path / "out.json").read_text())
+    assert out["card"] and out["versions"]["torch"] and out["versions"]["megatron-core"]
+    assert "scripts/bench_step.py" in out["command"] and out["date"]
+    assert [row["name"] for row in out["medians"]] == ["off", "bad", "agoq"]
+    assert out["medians"][2]["ratio"] == pytest.approx(agoq["step_ms"] / off["step_ms"], abs=1e-3)
+    assert list(out["runs"][0]["iterations_ms"]) == [str(i) for i in range(1, 11)]
+    assert out["runs"][0]["step_ms"] == off["step_ms"] and out["runs"][1]["error"] == bad["error"]
