@@ -1,9 +1,12 @@
-"""Norm followed by a column-parallel linear layer, keeping only the norm's input.
+"""Residual addition, norm and a column-parallel linear layer, keeping only the norm's input.
 
 The linear layer's weight gradient needs the norm's output. It is rebuilt from the norm's saved input,
 which the norm's own backward needs anyway: one saved tensor serves both. Under sequence parallelism
 each rank holds a slice of the sequence; in backward the *codes* of that input are gathered, a quarter
 of the bytes of the 16-bit output that Megatron gathers at the same place.
+
+The norm's input is handed on as the residual stream, so that backward adds the two gradients that meet
+there while it writes the norm's, instead of in a pass of their own.
 """
 
 from __future__ import annotations
@@ -51,43 +54,46 @@ class NormLinearSpec:
 
 
 class NormLinear(torch.autograd.Function):
-    """``linear(norm(x))``; gradients of ``x`` and of all parameters."""
+    """``linear(norm(x + residual))``, and the sum; gradients of both addends and of all parameters."""
 
     @staticmethod
     def forward(
         ctx,
         x: Tensor,
+        residual: Tensor | None,
         norm_weight: Tensor,
         norm_bias: Tensor | None,
         weight: Tensor,
         bias: Tensor | None,
         spec: NormLinearSpec,
         keep: bool,
-    ) -> Tensor:
-        """``x`` ``[s, b, h]`` (``[s / t, b, h]`` with sequence parallelism) -> ``[s, b, o / t]``.
+    ) -> tuple[Tensor, Tensor]:
+        """``x``, ``residual`` ``[s, b, h]`` (``[s / t, b, h]`` with sequence parallelism) -> the product
+        ``[s, b, o / t]`` and the sum ``[s, b, h]`` (``x`` itself without a residual).
 
         ``keep`` is False where no backward pass can follow (evaluation, or the first pass of a
         recomputed region): nothing is quantized then.
         """
         saved = spec.norm_input
         fmt, key = (saved.rule.format, saved.next_key()) if keep else (None, 0)
-        y, _, packed = norm_forward(x, None, norm_weight, norm_bias, spec.eps, spec.kind, fmt, key)
+        y, x, packed = norm_forward(x, residual, norm_weight, norm_bias, spec.eps, spec.kind, fmt, key)
         total, handle = gather_sequence(y, spec.group) if spec.sequence_parallel else (y, Done())
         if keep:
+            ctx.set_materialize_grads(False)  # no gradient of the sum: nothing to add, rather than zeros
             shelf = Shelf()
             shelf.put(saved, x, packed)
             shelf.put(spec.norm_output, y)
             shelf.save(ctx, norm_weight, norm_bias, weight)
-            ctx.spec, ctx.dtype = spec, x.dtype
+            ctx.spec, ctx.dtype, ctx.has_residual = spec, x.dtype, residual is not None
         handle.wait()
-        return linear(total, weight, bias)
+        return linear(total, weight, bias), x
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, grad: Tensor, residual_grad: Tensor | None):
         shelf, (norm_weight, norm_bias, weight) = Shelf.take(ctx)
         spec: NormLinearSpec = ctx.spec
-        need_weight, need_bias = ctx.needs_input_grad[3:5]
+        need_weight, need_bias = ctx.needs_input_grad[4:6]
         norm_args = norm_weight, norm_bias, spec.eps, spec.kind
 
         saved, fmt = spec.norm_input, spec.norm_input.rule.format
@@ -104,18 +110,28 @@ class NormLinear(torch.autograd.Function):
         reduce = reduce_scatter_sequence if spec.sequence_parallel else all_reduce
         grad_y, handle = reduce(grad_y, spec.group)
 
-        grad_weight = None
-        if need_weight:
-            if source is saved:
-                total = norm_from_kept(saved.kept(parts), *norm_args, fmt, ctx.dtype)
-            else:
-                total = source.unpack(parts, ctx.dtype)
-            grad_weight = accumulate_weight_gradient(weight, grad, total)
-        grad_bias = bias_gradient(grad) if need_bias else None
-
-        handle.wait()
         kept = saved.kept(shelf.packed(saved))
-        grad_x, grad_norm_weight, grad_norm_bias, _ = norm_backward(
-            grad_y, kept, None, *norm_args, fmt, with_output=False
-        )
-        return grad_x, grad_norm_weight, grad_norm_bias, grad_weight, grad_bias, None, None
+        rebuild = need_weight and source is saved
+
+        def norm_gradients(with_output: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+            return norm_backward(grad_y, kept, residual_grad, *norm_args, fmt, with_output)
+
+        grad_weight = None
+        if rebuild and spec.group.size() == 1:
+            # Nothing is under way to be hidden behind a product: one pass gives the norm's output too.
+            grad_x, grad_norm_weight, grad_norm_bias, total = norm_gradients(with_output=True)
+            del grad_y
+            grad_weight = accumulate_weight_gradient(weight, grad, total)
+        else:
+            if rebuild:
+                total = norm_from_kept(saved.kept(parts), *norm_args, fmt, ctx.dtype)
+            elif need_weight:
+                total = source.unpack(parts, ctx.dtype)
+            if need_weight:
+                grad_weight = accumulate_weight_gradient(weight, grad, total)
+                del total
+            handle.wait()
+            grad_x, grad_norm_weight, grad_norm_bias, _ = norm_gradients(with_output=False)
+        grad_bias = bias_gradient(grad) if need_bias else None
+        grad_residual = grad_x if ctx.has_residual else None
+        return grad_x, grad_residual, grad_norm_weight, grad_norm_bias, grad_weight, grad_bias, None, None

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from agoq_megatron.autograd.attention_linear import AttentionLinear, AttentionLinearSpec
 from agoq_megatron.autograd.saving import saved_tensor
+from agoq_megatron.modules.residual import ResidualStream
 from agoq_megatron.policy.policy import ActivationPolicy
 from agoq_megatron.policy.sites import Site
 
@@ -74,7 +75,7 @@ class SelfAttention(MegatronSelfAttention):
 
     def forward(
         self,
-        hidden_states: Tensor,
+        hidden_states: Tensor | ResidualStream,
         attention_mask: Tensor | None = None,
         key_value_states: Tensor | None = None,
         inference_context=None,

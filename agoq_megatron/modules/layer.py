@@ -1,17 +1,22 @@
-"""Transformer layer: Megatron's own, which also says where a recomputed region begins."""
+"""Transformer layer: Megatron's own, with the residual additions inside its norms."""
 
 from __future__ import annotations
 
 from megatron.core.transformer.transformer_layer import TransformerLayer as MegatronTransformerLayer
+from torch import Tensor
 
 from agoq_megatron.autograd.recompute import note_entry
 from agoq_megatron.autograd.saving import saved_tensor
+from agoq_megatron.modules.residual import ResidualStream
 from agoq_megatron.policy.policy import ActivationPolicy
 from agoq_megatron.policy.sites import Site
 
 
 class TransformerLayer(MegatronTransformerLayer):
-    """A layer whose input is quantized where it is kept for full recomputation."""
+    """A pre-norm decoder layer: attention and MLP, each after a norm and added to the residual stream.
+
+    Its input is quantized where it is kept for full recomputation.
+    """
 
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
@@ -23,7 +28,36 @@ class TransformerLayer(MegatronTransformerLayer):
         self.self_attention.set_policy(policy)
         self.mlp.set_policy(policy)
 
-    def forward(self, *args, **kwargs):
-        """See Megatron's layer: hidden states ``[s, b, h]`` -> the same, and the context."""
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        context: Tensor | None = None,
+        context_mask: Tensor | None = None,
+        padding_mask: Tensor | None = None,
+        **attention_arguments,
+    ) -> tuple[Tensor, None]:
+        """Hidden states ``[s, b, h]`` (``[s / t, b, h]``) -> the same, and no context.
+
+        Arguments are those of Megatron's layer. ``context_mask`` and ``padding_mask`` belong to
+        cross-attention and mixtures of experts, which these layers have not.
+
+        Raises:
+            NotImplementedError: a ``context``, or what :class:`SelfAttention` does not take.
+        """
+        if context is not None:
+            raise NotImplementedError("AGoQ's layer has no cross-attention and takes no context")
         note_entry(self._input)
-        return super().forward(*args, **kwargs)
+        stream = ResidualStream(hidden_states)
+        output, bias = self.self_attention(stream, attention_mask, **attention_arguments)
+        dropout = self.training and self.hidden_dropout > 0
+        if bias is None and not dropout and not self.recompute_mlp:
+            stream.pending = output
+        else:
+            with self.bias_dropout_add_exec_handler():
+                add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
+                stream.total = add((output, bias), stream.total, self.hidden_dropout)
+        if self.recompute_mlp:
+            return self._forward_mlp(stream.total), None
+        output_with_bias = self.mlp(stream)
+        return self._forward_post_mlp(output_with_bias, stream.total), None

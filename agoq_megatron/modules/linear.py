@@ -18,6 +18,7 @@ from torch import Tensor
 from agoq_megatron.autograd.norm_linear import NormLinear, NormLinearSpec
 from agoq_megatron.autograd.saving import SavedTensor
 from agoq_megatron.modules.norm import norm_parameters
+from agoq_megatron.modules.residual import ResidualStream
 
 
 class LayerNormColumnParallelLinear(ColumnParallelLinear):
@@ -43,10 +44,14 @@ class LayerNormColumnParallelLinear(ColumnParallelLinear):
             sequence_parallel=self.sequence_parallel,
         )
 
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        """``[s, b, h]`` (``[s / t, b, h]``) -> ``[s, b, o / t]``, bias added, and None for the bias."""
-        y = NormLinear.apply(
-            x,
+    def forward(self, x: Tensor | ResidualStream) -> tuple[Tensor, None]:
+        """``[s, b, h]`` (``[s / t, b, h]``) -> ``[s, b, o / t]``, bias added, and None for the bias.
+
+        The pending addend of a stream is added on the way.
+        """
+        stream = x if isinstance(x, ResidualStream) else ResidualStream(x)
+        y, stream.total = NormLinear.apply(
+            *stream.addends(),
             self.layer_norm_weight,
             self.layer_norm_bias,
             self.weight,

@@ -9,6 +9,7 @@ from torch import Tensor
 from agoq_megatron.autograd.activation_linear import ActivationLinear, ActivationLinearSpec
 from agoq_megatron.autograd.recompute import note_entry
 from agoq_megatron.autograd.saving import saved_tensor
+from agoq_megatron.modules.residual import ResidualStream
 from agoq_megatron.policy.policy import ActivationPolicy
 from agoq_megatron.policy.sites import Site
 
@@ -39,7 +40,7 @@ class MLP(MegatronMLP):
             kind=kind,
         )
 
-    def forward(self, hidden_states: Tensor, **_) -> tuple[Tensor, Tensor | None]:
+    def forward(self, hidden_states: Tensor | ResidualStream, **_) -> tuple[Tensor, Tensor | None]:
         """``[s, b, h]`` (``[s / t, b, h]``), not yet normalized -> the same shape, and the bias."""
         note_entry(self.linear_fc1.spec.norm_input)
         pre_activation, _ = self.linear_fc1(hidden_states)

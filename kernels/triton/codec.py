@@ -178,6 +178,22 @@ def _uniform(index, key_a, key_b):
 
 
 @triton.jit
+def _entry(tables, index):
+    """The two FP32 words of entry index [R, B] of the tables."""
+    if INTERPRET:
+        entry = tl.load(tables + index)
+        low = entry.to(tl.int32).to(tl.float32, bitcast=True)
+        return low, (entry >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    else:
+        # For tl.load at scattered addresses Triton would first redistribute the indices over the threads,
+        # through shared memory: that cost more than all arithmetic of a kernel.
+        return tl.inline_asm_elementwise(
+            "ld.global.nc.v2.f32 {$0, $1}, [$2];", "=f,=f,l", [(tables + index).to(tl.int64)],
+            dtype=(tl.float32, tl.float32), is_pure=True, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
 def _nearest_level(y, tables, FMT: tl.constexpr):
     """Codes, as FP32 integers, of y in a format of levels.
 
@@ -189,9 +205,7 @@ def _nearest_level(y, tables, FMT: tl.constexpr):
         magnitude = tl.abs(y)
     limited = _clamp(magnitude, -FMT.cell_limit, FMT.cell_limit)
     cell = (limited * FMT.cells_per_unit + (ROUND + FMT.cell_origin)).to(tl.int32, bitcast=True)
-    entry = tl.load(tables + 16 + (cell & CELL_MASK))
-    threshold = entry.to(tl.int32).to(tl.float32, bitcast=True)
-    below = (entry >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    threshold, below = _entry(tables, 16 + (cell & CELL_MASK))
     code = below + tl.where(limited > threshold, 1.0, 0.0)
     if FMT.code == "e2m1":
         code += tl.where(y < 0, 8.0, 0.0)
@@ -208,9 +222,7 @@ def _stochastic_level(y, u, tables, FMT: tl.constexpr):
     for i in tl.static_range(tl.constexpr(FMT.n_inner_levels)):
         lower += (magnitude >= FMT.inner_levels[i]).to(tl.int32)
     # Entry i < 16 holds level i and, in the high word, the distance to the next.
-    entry = tl.load(tables + lower)
-    level = entry.to(tl.int32).to(tl.float32, bitcast=True)
-    gap = (entry >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    level, gap = _entry(tables, lower)
     code = lower.to(tl.float32) + tl.where(u * gap < magnitude - level, 1.0, 0.0)
     if FMT.code == "e2m1":
         code += tl.where(y < 0, 8.0, 0.0)
@@ -301,23 +313,35 @@ def _decode(code, zero, tables, FMT: tl.constexpr):
         m = ((code * 2) | MAGIC_BITS).to(tl.float32, bitcast=True) - (MAGIC + 15.0)
         return (m * (m * m + 225.0)) * FMT.cubic_unit
     else:
-        return tl.load(tables + code).to(tl.int32).to(tl.float32, bitcast=True)
+        level, _ = _entry(tables, code)
+        return level
 
 
 @triton.jit
-def _load_plane(source, mask, P: tl.constexpr, FMT: tl.constexpr):
+def load_packed(groups, mask, codes_ptr, scale_ptr, zero_ptr, FMT: tl.constexpr):
+    """What is stored of groups [R], as a tuple for unpack(): scales, zero points (scales again in a format
+    without), then the codes plane by plane in runs [R, B] of bytes. 0 where mask [R] is False."""
+    B: tl.constexpr = FMT.group // FMT.lanes
+    scale = tl.load(scale_ptr + groups, mask=mask, other=0)
+    zero = scale
+    if FMT.has_zero:
+        zero = tl.load(zero_ptr + groups, mask=mask, other=0)
+    source = codes_ptr + (groups * FMT.bytes_per_group)[:, None] + tl.arange(0, B)[None, :]
+    packed = (scale, zero)
+    for run in tl.static_range(FMT.bytes_per_group // B):  # planes follow each other without a gap
+        packed = packed + (tl.load(source + run * B, mask=mask[:, None], other=0),)
+    return packed
+
+
+@triton.jit
+def _unpack_plane(packed, P: tl.constexpr, FMT: tl.constexpr):
     """Lanes of int32: the bits of each code that plane P holds."""
     WIDTH: tl.constexpr = FMT.planes[P]
-    B: tl.constexpr = FMT.group // FMT.lanes
     PARTS: tl.constexpr = FMT.lanes * WIDTH // 8  # runs of B bytes in this plane
-    START: tl.constexpr = FMT.group * FMT.plane_shifts[P] // 8
-    parts = ()
-    for t in tl.static_range(PARTS):
-        byte = tl.load(source + (START + t * B), mask=mask[:, None], other=0)
-        parts = parts + (byte.to(tl.int32),)
+    FIRST: tl.constexpr = 2 + FMT.lanes * FMT.plane_shifts[P] // 8
     lanes = ()
     for lane in tl.static_range(tl.constexpr(FMT.lanes)):
-        code = parts[lane % PARTS] >> (lane // PARTS * WIDTH)
+        code = packed[FIRST + lane % PARTS].to(tl.int32) >> (lane // PARTS * WIDTH)
         if lane // PARTS < 8 // WIDTH - 1:  # nothing above the highest code of a byte
             code = code & ((1 << WIDTH) - 1)
         lanes = lanes + (code,)
@@ -325,20 +349,15 @@ def _load_plane(source, mask, P: tl.constexpr, FMT: tl.constexpr):
 
 
 @triton.jit
-def load_dequantize(groups, mask, codes_ptr, scale_ptr, zero_ptr, tables, FMT: tl.constexpr):
-    """Load groups and dequantize them: a tuple of FP32 lanes [R, B]; 0 where mask [R] is False."""
-    B: tl.constexpr = FMT.group // FMT.lanes
-    step = _decode_scale(tl.load(scale_ptr + groups, mask=mask, other=0), FMT)
+def unpack(packed, tables, FMT: tl.constexpr):
+    """What load_packed() returned -> a tuple of FP32 lanes [R, B]."""
+    step = _decode_scale(packed[0], FMT)
     zero = step
     if FMT.has_zero:
-        zero = tl.load(zero_ptr + groups, mask=mask, other=0).to(tl.int32)
-        zero = (zero | MAGIC_BITS).to(tl.float32, bitcast=True) - MAGIC
-    column = tl.arange(0, B)[None, :]
-    source = codes_ptr + (groups * FMT.bytes_per_group)[:, None] + column
-
-    codes = _load_plane(source, mask, 0, FMT)
+        zero = (packed[1].to(tl.int32) | MAGIC_BITS).to(tl.float32, bitcast=True) - MAGIC
+    codes = _unpack_plane(packed, 0, FMT)
     if FMT.n_planes == 2:
-        low, high, codes = codes, _load_plane(source, mask, 1, FMT), ()
+        low, high, codes = codes, _unpack_plane(packed, 1, FMT), ()
         for lane in tl.static_range(tl.constexpr(FMT.lanes)):
             codes = codes + (low[lane] | (high[lane] << FMT.plane_shifts[1]),)
 
@@ -346,3 +365,9 @@ def load_dequantize(groups, mask, codes_ptr, scale_ptr, zero_ptr, tables, FMT: t
     for lane in tl.static_range(tl.constexpr(FMT.lanes)):
         xs = xs + (_decode(codes[lane], zero, tables, FMT) * step[:, None],)
     return xs
+
+
+@triton.jit
+def load_dequantize(groups, mask, codes_ptr, scale_ptr, zero_ptr, tables, FMT: tl.constexpr):
+    """Load groups and dequantize them: a tuple of FP32 lanes [R, B]; 0 where mask [R] is False."""
+    return unpack(load_packed(groups, mask, codes_ptr, scale_ptr, zero_ptr, FMT), tables, FMT)

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from agoq_kernels.formats import Format
-from agoq_kernels.triton.codec import cast, load_dequantize, quantize_store, widen
+from agoq_kernels.triton.codec import INTERPRET, cast, load_packed, quantize_store, unpack, widen
 from agoq_kernels.triton.constants import constants
 from agoq_kernels.triton.quantize import (
     Packed,
@@ -28,13 +28,27 @@ from torch import Tensor
 
 
 @triton.jit
-def _load_lanes(ptr, columns, n, FMT: tl.constexpr):
-    """Lanes of FP32 [NG, B] at ptr + columns; 0 from column n on."""
+def _load_raw(ptr, columns, n, exists, FMT: tl.constexpr):
+    """Lanes [NG, B] at ptr + columns as they are stored; 0 from column n on, and if the row is none."""
     xs = ()
     for i in tl.static_range(tl.constexpr(FMT.lanes)):
         column = columns + i * (FMT.group // FMT.lanes)
-        xs = xs + (widen(tl.load(ptr + column, mask=column < n, other=0.0)),)
+        xs = xs + (tl.load(ptr + column, mask=(column < n) & exists, other=0.0),)
     return xs
+
+
+@triton.jit
+def _widen_lanes(xs, FMT: tl.constexpr):
+    wide = ()
+    for i in tl.static_range(tl.constexpr(FMT.lanes)):
+        wide = wide + (widen(xs[i]),)
+    return wide
+
+
+@triton.jit
+def _load_lanes(ptr, columns, n, FMT: tl.constexpr):
+    """Lanes of FP32 [NG, B] at ptr + columns; 0 from column n on."""
+    return _widen_lanes(_load_raw(ptr, columns, n, True, FMT), FMT)
 
 
 @triton.jit
@@ -125,19 +139,24 @@ def _forward_kernel(
 
 @triton.jit
 def _load_kept(
-    x_ptr, row, columns, group, n, scale_ptr, zero_ptr, tables_ptr,
-    QUANTIZED: tl.constexpr, FMT: tl.constexpr,
-):  # fmt: skip
-    """Lanes of a row that was kept packed or as it is."""
+    x_ptr, row, columns, group, n, scale_ptr, zero_ptr, exists, QUANTIZED: tl.constexpr, FMT: tl.constexpr
+):
+    """A row as it was kept, packed or not, for _unpack_kept(); 0 where it does not exist."""
     if QUANTIZED:
         groups_per_row = n // FMT.group
-        xs = load_dequantize(
-            row * groups_per_row + group, group < groups_per_row,
-            x_ptr, scale_ptr, zero_ptr, tables_ptr, FMT,
-        )  # fmt: skip
-        return xs
+        mask = (group < groups_per_row) & exists
+        return load_packed(row * groups_per_row + group, mask, x_ptr, scale_ptr, zero_ptr, FMT)
     else:
-        return _load_lanes(x_ptr + row * n, columns, n, FMT)
+        return _load_raw(x_ptr + row * n, columns, n, exists, FMT)
+
+
+@triton.jit
+def _unpack_kept(kept, tables_ptr, QUANTIZED: tl.constexpr, FMT: tl.constexpr):
+    """Lanes of FP32 of what _load_kept() loaded."""
+    if QUANTIZED:
+        return unpack(kept, tables_ptr, FMT)
+    else:
+        return _widen_lanes(kept, FMT)
 
 
 @triton.jit
@@ -149,10 +168,31 @@ def _from_kept_kernel(
     row = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, NG)
     columns = (group * FMT.group)[:, None] + tl.arange(0, FMT.group // FMT.lanes)[None, :]
-    xs = _load_kept(x_ptr, row, columns, group, n, scale_ptr, zero_ptr, tables_ptr, QUANTIZED, FMT)
+    kept = _load_kept(x_ptr, row, columns, group, n, scale_ptr, zero_ptr, True, QUANTIZED, FMT)
+    xs = _unpack_kept(kept, tables_ptr, QUANTIZED, FMT)
     normalized, _ = _normalize(xs, columns, n, eps, LAYER_NORM, FMT)
     ys = _scale_and_shift(normalized, weight_ptr, bias_ptr, columns, n, HAS_BIAS, FMT)
     _store_lanes(y_ptr + row * n, ys, columns, n, FMT)
+
+
+@triton.jit
+def _add_pairs(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def _sum_both(xs, ys, FMT: tl.constexpr):
+    """Sums over a row of the lanes xs and of the lanes ys, in one exchange between threads."""
+    x = xs[0]
+    y = ys[0]
+    for i in tl.static_range(1, tl.constexpr(FMT.lanes)):
+        x += xs[i]
+        y += ys[i]
+    if INTERPRET:  # which takes a second per 50,000 numbers for a reduction by a function of ours
+        return tl.sum(tl.sum(x, 1), 0), tl.sum(tl.sum(y, 1), 0)
+    else:
+        x, y = tl.reduce((x, y), 1, _add_pairs)
+        return tl.reduce((x, y), 0, _add_pairs)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -174,44 +214,67 @@ def _backward_kernel(
         grad_biases = grad_biases + (tl.zeros([NG, B], dtype=tl.float32),)
 
     row = program
+    raw_grads = _load_raw(grad_ptr + row * grad_stride, columns, n, True, FMT)
+    kept = _load_kept(x_ptr, row, columns, group, n, scale_ptr, zero_ptr, True, QUANTIZED, FMT)
     while row < n_rows:  # for takes no run-time bounds in the interpreter under NumPy 2.5
-        grads = _load_lanes(grad_ptr + row * grad_stride, columns, n, FMT)
-        xs = _load_kept(x_ptr, row, columns, group, n, scale_ptr, zero_ptr, tables_ptr, QUANTIZED, FMT)
-        normalized, rstd = _normalize(xs, columns, n, eps, LAYER_NORM, FMT)
-        if WITH_OUTPUT:
-            ys = _scale_and_shift(normalized, weight_ptr, bias_ptr, columns, n, HAS_BIAS, FMT)
-            _store_lanes(y_ptr + row * n, ys, columns, n, FMT)
+        grads = _widen_lanes(raw_grads, FMT)
+        xs = _unpack_kept(kept, tables_ptr, QUANTIZED, FMT)
+        if HAS_RESIDUAL:
+            residual_grads = _load_lanes(residual_grad_ptr + row * residual_stride, columns, n, FMT)
+        # The next row is on its way while this one waits for its sums.
+        following = row + tl.num_programs(0)
+        exists = following < n_rows
+        raw_grads = _load_raw(grad_ptr + following * grad_stride, columns, n, exists, FMT)
+        kept = _load_kept(x_ptr, following, columns, group, n, scale_ptr, zero_ptr, exists, QUANTIZED, FMT)
         weights = _load_lanes(weight_ptr, columns, n, FMT)
         weighted = ()
-        new_weights = ()
-        new_biases = ()
         for i in tl.static_range(LANES):
             weighted = weighted + (grads[i] * weights[i],)
-            new_weights = new_weights + (grad_weights[i] + grads[i] * normalized[i],)
+
+        mean_weighted = 0.0
+        if LAYER_NORM:
+            mean, mean_weighted = _sum_both(xs, weighted, FMT)
+            mean = mean / n
+            mean_weighted = mean_weighted / n
+            centred = ()
+            for i in tl.static_range(LANES):
+                centred = centred + (tl.where(columns + i * B < n, xs[i] - mean, 0.0),)
+            xs = centred
+        squares = ()
+        products = ()
+        for i in tl.static_range(LANES):
+            squares = squares + (xs[i] * xs[i],)
+            products = products + (weighted[i] * xs[i],)
+        square, product = _sum_both(squares, products, FMT)
+        rstd = tl.rsqrt(square / n + eps)
+        along = product * rstd / n
+
+        new_weights = ()
+        new_biases = ()
+        normalized = ()
+        grad_xs = ()
+        for i in tl.static_range(LANES):
+            y = xs[i] * rstd
+            normalized = normalized + (y,)
+            new_weights = new_weights + (grad_weights[i] + grads[i] * y,)
             if HAS_BIAS:
                 new_biases = new_biases + (grad_biases[i] + grads[i],)
             else:
                 new_biases = new_biases + (grad_biases[i],)
-        grad_weights = new_weights
-        grad_biases = new_biases
-
-        along = _sum_of_products(weighted, normalized, FMT) / n
-        mean = 0.0
-        if LAYER_NORM:
-            mean = _sum(weighted, FMT) / n
-        if HAS_RESIDUAL:
-            residual_grads = _load_lanes(residual_grad_ptr + row * residual_stride, columns, n, FMT)
-        grad_xs = ()
-        for i in tl.static_range(LANES):
-            grad_x = weighted[i] - normalized[i] * along
+            grad_x = weighted[i] - y * along
             if LAYER_NORM:
-                grad_x -= mean
+                grad_x -= mean_weighted
             grad_x *= rstd
             if HAS_RESIDUAL:
                 grad_x += residual_grads[i]
             grad_xs = grad_xs + (grad_x,)
+        grad_weights = new_weights
+        grad_biases = new_biases
         _store_lanes(grad_x_ptr + row * n, grad_xs, columns, n, FMT)
-        row += tl.num_programs(0)
+        if WITH_OUTPUT:
+            ys = _scale_and_shift(normalized, weight_ptr, bias_ptr, columns, n, HAS_BIAS, FMT)
+            _store_lanes(y_ptr + row * n, ys, columns, n, FMT)
+        row = following
 
     _store_lanes(grad_weight_ptr + program * n, grad_weights, columns, n, FMT)
     if HAS_BIAS:

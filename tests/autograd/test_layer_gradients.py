@@ -215,13 +215,13 @@ def our_layer(x, p, rules, shape, kind, act):
         groups=groups, head_dim=d, scale=1 / math.sqrt(d), interleaved=False, recompute=False,
     )  # fmt: skip
     mlp = ActivationLinearSpec(saved(Site.FC1_OUTPUT), saved(Site.FC2_INPUT), act)
-    qkv = NormLinear.apply(
-        x, p["n1w"], p["n1b"], p["qkv"], p["qkv_b"],
+    qkv, x = NormLinear.apply(
+        x, None, p["n1w"], p["n1b"], p["qkv"], p["qkv_b"],
         norm_spec(Site.NORM1_INPUT, Site.NORM1_OUTPUT), True,
     )  # fmt: skip
-    x = x + AttentionLinear.apply(qkv, p["angles"], p["proj"], attention, True)
-    h = NormLinear.apply(
-        x, p["n2w"], p["n2b"], p["fc1"], p["fc1_b"],
+    attended = AttentionLinear.apply(qkv, p["angles"], p["proj"], attention, True)
+    h, x = NormLinear.apply(
+        attended, x, p["n2w"], p["n2b"], p["fc1"], p["fc1_b"],
         norm_spec(Site.NORM2_INPUT, Site.NORM2_OUTPUT), True,
     )  # fmt: skip
     return x + ActivationLinear.apply(h, p["fc2"], mlp, True)

@@ -1,0 +1,26 @@
+"""The residual stream between two norms: a sum whose last addend the next norm adds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass
+class ResidualStream:
+    """What a layer's modules read from and hand on.
+
+    Attributes:
+        total: sum so far ``[s, b, h]`` (``[s / t, b, h]`` with sequence parallelism).
+        pending: output of the last module, not yet added, or None. The next norm reads both, adds them,
+            and leaves the sum in ``total``: one pass over memory less than adding first.
+    """
+
+    total: Tensor
+    pending: Tensor | None = None
+
+    def addends(self) -> tuple[Tensor, Tensor | None]:
+        """The two tensors to add, the second None where nothing is pending; pending no more."""
+        first, self.pending = self.pending, None
+        return (self.total, None) if first is None else (first, self.total)
