@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.transformer.attention import SelfAttentionSubmodules
@@ -42,9 +43,9 @@ def transformer_config_from_args(args) -> AGoQTransformerConfig:
     """
     config = core_transformer_config_from_args(args, AGoQTransformerConfig)
     config.agoq = load_policy(args.agoq_activations, args.agoq_rounding)
-    # The fused weight-gradient GEMM of NVIDIA's apex belongs to Megatron's own linear function; ours
-    # hands its weight gradient to DDP, which accumulates it.
-    config.gradient_accumulation_fusion = False
+    if not torch.cuda.is_available():
+        # A CPU has no product of 16-bit factors into an FP32 buffer: DDP adds the gradients there.
+        config.gradient_accumulation_fusion = False
     return config
 
 

@@ -29,6 +29,7 @@ from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.global_vars import set_global_variables
 
 from agoq_megatron import compat
+from agoq_megatron.autograd.linear import add_product
 from agoq_megatron.autograd.recompute import quantized_checkpoint
 from agoq_megatron.config import AGoQConfig
 from agoq_megatron.data import datasets_provider, get_batch
@@ -47,7 +48,6 @@ DEFAULTS = {
     # values are refused where Transformer Engine or apex is missing.
     "transformer_impl": "local",
     "apply_rope_fusion": False,
-    "gradient_accumulation_fusion": False,
     "no_persist_layer_norm": True,
     # The attention kernels are causal by themselves; a mask would be [b, 1, s, s] booleans.
     "create_attention_mask_in_dataloader": False,
@@ -253,6 +253,9 @@ def main(on_cpu: bool) -> None:
     compat.skip_compiling_helpers()
     compat.bind_distributed_optimizer(ResumableDistributedOptimizer)
     compat.bind_checkpoint(quantized_checkpoint)
+    compat.bind_gradient_clipping()
+    if not on_cpu:
+        compat.bind_weight_gradient_product(add_product)
     observer = RunObserver(args, plan)
     observer.watch()
 

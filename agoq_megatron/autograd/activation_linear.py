@@ -13,7 +13,7 @@ from agoq_kernels.fused import activation_backward, activation_forward
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from agoq_megatron.autograd.linear import accumulate_weight_gradient, input_gradient, linear
+from agoq_megatron.autograd.linear import input_gradient, linear, weight_gradient
 from agoq_megatron.autograd.saving import SavedTensor, Shelf
 
 
@@ -25,11 +25,13 @@ class ActivationLinearSpec:
         pre_activation: how the activation's input (FC1's output: gate and up) is kept.
         output: how the activation's output is kept (usually not at all).
         kind: "swiglu", "gelu" or "gelu_tanh".
+        fuse_weight_gradient: add the weight's gradient to its buffer within the product.
     """
 
     pre_activation: SavedTensor
     output: SavedTensor
     kind: str
+    fuse_weight_gradient: bool = False
 
 
 class ActivationLinear(torch.autograd.Function):
@@ -60,5 +62,7 @@ class ActivationLinear(torch.autograd.Function):
         grad_x, y = activation_backward(grad_y, kept, spec.kind, saved.rule.format)
         if not spec.output.rule.recompute:
             y = shelf.get(spec.output, ctx.dtype)
-        grad_weight = accumulate_weight_gradient(weight, grad, y) if ctx.needs_input_grad[1] else None
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = weight_gradient(weight, grad, y, spec.fuse_weight_gradient)
         return grad_x, grad_weight, None, None

@@ -16,7 +16,7 @@ from agoq_kernels.rotary import rotary_tables
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from agoq_megatron.autograd.linear import accumulate_weight_gradient, input_gradient, linear
+from agoq_megatron.autograd.linear import input_gradient, linear, weight_gradient
 from agoq_megatron.autograd.saving import SavedTensor, Shelf
 
 LSE = "self_attention.core_attention.log_sum_exp"
@@ -33,6 +33,7 @@ class AttentionLinearSpec:
         scale: factor on the scores.
         interleaved: rotary pairs are neighbours instead of halves.
         recompute: run the attention again in backward instead of keeping O and its log-sum-exp.
+        fuse_weight_gradient: add the weight's gradient to its buffer within the product.
     """
 
     query: SavedTensor
@@ -44,6 +45,7 @@ class AttentionLinearSpec:
     scale: float
     interleaved: bool
     recompute: bool
+    fuse_weight_gradient: bool = False
 
 
 class AttentionLinear(torch.autograd.Function):
@@ -96,7 +98,7 @@ class AttentionLinear(torch.autograd.Function):
             out, lse = heads(spec.output), shelf.exact()
         grad_weight = None
         if ctx.needs_input_grad[2]:
-            grad_weight = accumulate_weight_gradient(weight, grad, out.view(s, b, -1))
+            grad_weight = weight_gradient(weight, grad, out.view(s, b, -1), spec.fuse_weight_gradient)
         grad_out = input_gradient(grad, weight).view(s, b, -1, spec.head_dim)
         grads = attention_backward(grad_out, q, k, v, out, lse, spec.scale)
         tables = None

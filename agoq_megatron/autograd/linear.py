@@ -19,30 +19,36 @@ def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
     return grad.reshape(s * b, out_features).matmul(weight).view(s, b, -1)
 
 
-def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    """``grad [s, b, o]^T @ x [s, b, i]`` -> ``[o, i]``."""
-    return grad.reshape(-1, grad.shape[-1]).t().matmul(x.reshape(-1, x.shape[-1]))
+def add_product(buffer: Tensor, grad: Tensor, x: Tensor) -> None:
+    """``buffer [o, i] += grad [tokens, o]^T @ x [tokens, i]`` in place.
+
+    With 16-bit factors and an FP32 buffer this is one product that reads and writes the buffer (a GPU has
+    it), instead of a product in 16 bits, rounded, and an addition: fewer bytes, and one rounding.
+    """
+    if buffer.dtype == x.dtype:
+        buffer.addmm_(grad.t(), x)
+    elif buffer.dtype == torch.float32 and x.device.type == "cuda":
+        torch.addmm(buffer, grad.t(), x, out_dtype=buffer.dtype, out=buffer)
+    else:
+        buffer.add_(grad.t().matmul(x))
 
 
-def accumulate_weight_gradient(weight: Tensor, grad: Tensor, x: Tensor) -> Tensor:
-    """Add ``grad^T @ x`` to the gradient buffer that Megatron's DDP gave the weight, within the product.
+def weight_gradient(weight: Tensor, grad: Tensor, x: Tensor, add_to_buffer: bool) -> Tensor:
+    """``grad [s, b, o]^T @ x [s, b, i]``, the gradient of ``weight [o, i]``.
 
-    One product whose output is read and written in place, instead of a product in the compute dtype
-    that DDP adds afterwards: fewer bytes, and the sum is rounded once. On a CPU, where no such product
-    exists for 16-bit inputs, and for a weight that has no buffer, the gradient is returned as usual.
+    Args:
+        add_to_buffer: add it to the gradient buffer that Megatron's DDP gave the weight, if it did
+            (Megatron's ``--no-gradient-accumulation-fusion`` is the opposite).
 
     Returns:
-        What the autograd function gives back for the weight ``[o, i]``: its gradient, or, after adding
-        it, an unwritten tensor of its shape. DDP waits for a gradient to be there, and drops this one.
+        What the autograd function gives back for the weight: the gradient, or, once it has been added, an
+        unwritten tensor of its shape. DDP waits for a gradient to be there, and drops this one.
     """
+    grad, x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
     buffer = getattr(weight, "main_grad", None)
-    if buffer is None or weight.device.type != "cuda":
-        return weight_gradient(grad, x)
-    left, right = grad.reshape(-1, grad.shape[-1]).t(), x.reshape(-1, x.shape[-1])
-    if buffer.dtype == x.dtype:
-        buffer.addmm_(left, right)
-    else:
-        torch.addmm(buffer, left, right, out_dtype=buffer.dtype, out=buffer)
+    if buffer is None or not add_to_buffer:
+        return grad.t().matmul(x)
+    add_product(buffer, grad, x)
     weight.grad_added_to_main_grad = True  # DDP resets it before each step
     return torch.empty_like(weight)
 

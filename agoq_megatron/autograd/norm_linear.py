@@ -25,10 +25,10 @@ from agoq_megatron.autograd.collectives import (
     reduce_scatter_sequence,
 )
 from agoq_megatron.autograd.linear import (
-    accumulate_weight_gradient,
     bias_gradient,
     input_gradient,
     linear,
+    weight_gradient,
 )
 from agoq_megatron.autograd.saving import SavedTensor, Shelf
 
@@ -43,6 +43,7 @@ class NormLinearSpec:
         eps: the norm's epsilon.
         group: tensor-parallel process group.
         sequence_parallel: the input holds ``s / t`` of the sequence and is gathered.
+        fuse_weight_gradient: add the weight's gradient to its buffer within the product.
     """
 
     norm_input: SavedTensor
@@ -51,6 +52,7 @@ class NormLinearSpec:
     eps: float
     group: object
     sequence_parallel: bool
+    fuse_weight_gradient: bool = False
 
 
 class NormLinear(torch.autograd.Function):
@@ -121,14 +123,14 @@ class NormLinear(torch.autograd.Function):
             # Nothing is under way to be hidden behind a product: one pass gives the norm's output too.
             grad_x, grad_norm_weight, grad_norm_bias, total = norm_gradients(with_output=True)
             del grad_y
-            grad_weight = accumulate_weight_gradient(weight, grad, total)
+            grad_weight = weight_gradient(weight, grad, total, spec.fuse_weight_gradient)
         else:
             if rebuild:
                 total = norm_from_kept(saved.kept(parts), *norm_args, fmt, ctx.dtype)
             elif need_weight:
                 total = source.unpack(parts, ctx.dtype)
             if need_weight:
-                grad_weight = accumulate_weight_gradient(weight, grad, total)
+                grad_weight = weight_gradient(weight, grad, total, spec.fuse_weight_gradient)
                 del total
             handle.wait()
             grad_x, grad_norm_weight, grad_norm_bias, _ = norm_gradients(with_output=False)

@@ -51,6 +51,7 @@ class CoreAttention(MegatronModule):
             scale=self.scale,
             interleaved=config.rotary_interleaved,
             recompute=selective and "core_attn" in config.recompute_modules,
+            fuse_weight_gradient=config.gradient_accumulation_fusion,
         )
 
     def forward(self, qkv: Tensor, angles: Tensor | None, weight: Tensor) -> Tensor:

@@ -42,6 +42,7 @@ class LayerNormColumnParallelLinear(ColumnParallelLinear):
             eps=self.config.layernorm_epsilon,
             group=self.tp_group,
             sequence_parallel=self.sequence_parallel,
+            fuse_weight_gradient=self.config.gradient_accumulation_fusion,
         )
 
     def forward(self, x: Tensor | ResidualStream) -> tuple[Tensor, None]:

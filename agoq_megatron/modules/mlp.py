@@ -38,6 +38,7 @@ class MLP(MegatronMLP):
             pre_activation=saved_tensor(policy, Site.FC1_OUTPUT, number),
             output=saved_tensor(policy, Site.FC2_INPUT, number),
             kind=kind,
+            fuse_weight_gradient=self.config.gradient_accumulation_fusion,
         )
 
     def forward(self, hidden_states: Tensor | ResidualStream, **_) -> tuple[Tensor, Tensor | None]:

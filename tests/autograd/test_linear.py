@@ -1,0 +1,55 @@
+"""Weight gradients: returned, or added to the buffer that DDP owns."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from agoq_megatron.autograd.linear import add_product, weight_gradient
+
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+DEVICES = ["cpu", pytest.param("cuda", marks=NEEDS_GPU)]
+PAIRS = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32),
+         (torch.float32, torch.bfloat16)]  # fmt: skip
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype,buffer_dtype", PAIRS)
+def test_product_is_added_to_the_buffer(rng, device, dtype, buffer_dtype):
+    grad = torch.randn(7, 3, 24, generator=rng).to(device, dtype)
+    x = torch.randn(7, 3, 40, generator=rng).to(device, dtype)
+    before = torch.randn(24, 40, generator=rng).to(device, buffer_dtype)
+    weight = torch.nn.Parameter(torch.zeros(24, 40, device=device, dtype=dtype))
+    weight.main_grad, weight.grad_added_to_main_grad = before.clone(), False
+
+    dummy = weight_gradient(weight, grad, x, add_to_buffer=True)
+
+    expected = before.double() + torch.einsum("sbo,sbi->oi", grad.double(), x.double())
+    error = (weight.main_grad.double() - expected).norm() / expected.norm()
+    assert weight.grad_added_to_main_grad
+    assert dummy.shape == weight.shape and dummy.dtype == weight.dtype
+    # A product in 16 bits is rounded once before it is added (CPU), and a 16-bit buffer after it.
+    assert error < (1e-6 if (dtype, buffer_dtype) == (torch.float32, torch.float32) else 5e-3)
+    if device == "cuda" and buffer_dtype == torch.float32:
+        assert error < 1e-5, "the product was rounded to 16 bits before it was added"
+
+
+@pytest.mark.parametrize("has_buffer", [False, True])
+def test_without_fusion_the_gradient_is_returned(rng, has_buffer):
+    grad, x = torch.randn(5, 1, 8, generator=rng), torch.randn(5, 1, 16, generator=rng)
+    weight = torch.nn.Parameter(torch.zeros(8, 16))
+    if has_buffer:
+        weight.main_grad, weight.grad_added_to_main_grad = torch.zeros(8, 16), False
+    got = weight_gradient(weight, grad, x, add_to_buffer=not has_buffer)
+    torch.testing.assert_close(got, torch.einsum("sbo,sbi->oi", grad, x))
+    if has_buffer:
+        assert not weight.grad_added_to_main_grad and not weight.main_grad.any()
+
+
+def test_strided_factors(rng):
+    grad = torch.randn(6, 20, generator=rng)[:, ::2]
+    x = torch.randn(24, 6, generator=rng).t()
+    buffer = torch.randn(10, 24, generator=rng)
+    expected = buffer + grad.t() @ x
+    add_product(buffer, grad, x)
+    torch.testing.assert_close(buffer, expected)
