@@ -194,23 +194,26 @@ def _(x, kind, fmt, key):
     return y, *packed
 
 
-def activation_backward(grad: Tensor, kept: Kept, kind: str, fmt: Format | None) -> tuple[Tensor, Tensor]:
-    """From the gradient ``[..., f]`` of the output: that of the input that was kept, and the output
-    again, for the next weight gradient; both in the dtype of ``grad``."""
-    return activation_backward_op(grad, *kept, kind, format_name(fmt))
+def activation_backward(
+    grad: Tensor, kept: Kept, kind: str, fmt: Format | None, with_output: bool
+) -> tuple[Tensor, Tensor]:
+    """From the gradient ``[..., f]`` of the output: that of the input that was kept, and, if asked for,
+    the output again, for the next weight gradient (else an empty tensor); both in the dtype of ``grad``."""
+    return activation_backward_op(grad, *kept, kind, format_name(fmt), with_output)
 
 
 @torch.library.custom_op("agoq::activation_backward", mutates_args=())
 def activation_backward_op(
-    grad: Tensor, x: Tensor, scale: Tensor, zero: Tensor, kind: str, fmt: str
+    grad: Tensor, x: Tensor, scale: Tensor, zero: Tensor, kind: str, fmt: str, with_output: bool
 ) -> tuple[Tensor, Tensor]:
     pre_activation = _unpack((x, scale, zero), _format(fmt), grad.dtype)
-    return activations.activation_backward(grad, pre_activation, kind)
+    grad_x, y = activations.activation_backward(grad, pre_activation, kind)
+    return grad_x, y if with_output else grad.new_empty(0)
 
 
 @activation_backward_op.register_kernel("cuda")
-def _(grad, x, scale, zero, kind, fmt):
-    return _triton().activation_backward(grad, (x, scale, zero), kind, _format(fmt))
+def _(grad, x, scale, zero, kind, fmt, with_output):
+    return _triton().activation_backward(grad, (x, scale, zero), kind, _format(fmt), with_output)
 
 
 # --- Rotary ---------------------------------------------------------------------------------------

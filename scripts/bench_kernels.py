@@ -117,7 +117,11 @@ def cases(args, generator: torch.Generator) -> list[Case]:
             Case(f"SwiGLU backward, {label}",
                  lambda t, keep=keep: [randn(t, f), *keep(randn(t, 2 * f))],
                  lambda g, c, s, z, fmt=fmt: flat(
-                     fused.activation_backward(g, (c, s, z), "swiglu", fmt))),
+                     fused.activation_backward(g, (c, s, z), "swiglu", fmt, False))),
+            Case(f"SwiGLU backward + SwiGLU, {label}",
+                 lambda t, keep=keep: [randn(t, f), *keep(randn(t, 2 * f))],
+                 lambda g, c, s, z, fmt=fmt: flat(
+                     fused.activation_backward(g, (c, s, z), "swiglu", fmt, True))),
         ]  # fmt: skip
     for fmt in (None, eight):
         out.append(

@@ -35,11 +35,16 @@ class ActivationLinearSpec:
 
 
 class ActivationLinear(torch.autograd.Function):
-    """``linear(activation(x))``; gradients of ``x`` and the weight."""
+    """``linear(activation(x))``, added to ``total`` if given; gradients of ``x``, weight and total."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, spec: ActivationLinearSpec, keep: bool) -> Tensor:
-        """``x`` ``[s, b, 2f]`` for SwiGLU, ``[s, b, f]`` for GELU -> ``[s, b, h]``, a partial sum."""
+    def forward(
+        ctx, x: Tensor, weight: Tensor, total: Tensor | None, spec: ActivationLinearSpec, keep: bool
+    ) -> Tensor:
+        """``x`` ``[s, b, 2f]`` for SwiGLU, ``[s, b, f]`` for GELU -> ``[s, b, h]``, a partial sum.
+
+        ``total`` ``[s, b, h]`` is overwritten: the product adds to it in place, and it is returned.
+        """
         saved = spec.pre_activation
         fmt, key = (saved.rule.format, saved.next_key()) if keep else (None, 0)
         y, packed = activation_forward(x, spec.kind, fmt, key)
@@ -48,8 +53,12 @@ class ActivationLinear(torch.autograd.Function):
             shelf.put(saved, x, packed)
             shelf.put(spec.output, y)
             shelf.save(ctx, weight)
-            ctx.spec, ctx.dtype = spec, x.dtype
-        return linear(y, weight)
+            ctx.spec, ctx.dtype, ctx.has_total = spec, x.dtype, total is not None
+        if total is None:
+            return linear(y, weight)
+        ctx.mark_dirty(total)
+        total.view(-1, total.shape[-1]).addmm_(y.view(-1, y.shape[-1]), weight.t())
+        return total
 
     @staticmethod
     @once_differentiable
@@ -59,10 +68,11 @@ class ActivationLinear(torch.autograd.Function):
         saved = spec.pre_activation
         kept = saved.kept(shelf.packed(saved))
         grad_y = input_gradient(grad, weight)
-        grad_x, y = activation_backward(grad_y, kept, spec.kind, saved.rule.format)
-        if not spec.output.rule.recompute:
+        rebuild = spec.output.rule.recompute
+        grad_x, y = activation_backward(grad_y, kept, spec.kind, saved.rule.format, with_output=rebuild)
+        if not rebuild:
             y = shelf.get(spec.output, ctx.dtype)
         grad_weight = None
         if ctx.needs_input_grad[1]:
             grad_weight = weight_gradient(weight, grad, y, spec.fuse_weight_gradient)
-        return grad_x, grad_weight, None, None
+        return grad_x, grad_weight, grad if ctx.has_total else None, None, None

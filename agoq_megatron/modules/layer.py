@@ -48,10 +48,9 @@ class TransformerLayer(MegatronTransformerLayer):
         if context is not None:
             raise NotImplementedError("AGoQ's layer has no cross-attention and takes no context")
         note_entry(self._input)
-        stream = ResidualStream(hidden_states)
+        stream = ResidualStream(hidden_states, plain=not (self.training and self.hidden_dropout > 0))
         output, bias = self.self_attention(stream, attention_mask, **attention_arguments)
-        dropout = self.training and self.hidden_dropout > 0
-        if bias is None and not dropout and not self.recompute_mlp:
+        if bias is None and stream.plain and not self.recompute_mlp:
             stream.pending = output
         else:
             with self.bias_dropout_add_exec_handler():
@@ -60,4 +59,6 @@ class TransformerLayer(MegatronTransformerLayer):
         if self.recompute_mlp:
             return self._forward_mlp(stream.total), None
         output_with_bias = self.mlp(stream)
+        if stream.total is None:
+            return output_with_bias[0], None
         return self._forward_post_mlp(output_with_bias, stream.total), None

@@ -51,6 +51,8 @@ class LayerNormColumnParallelLinear(ColumnParallelLinear):
         The pending addend of a stream is added on the way.
         """
         stream = x if isinstance(x, ResidualStream) else ResidualStream(x)
+        keep, is_new = torch.is_grad_enabled(), stream.pending is not None
+        stream.writable = is_new and not (keep and self.spec.norm_input.rule.format is None)
         y, stream.total = NormLinear.apply(
             *stream.addends(),
             self.layer_norm_weight,
@@ -58,7 +60,7 @@ class LayerNormColumnParallelLinear(ColumnParallelLinear):
             self.weight,
             self.bias,
             self.spec,
-            torch.is_grad_enabled(),
+            keep,
         )
         return y, None
 
@@ -66,14 +68,22 @@ class LayerNormColumnParallelLinear(ColumnParallelLinear):
 class FusedRowParallelLinear(RowParallelLinear):
     """Row-parallel linear that is the last step of a function fused with the operation before it."""
 
-    def forward(self, product: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor | None]:
-        """Run ``product(weight)``, this rank's partial ``[s, b, h]``, and sum it over the ranks (with
+    def forward(
+        self, product: Callable[[Tensor, Tensor | None], Tensor], stream: ResidualStream | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run ``product(weight, None)``, this rank's partial ``[s, b, h]``, and sum it over the ranks (with
         sequence parallelism also scatter it: ``[s / t, b, h]``). Returns the sum, and the bias unadded.
+
+        Where nothing comes between the product and the addition to the stream, and nobody else holds the
+        stream's total, ``product(weight, total)`` adds to it in place, and the stream is left without one.
 
         The product is handed in, and run here, because Megatron's DDP waits for the gather of a
         module's weights (``--overlap-param-gather``) in a hook on that module's call.
         """
-        partial = product(self.weight)
+        may_add = stream is not None and stream.plain and stream.writable
+        if may_add and self.tp_group.size() == 1 and self.bias is None:
+            return product(self.weight, stream.take_total()), None
+        partial = product(self.weight, None)
         if self.sequence_parallel:
             output = reduce_scatter_to_sequence_parallel_region(partial, group=self.tp_group)
         else:

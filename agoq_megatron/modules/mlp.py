@@ -42,8 +42,15 @@ class MLP(MegatronMLP):
         )
 
     def forward(self, hidden_states: Tensor | ResidualStream, **_) -> tuple[Tensor, Tensor | None]:
-        """``[s, b, h]`` (``[s / t, b, h]``), not yet normalized -> the same shape, and the bias."""
+        """``[s, b, h]`` (``[s / t, b, h]``), not yet normalized -> the same shape, and the bias.
+
+        Where a stream comes back without its total, that is already in the output.
+        """
         note_entry(self.linear_fc1.spec.norm_input)
         pre_activation, _ = self.linear_fc1(hidden_states)
         keep = torch.is_grad_enabled()
-        return self.linear_fc2(lambda weight: ActivationLinear.apply(pre_activation, weight, self.spec, keep))
+
+        def product(weight: Tensor, total: Tensor | None) -> Tensor:
+            return ActivationLinear.apply(pre_activation, weight, total, self.spec, keep)
+
+        return self.linear_fc2(product, hidden_states if isinstance(hidden_states, ResidualStream) else None)

@@ -15,12 +15,21 @@ class ResidualStream:
         total: sum so far ``[s, b, h]`` (``[s / t, b, h]`` with sequence parallelism).
         pending: output of the last module, not yet added, or None. The next norm reads both, adds them,
             and leaves the sum in ``total``: one pass over memory less than adding first.
+        plain: outputs are added as they are, without dropout.
+        writable: the norm before made ``total``, and nobody keeps it for the backward pass.
     """
 
-    total: Tensor
+    total: Tensor | None
     pending: Tensor | None = None
+    plain: bool = False
+    writable: bool = False
 
     def addends(self) -> tuple[Tensor, Tensor | None]:
         """The two tensors to add, the second None where nothing is pending; pending no more."""
         first, self.pending = self.pending, None
         return (self.total, None) if first is None else (first, self.total)
+
+    def take_total(self) -> Tensor:
+        """Hand the total over to who will write it."""
+        total, self.total = self.total, None
+        return total

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from agoq_kernels.formats import Format
-from agoq_kernels.triton.codec import cast, load_dequantize, quantize_store, widen
+from agoq_kernels.triton.codec import INTERPRET, cast, load_dequantize, quantize_store, widen
 from agoq_kernels.triton.constants import constants
 from agoq_kernels.triton.quantize import (
     Packed,
@@ -25,7 +25,20 @@ TILE = 2048  # elements of a program, in each half
 
 @triton.jit
 def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
+    if INTERPRET:
+        return 1.0 / (1.0 + tl.exp(-x))
+    else:
+        # The hardware's exponential and reciprocal, to 2^-22, without a detour for subnormal results.
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .f32 t;
+            mul.f32 t, $1, 0fBFB8AA3B;  // -log2(e)
+            ex2.approx.ftz.f32 t, t;
+            add.f32 t, t, 0f3F800000;
+            rcp.approx.ftz.f32 $0, t;
+            }""",
+            "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -105,7 +118,8 @@ def _load_kept(
 @triton.jit
 def _backward_kernel(
     grad_ptr, x_ptr, scale_ptr, zero_ptr, tables_ptr, grad_x_ptr, y_ptr, n, grad_stride,
-    KIND: tl.constexpr, QUANTIZED: tl.constexpr, R: tl.constexpr, FMT: tl.constexpr,
+    KIND: tl.constexpr, QUANTIZED: tl.constexpr, WITH_OUTPUT: tl.constexpr,
+    R: tl.constexpr, FMT: tl.constexpr,
 ):  # fmt: skip
     LANES: tl.constexpr = FMT.lanes
     B: tl.constexpr = FMT.group // LANES
@@ -123,7 +137,7 @@ def _backward_kernel(
             QUANTIZED, FMT,
         )  # fmt: skip
     out = grad_x_ptr + start
-    dtype = y_ptr.dtype.element_ty
+    dtype = grad_x_ptr.dtype.element_ty
     for i in tl.static_range(LANES):
         column = columns + i * B
         inside = column < n
@@ -139,7 +153,8 @@ def _backward_kernel(
         else:
             y, slope = _gelu(gate, KIND)
             tl.store(out + column, cast(grad * slope, dtype), mask=inside)
-        tl.store(y_ptr + row * n + column, cast(y, dtype), mask=inside)
+        if WITH_OUTPUT:
+            tl.store(y_ptr + row * n + column, cast(y, dtype), mask=inside)
 
 
 def _launch(rows: int, n: int, fmt: Format | None) -> tuple[tuple[int], dict]:
@@ -166,17 +181,19 @@ def activation_forward(x: Tensor, kind: str, fmt: Format | None, key: int) -> tu
     return y, packed
 
 
-def activation_backward(grad: Tensor, kept: Packed, kind: str, fmt: Format | None) -> tuple[Tensor, Tensor]:
+def activation_backward(
+    grad: Tensor, kept: Packed, kind: str, fmt: Format | None, with_output: bool
+) -> tuple[Tensor, Tensor]:
     """See fused.activation_backward()."""
     rows = as_rows(grad)
     n = grad.shape[-1]
     halves = 2 if kind == "swiglu" else 1
     grad_x = torch.empty((*grad.shape[:-1], halves * n), dtype=grad.dtype, device=grad.device)
-    y = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
+    y = torch.empty(grad.shape if with_output else 0, dtype=grad.dtype, device=grad.device)
     if rows.numel():
         grid, tile = _launch(rows.shape[0], n, fmt)
         _backward_kernel[grid](
             rows, *packed_arguments(kept, fmt), grad_x, y, n, rows.stride(0),
-            KIND=kind, QUANTIZED=fmt is not None, **tile,
+            KIND=kind, QUANTIZED=fmt is not None, WITH_OUTPUT=with_output, **tile,
         )  # fmt: skip
     return grad_x, y

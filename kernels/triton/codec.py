@@ -24,9 +24,9 @@ INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 # Adding 1.5 * 2^23 to an FP32 number below 2^22 in magnitude rounds it to an integer, ties to even;
 # larger numbers stay large. Integers below 2^23 added to 2^23 appear in the low bits of the sum.
 ROUND = tl.constexpr(1.5 * 2.0**23)
+ROUND_BITS = tl.constexpr(0x4B400000)
 MAGIC = tl.constexpr(2.0**23)
 MAGIC_BITS = tl.constexpr(0x4B000000)
-CELL_MASK = tl.constexpr(63)
 
 
 @triton.jit
@@ -178,19 +178,34 @@ def _uniform(index, key_a, key_b):
 
 
 @triton.jit
-def _entry(tables, index):
-    """The two FP32 words of entry index [R, B] of the tables."""
+def _entry(tables, index, offset: tl.constexpr):
+    """The two FP32 words of entry index - offset [R, B] of the tables; index >= 0."""
     if INTERPRET:
-        entry = tl.load(tables + index)
+        entry = tl.load(tables + (index - offset))
         low = entry.to(tl.int32).to(tl.float32, bitcast=True)
         return low, (entry >> 32).to(tl.int32).to(tl.float32, bitcast=True)
     else:
         # For tl.load at scattered addresses Triton would first redistribute the indices over the threads,
         # through shared memory: that cost more than all arithmetic of a kernel.
         return tl.inline_asm_elementwise(
-            "ld.global.nc.v2.f32 {$0, $1}, [$2];", "=f,=f,l", [(tables + index).to(tl.int64)],
+            "{ .reg .b64 entry; mad.wide.s32 entry, $2, 8, $3; ld.global.nc.v2.f32 {$0, $1}, [entry]; }",
+            "=f,=f,r,l", [index, (tables - offset).to(tl.int64)],
             dtype=(tl.float32, tl.float32), is_pure=True, pack=1,
         )  # fmt: skip
+
+
+@triton.jit
+def _saturate(x, factor: tl.constexpr, offset: tl.constexpr):
+    """x * factor + offset limited to [0, 1], in one instruction; NaN gives 0."""
+    if INTERPRET:
+        return _clamp(x * factor + offset, 0.0, 1.0)
+    elif offset == 0.5:
+        return tl.inline_asm_elementwise(
+            "fma.rn.sat.f32 $0, $1, 0f3F000000, 0f3F000000;", "=f,f", [x],
+            dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        return _clamp(x * factor, 0.0, 1.0)
 
 
 @triton.jit
@@ -203,10 +218,11 @@ def _nearest_level(y, tables, FMT: tl.constexpr):
     magnitude = y
     if FMT.code == "e2m1":
         magnitude = tl.abs(y)
-    limited = _clamp(magnitude, -FMT.cell_limit, FMT.cell_limit)
-    cell = (limited * FMT.cells_per_unit + (ROUND + FMT.cell_origin)).to(tl.int32, bitcast=True)
-    threshold, below = _entry(tables, 16 + (cell & CELL_MASK))
-    code = below + tl.where(limited > threshold, 1.0, 0.0)
+    # The range of the levels as [0, 1], where limiting costs nothing; NaN becomes 0.
+    place = _saturate(magnitude, FMT.place_factor, FMT.place_offset)
+    cell = tl.fma(place, FMT.cells * 1.0, ROUND).to(tl.int32, bitcast=True)  # + ROUND_BITS
+    threshold, below = _entry(tables, cell, ROUND_BITS - 16)
+    code = below + tl.where(magnitude > threshold, 1.0, 0.0)
     if FMT.code == "e2m1":
         code += tl.where(y < 0, 8.0, 0.0)
     return code
@@ -222,7 +238,7 @@ def _stochastic_level(y, u, tables, FMT: tl.constexpr):
     for i in tl.static_range(tl.constexpr(FMT.n_inner_levels)):
         lower += (magnitude >= FMT.inner_levels[i]).to(tl.int32)
     # Entry i < 16 holds level i and, in the high word, the distance to the next.
-    level, gap = _entry(tables, lower)
+    level, gap = _entry(tables, lower, 0)
     code = lower.to(tl.float32) + tl.where(u * gap < magnitude - level, 1.0, 0.0)
     if FMT.code == "e2m1":
         code += tl.where(y < 0, 8.0, 0.0)
@@ -295,7 +311,7 @@ def quantize_store(xs, groups, mask, codes_ptr, scale_ptr, zero_ptr, tables, key
     if FMT.lanes * FMT.bits == 8:  # whole bytes from one place: add the shifted codes as exact FP32 integers
         byte = codes[0]
         for i in tl.static_range(1, tl.constexpr(FMT.lanes)):
-            byte += codes[i] * (1 << FMT.bits * i)
+            byte = tl.fma(codes[i], 1.0 * (1 << FMT.bits * i), byte)
         tl.store(out, _bits(byte).to(tl.uint8), mask=mask[:, None])
     else:
         for p in tl.static_range(tl.constexpr(FMT.n_planes)):
@@ -313,7 +329,7 @@ def _decode(code, zero, tables, FMT: tl.constexpr):
         m = ((code * 2) | MAGIC_BITS).to(tl.float32, bitcast=True) - (MAGIC + 15.0)
         return (m * (m * m + 225.0)) * FMT.cubic_unit
     else:
-        level, _ = _entry(tables, code)
+        level, _ = _entry(tables, code, 0)
         return level
 
 

@@ -16,7 +16,8 @@ _LEVELS = {
     "cubic": (formats.CUBIC_LEVELS, formats.CUBIC_THRESHOLDS),
     "e2m1": (formats.E2M1_LEVELS, formats.E2M1_THRESHOLDS),
 }
-_N_LEVELS, _N_CELLS = 16, 64
+_N_LEVELS = 16
+_MARGIN = 1e-6  # of a cell: more than the rounding of a place
 
 
 def _fp32(value: float) -> float:
@@ -32,7 +33,8 @@ class Constants:
         plane_shifts: position in the code of each plane's lowest bit.
         qmax, top: largest code of "int" (signed) and of "int_asym".
         inverse_range: FP32 factor from a group's range to its scale.
-        cells_per_unit, cell_origin, cell_limit: the cells of the table of thresholds.
+        place_factor, place_offset: what takes the range of the levels to [0, 1].
+        cells: into how many cells the table of thresholds cuts that; one more is centred at its end.
     """
 
     bits: int
@@ -51,9 +53,9 @@ class Constants:
     inverse_range: float
     inner_levels: tuple[float, ...]
     n_inner_levels: int
-    cells_per_unit: float
-    cell_origin: float
-    cell_limit: float
+    place_factor: float
+    place_offset: float
+    cells: int
     cubic_unit: float
 
 
@@ -90,18 +92,18 @@ def constants(fmt: Format | None, group: int = 64, run: int = 256) -> Constants:
         inverse_range=_fp32(1 / largest),
         inner_levels=tuple(levels[1:-1]),
         n_inner_levels=max(len(levels) - 2, 0),
-        # Narrower than the distance of any two thresholds: a 16th, or for E2M1 a quarter.
-        cells_per_unit=4.0 if fmt.code == "e2m1" else 16.0,
-        cell_origin=24.0 if fmt.code == "e2m1" else 16.0,
-        cell_limit=6.0 if fmt.code == "e2m1" else 1.0,
+        # Cells are narrower than the distance of any two thresholds: a 16th, or for E2M1 a quarter.
+        place_factor=_fp32(1 / 6) if fmt.code == "e2m1" else 0.5,
+        place_offset=0.0 if fmt.code == "e2m1" else 0.5,
+        cells=24 if fmt.code == "e2m1" else 32,
         cubic_unit=_fp32(1 / 6750),
     )
 
 
 @functools.cache
 def tables(code: str, device: torch.device) -> Tensor:
-    """int64 [80] of pairs of FP32 words (low, high): 16 of (level, distance to the next one), by
-    code; then 64 of (threshold, code below it), by cell. [1] for codes without levels."""
+    """int64 [n] of pairs of FP32 words (low, high): 16 of (level, distance to the next one), by code;
+    then one of (threshold, code below it) for each cell. [1] for codes without levels."""
     if code not in _LEVELS:
         return torch.zeros(1, dtype=torch.int64, device=device)
     levels, thresholds = _LEVELS[code]
@@ -114,13 +116,14 @@ def tables(code: str, device: torch.device) -> Tensor:
 
     fmt = constants(Format(code=code))
     bounds, below = [], []
-    for i in range(_N_CELLS):
-        start = (i - fmt.cell_origin - 0.5) / fmt.cells_per_unit
-        stop = (i - fmt.cell_origin + 0.5) / fmt.cells_per_unit
-        inside = [t for t in thresholds if start <= _fp32(t) <= stop]
+    places = [(_fp32(t) * fmt.place_factor + fmt.place_offset) * fmt.cells for t in thresholds]
+    for cell in range(fmt.cells + 1):
+        inside = [t for t, place in zip(thresholds, places, strict=True) if abs(place - cell) <= 0.5]
         assert len(inside) <= 1, f"{code}: two thresholds in one cell"
         bounds.append(inside[0] if inside else float("inf"))
-        below.append(float(sum(_fp32(t) < start for t in thresholds)))
+        below.append(float(sum(place < cell - 0.5 for place in places)))
+    at_edge = [place for place in places if abs(abs(place - round(place)) - 0.5) < _MARGIN]
+    assert not at_edge, f"{code}: a threshold at the edge of a cell"
     low = torch.tensor([*signed, *bounds], dtype=torch.float32)
     high = torch.tensor([*gaps, *below], dtype=torch.float32)
     return torch.stack((low, high), -1).view(torch.int64).flatten().to(device)

@@ -33,12 +33,14 @@ def activation_forward(x: Tensor, kind: str, fmt: Format | None, key: int) -> tu
     return y, quantize(x, fmt, key)
 
 
-def activation_backward(grad: Tensor, kept: Packed, kind: str, fmt: Format | None) -> tuple[Tensor, Tensor]:
+def activation_backward(
+    grad: Tensor, kept: Packed, kind: str, fmt: Format | None, with_output: bool
+) -> tuple[Tensor, Tensor]:
     """See fused.activation_backward()."""
     if fmt is not None and kind == "swiglu" and grad.shape[-1] % fmt.group:
         x = dequantize(kept, fmt, torch.float32)
         kept, fmt = (x, *empty_packed((), 0, None, x.device)[1:]), None
-    return activation.activation_backward(grad, kept, kind, fmt)
+    return activation.activation_backward(grad, kept, kind, fmt, with_output)
 
 
 def split_qkv(

@@ -354,6 +354,7 @@ def norm_backward(
             rows.stride(0), residual_rows.stride(0), eps, LAYER_NORM=kind == "LayerNorm",
             HAS_RESIDUAL=residual_grad is not None, HAS_BIAS=bias is not None,
             WITH_OUTPUT=with_output, QUANTIZED=fmt is not None, **_tile(n, fmt),
+            maxnreg=128,  # two programs of 8 warps at a time need no more, and fit
         )  # fmt: skip
     grad_weight = partial.sum(0).to(weight.dtype)
     grad_bias = None if bias is None else partial_bias.sum(0).to(bias.dtype)
