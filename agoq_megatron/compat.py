@@ -126,6 +126,18 @@ def bind_weight_gradient_product(add_product: Callable) -> None:
     layers._grad_accum_fusion_available = True
 
 
+def bind_cross_entropy(loss: Callable) -> None:
+    """Replace Megatron's unfused cross entropy: the model's class, which Megatron's builder names, calls
+    it by this name.
+
+    Args:
+        loss: ``(logits [s, b, v / t], target [s, b], tp_group)`` -> token losses ``[s, b]``.
+    """
+    import megatron.core.tensor_parallel as tensor_parallel
+
+    tensor_parallel.vocab_parallel_cross_entropy = loss
+
+
 def bind_training_loop(name: str, wrap: Callable[[Callable], Callable]) -> None:
     """Replace a function of Megatron's loop by ``wrap(stock)``: ``pretrain`` offers no callbacks,
     and the losses it computes reach nobody but the log, rounded.

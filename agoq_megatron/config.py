@@ -25,6 +25,11 @@ class AGoQConfig:
     agoq_seed: int | None = None
     """Seed of stochastic rounding. Default: Megatron's --seed."""
 
+    agoq_loss: Literal["in-place", "megatron"] = "in-place"
+    """Cross entropy: 'in-place' works within the memory of the logits and writes their gradient over
+    them; 'megatron' is Megatron's own, which holds them twice more in FP32. With
+    --cross-entropy-loss-fusion it is Megatron's fused one in either case."""
+
     agoq_dry_run: bool = False
     """Print the plan of what is saved, tensor by tensor, and stop before anything is allocated."""
 

@@ -29,6 +29,7 @@ from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.global_vars import set_global_variables
 
 from agoq_megatron import compat
+from agoq_megatron.autograd.cross_entropy import vocab_parallel_cross_entropy
 from agoq_megatron.autograd.linear import add_product
 from agoq_megatron.autograd.recompute import quantized_checkpoint
 from agoq_megatron.config import AGoQConfig
@@ -256,6 +257,8 @@ def main(on_cpu: bool) -> None:
     compat.bind_gradient_clipping()
     if not on_cpu:
         compat.bind_weight_gradient_product(add_product)
+    if args.agoq_loss == "in-place":
+        compat.bind_cross_entropy(vocab_parallel_cross_entropy)
     observer = RunObserver(args, plan)
     observer.watch()
 

@@ -129,49 +129,50 @@ def _(x, scale, zero, weight, bias, eps, kind, fmt, dtype):
 
 def norm_backward(
     grad: Tensor, kept: Kept, residual_grad: Tensor | None, weight: Tensor, bias: Tensor | None,
-    eps: float, kind: str, fmt: Format | None, with_output: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:  # fmt: skip
+    eps: float, kind: str, fmt: Format | None, output_into_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Gradients of :func:`norm_forward` at the input that was kept.
 
     Args:
         grad: ``[..., h]``, gradient of the norm.
         residual_grad: ``[..., h]``, gradient of the sum from elsewhere, or None.
-        with_output: also return the norm at that input, for the next weight gradient.
+        output_into_grad: overwrite ``grad``, then contiguous, with the norm at that input, for the next
+            weight gradient.
 
     Returns:
-        Gradients of the sum ``[..., h]``, of weight and bias (None without one), and the norm
-        (empty unless asked for).
+        Gradients of the sum ``[..., h]``, and of weight and bias (None without one).
     """
-    grad_x, grad_weight, grad_bias, y = norm_backward_op(
-        grad, *kept, residual_grad, weight, bias, eps, kind, format_name(fmt), with_output
+    assert grad.is_contiguous() or not output_into_grad
+    grad_x, grad_weight, grad_bias = norm_backward_op(
+        grad, *kept, residual_grad, weight, bias, eps, kind, format_name(fmt), output_into_grad
     )
-    return grad_x, grad_weight, None if bias is None else grad_bias, y
+    return grad_x, grad_weight, None if bias is None else grad_bias
 
 
-@torch.library.custom_op("agoq::norm_backward", mutates_args=())
+@torch.library.custom_op("agoq::norm_backward", mutates_args=("grad",))
 def norm_backward_op(
     grad: Tensor, x: Tensor, scale: Tensor, zero: Tensor, residual_grad: Tensor | None,
-    weight: Tensor, bias: Tensor | None, eps: float, kind: str, fmt: str, with_output: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    weight: Tensor, bias: Tensor | None, eps: float, kind: str, fmt: str, output_into_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     total = _unpack((x, scale, zero), _format(fmt), grad.dtype)
     wide = grad.to(total.dtype)
     grad_x, grad_weight, grad_bias = norms.norm_backward(wide, total, weight, bias, eps, kind)
     if residual_grad is not None:
         grad_x = grad_x + residual_grad
-    y = grad.new_empty(0)
-    if with_output:
-        y = norms.norm(total, weight, bias, eps, kind).to(grad.dtype, copy=True)
+    grad_x = grad_x.to(grad.dtype)
+    if output_into_grad:
+        grad.copy_(norms.norm(total, weight, bias, eps, kind))
     if grad_bias is None:
         grad_bias = weight.new_empty(0)
-    return grad_x.to(grad.dtype), grad_weight, grad_bias, y
+    return grad_x, grad_weight, grad_bias
 
 
 @norm_backward_op.register_kernel("cuda")
-def _(grad, x, scale, zero, residual_grad, weight, bias, eps, kind, fmt, with_output):
-    grad_x, grad_weight, grad_bias, y = _triton().norm_backward(
-        grad, (x, scale, zero), residual_grad, weight, bias, eps, kind, _format(fmt), with_output
+def _(grad, x, scale, zero, residual_grad, weight, bias, eps, kind, fmt, output_into_grad):
+    grad_x, grad_weight, grad_bias = _triton().norm_backward(
+        grad, (x, scale, zero), residual_grad, weight, bias, eps, kind, _format(fmt), output_into_grad
     )
-    return grad_x, grad_weight, weight.new_empty(0) if bias is None else grad_bias, y
+    return grad_x, grad_weight, weight.new_empty(0) if bias is None else grad_bias
 
 
 # --- Activation -----------------------------------------------------------------------------------
@@ -195,25 +196,36 @@ def _(x, kind, fmt, key):
 
 
 def activation_backward(
-    grad: Tensor, kept: Kept, kind: str, fmt: Format | None, with_output: bool
-) -> tuple[Tensor, Tensor]:
-    """From the gradient ``[..., f]`` of the output: that of the input that was kept, and, if asked for,
-    the output again, for the next weight gradient (else an empty tensor); both in the dtype of ``grad``."""
-    return activation_backward_op(grad, *kept, kind, format_name(fmt), with_output)
+    grad: Tensor, kept: Kept, kind: str, fmt: Format | None, output_into_grad: bool
+) -> Tensor:
+    """Gradient of the input that was kept, from that of the output.
+
+    Args:
+        grad: ``[..., f]``.
+        output_into_grad: overwrite ``grad``, then contiguous, with the output at that input, for the next
+            weight gradient.
+
+    Returns:
+        ``[..., 2f]`` for swiglu, else ``[..., f]``, in the dtype of ``grad``.
+    """
+    assert grad.is_contiguous() or not output_into_grad
+    return activation_backward_op(grad, *kept, kind, format_name(fmt), output_into_grad)
 
 
-@torch.library.custom_op("agoq::activation_backward", mutates_args=())
+@torch.library.custom_op("agoq::activation_backward", mutates_args=("grad",))
 def activation_backward_op(
-    grad: Tensor, x: Tensor, scale: Tensor, zero: Tensor, kind: str, fmt: str, with_output: bool
-) -> tuple[Tensor, Tensor]:
+    grad: Tensor, x: Tensor, scale: Tensor, zero: Tensor, kind: str, fmt: str, output_into_grad: bool
+) -> Tensor:
     pre_activation = _unpack((x, scale, zero), _format(fmt), grad.dtype)
     grad_x, y = activations.activation_backward(grad, pre_activation, kind)
-    return grad_x, y if with_output else grad.new_empty(0)
+    if output_into_grad:
+        grad.copy_(y)
+    return grad_x
 
 
 @activation_backward_op.register_kernel("cuda")
-def _(grad, x, scale, zero, kind, fmt, with_output):
-    return _triton().activation_backward(grad, (x, scale, zero), kind, _format(fmt), with_output)
+def _(grad, x, scale, zero, kind, fmt, output_into_grad):
+    return _triton().activation_backward(grad, (x, scale, zero), kind, _format(fmt), output_into_grad)
 
 
 # --- Rotary ---------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 import triton
-from agoq_kernels import fused, ops, rotary
+from agoq_kernels import cross_entropy, fused, ops, rotary
 from agoq_kernels.formats import Format
 from torch import Tensor
 
@@ -111,7 +111,7 @@ def cases(args, generator: torch.Generator) -> list[Case]:
             Case(f"norm backward + norm, {label}",
                  lambda t, keep=keep: [randn(t, h), *keep(randn(t, h)), randn(t, h), weight],
                  lambda g, c, s, z, r, w, fmt=fmt: flat(
-                     fused.norm_backward(g, (c, s, z), r, w, *norm, fmt, True))),
+                     fused.norm_backward(g, (c, s, z), r, w, *norm, fmt, True), g)),
             Case(f"SwiGLU, {label}", lambda t: [randn(t, 2 * f)],
                  lambda x, fmt=fmt: flat(fused.activation_forward(x, "swiglu", fmt, 7))),
             Case(f"SwiGLU backward, {label}",
@@ -121,7 +121,7 @@ def cases(args, generator: torch.Generator) -> list[Case]:
             Case(f"SwiGLU backward + SwiGLU, {label}",
                  lambda t, keep=keep: [randn(t, f), *keep(randn(t, 2 * f))],
                  lambda g, c, s, z, fmt=fmt: flat(
-                     fused.activation_backward(g, (c, s, z), "swiglu", fmt, True))),
+                     fused.activation_backward(g, (c, s, z), "swiglu", fmt, True), g)),
         ]  # fmt: skip
     for fmt in (None, eight):
         out.append(
@@ -136,7 +136,21 @@ def cases(args, generator: torch.Generator) -> list[Case]:
                         randn(t, 1, args.groups, d), *angles(t)],
              lambda q, k, v, c, s: flat(fused.merge_qkv(q, k, v, (c, s), False)))
     )  # fmt: skip
+    labels = torch.randint(0, args.vocabulary, (args.tokens,), generator=generator, device=args.device)
+    out += [
+        Case("cross entropy", lambda t: [randn(t, args.vocabulary), labels[:t]],
+             lambda x, y: (cross_entropy.cross_entropy_forward(x, y, 0),)),
+        Case("cross entropy backward, in place",
+             lambda t: [randn(t, args.vocabulary), labels[:t], 10 + randn(t).float(), randn(t).float()],
+             overwrite_with_gradient),
+    ]  # fmt: skip
     return out
+
+
+def overwrite_with_gradient(logits: Tensor, target: Tensor, log_sum_exp: Tensor, grad: Tensor) -> tuple:
+    """The backward pass of the cross entropy: its result is the first argument."""
+    cross_entropy.cross_entropy_backward_(logits, target, 0, log_sum_exp, grad)
+    return (logits,)
 
 
 def check(case: Case, device: str) -> str | None:
@@ -144,8 +158,9 @@ def check(case: Case, device: str) -> str | None:
     inputs = case.make(CHECKED_TOKENS)
     poison = [torch.full((1 << 24,), 255, dtype=torch.uint8, device=device) for _ in range(8)]
     del poison  # the outputs lie where this was
+    on_cpu = [x.cpu() for x in inputs]
     got = [t.cpu() for t in case.call(*inputs)]
-    expected = case.call(*(x.cpu() for x in inputs))
+    expected = case.call(*on_cpu)
     for i, (a, b) in enumerate(zip(got, expected, strict=True)):
         if a.dtype == torch.uint8 or a.numel() != b.numel():
             if not torch.equal(a, b):
@@ -173,6 +188,7 @@ def main() -> int:
     parser.add_argument("--ffn", type=int, default=14336)
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--groups", type=int, default=8, help="key/value heads")
+    parser.add_argument("--vocabulary", type=int, default=32000)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--code", default="nf4", help="of the 4-bit tensors")
     parser.add_argument("--bits", type=int, default=4)

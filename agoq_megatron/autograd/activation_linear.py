@@ -67,11 +67,12 @@ class ActivationLinear(torch.autograd.Function):
         spec: ActivationLinearSpec = ctx.spec
         saved = spec.pre_activation
         kept = saved.kept(shelf.packed(saved))
-        grad_y = input_gradient(grad, weight)
+        y = grad_y = input_gradient(grad, weight)
         rebuild = spec.output.rule.recompute
-        grad_x, y = activation_backward(grad_y, kept, spec.kind, saved.rule.format, with_output=rebuild)
+        grad_x = activation_backward(grad_y, kept, spec.kind, saved.rule.format, output_into_grad=rebuild)
         if not rebuild:
             y = shelf.get(spec.output, ctx.dtype)
+        del grad_y
         grad_weight = None
         if ctx.needs_input_grad[1]:
             grad_weight = weight_gradient(weight, grad, y, spec.fuse_weight_gradient)

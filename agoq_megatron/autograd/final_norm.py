@@ -24,6 +24,6 @@ class FinalNorm(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         x, weight, bias = ctx.saved_tensors
         grads = norm_backward(
-            grad, kept_as_is(x), None, weight, bias, ctx.eps, ctx.kind, None, with_output=False
+            grad, kept_as_is(x), None, weight, bias, ctx.eps, ctx.kind, None, output_into_grad=False
         )
-        return *grads[:3], None, None
+        return *grads, None, None

@@ -115,15 +115,14 @@ class NormLinear(torch.autograd.Function):
         kept = saved.kept(shelf.packed(saved))
         rebuild = need_weight and source is saved
 
-        def norm_gradients(with_output: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-            return norm_backward(grad_y, kept, residual_grad, *norm_args, fmt, with_output)
+        def norm_gradients(output_into_grad: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+            return norm_backward(grad_y, kept, residual_grad, *norm_args, fmt, output_into_grad)
 
         grad_weight = None
         if rebuild and spec.group.size() == 1:
             # Nothing is under way to be hidden behind a product: one pass gives the norm's output too.
-            grad_x, grad_norm_weight, grad_norm_bias, total = norm_gradients(with_output=True)
-            del grad_y
-            grad_weight = weight_gradient(weight, grad, total, spec.fuse_weight_gradient)
+            grad_x, grad_norm_weight, grad_norm_bias = norm_gradients(output_into_grad=True)
+            grad_weight = weight_gradient(weight, grad, grad_y, spec.fuse_weight_gradient)
         else:
             if rebuild:
                 total = norm_from_kept(saved.kept(parts), *norm_args, fmt, ctx.dtype)
@@ -133,7 +132,7 @@ class NormLinear(torch.autograd.Function):
                 grad_weight = weight_gradient(weight, grad, total, spec.fuse_weight_gradient)
                 del total
             handle.wait()
-            grad_x, grad_norm_weight, grad_norm_bias, _ = norm_gradients(with_output=False)
+            grad_x, grad_norm_weight, grad_norm_bias = norm_gradients(output_into_grad=False)
         grad_bias = bias_gradient(grad) if need_bias else None
         grad_residual = grad_x if ctx.has_residual else None
         return grad_x, grad_residual, grad_norm_weight, grad_norm_bias, grad_weight, grad_bias, None, None

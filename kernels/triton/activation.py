@@ -117,8 +117,8 @@ def _load_kept(
 
 @triton.jit
 def _backward_kernel(
-    grad_ptr, x_ptr, scale_ptr, zero_ptr, tables_ptr, grad_x_ptr, y_ptr, n, grad_stride,
-    KIND: tl.constexpr, QUANTIZED: tl.constexpr, WITH_OUTPUT: tl.constexpr,
+    grad_ptr, x_ptr, scale_ptr, zero_ptr, tables_ptr, grad_x_ptr, n, grad_stride,
+    KIND: tl.constexpr, QUANTIZED: tl.constexpr, OUTPUT_INTO_GRAD: tl.constexpr,
     R: tl.constexpr, FMT: tl.constexpr,
 ):  # fmt: skip
     LANES: tl.constexpr = FMT.lanes
@@ -138,10 +138,16 @@ def _backward_kernel(
         )  # fmt: skip
     out = grad_x_ptr + start
     dtype = grad_x_ptr.dtype.element_ty
+    grads = ()
+    for i in tl.static_range(LANES):
+        column = columns + i * B
+        grads = grads + (tl.load(grad_ptr + row * grad_stride + column, mask=column < n, other=0.0),)
+    if OUTPUT_INTO_GRAD:
+        tl.debug_barrier()  # all threads have read what is overwritten
     for i in tl.static_range(LANES):
         column = columns + i * B
         inside = column < n
-        grad = widen(tl.load(grad_ptr + row * grad_stride + column, mask=inside, other=0.0))
+        grad = widen(grads[i])
         gate = gates[i]
         if GATED:
             sigmoid = _sigmoid(gate)
@@ -153,8 +159,8 @@ def _backward_kernel(
         else:
             y, slope = _gelu(gate, KIND)
             tl.store(out + column, cast(grad * slope, dtype), mask=inside)
-        if WITH_OUTPUT:
-            tl.store(y_ptr + row * n + column, cast(y, dtype), mask=inside)
+        if OUTPUT_INTO_GRAD:
+            tl.store(grad_ptr + row * grad_stride + column, cast(y, dtype), mask=inside)
 
 
 def _launch(rows: int, n: int, fmt: Format | None) -> tuple[tuple[int], dict]:
@@ -182,18 +188,17 @@ def activation_forward(x: Tensor, kind: str, fmt: Format | None, key: int) -> tu
 
 
 def activation_backward(
-    grad: Tensor, kept: Packed, kind: str, fmt: Format | None, with_output: bool
-) -> tuple[Tensor, Tensor]:
+    grad: Tensor, kept: Packed, kind: str, fmt: Format | None, output_into_grad: bool
+) -> Tensor:
     """See fused.activation_backward()."""
     rows = as_rows(grad)
     n = grad.shape[-1]
     halves = 2 if kind == "swiglu" else 1
     grad_x = torch.empty((*grad.shape[:-1], halves * n), dtype=grad.dtype, device=grad.device)
-    y = torch.empty(grad.shape if with_output else 0, dtype=grad.dtype, device=grad.device)
     if rows.numel():
         grid, tile = _launch(rows.shape[0], n, fmt)
         _backward_kernel[grid](
-            rows, *packed_arguments(kept, fmt), grad_x, y, n, rows.stride(0),
-            KIND=kind, QUANTIZED=fmt is not None, WITH_OUTPUT=with_output, **tile,
+            rows, *packed_arguments(kept, fmt), grad_x, n, rows.stride(0),
+            KIND=kind, QUANTIZED=fmt is not None, OUTPUT_INTO_GRAD=output_into_grad, **tile,
         )  # fmt: skip
-    return grad_x, y
+    return grad_x

@@ -34,13 +34,13 @@ def activation_forward(x: Tensor, kind: str, fmt: Format | None, key: int) -> tu
 
 
 def activation_backward(
-    grad: Tensor, kept: Packed, kind: str, fmt: Format | None, with_output: bool
-) -> tuple[Tensor, Tensor]:
+    grad: Tensor, kept: Packed, kind: str, fmt: Format | None, output_into_grad: bool
+) -> Tensor:
     """See fused.activation_backward()."""
     if fmt is not None and kind == "swiglu" and grad.shape[-1] % fmt.group:
         x = dequantize(kept, fmt, torch.float32)
         kept, fmt = (x, *empty_packed((), 0, None, x.device)[1:]), None
-    return activation.activation_backward(grad, kept, kind, fmt, with_output)
+    return activation.activation_backward(grad, kept, kind, fmt, output_into_grad)
 
 
 def split_qkv(

@@ -2,7 +2,7 @@
 
     forward             [x + residual ->] total -> norm, and codes of total
     from what was kept  codes -> norm
-    backward            codes, gradients -> gradient of the input [and the norm again]
+    backward            codes, gradients -> gradient of the input [and the norm, in place of its gradient]
 
 A program holds whole rows in registers, in the lanes of codec.py. Statistics are FP32 and derived anew
 in backward. Weight gradients are summed by each program over its rows, then over programs by torch:
@@ -198,9 +198,9 @@ def _sum_both(xs, ys, FMT: tl.constexpr):
 @triton.jit(do_not_specialize=["n_rows"])
 def _backward_kernel(
     grad_ptr, x_ptr, scale_ptr, zero_ptr, tables_ptr, residual_grad_ptr, weight_ptr, bias_ptr,
-    grad_x_ptr, y_ptr, grad_weight_ptr, grad_bias_ptr, n_rows, n, grad_stride, residual_stride, eps,
+    grad_x_ptr, grad_weight_ptr, grad_bias_ptr, n_rows, n, grad_stride, residual_stride, eps,
     LAYER_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr,
-    WITH_OUTPUT: tl.constexpr, QUANTIZED: tl.constexpr, NG: tl.constexpr, FMT: tl.constexpr,
+    OUTPUT_INTO_GRAD: tl.constexpr, QUANTIZED: tl.constexpr, NG: tl.constexpr, FMT: tl.constexpr,
 ):  # fmt: skip
     LANES: tl.constexpr = FMT.lanes
     B: tl.constexpr = FMT.group // LANES
@@ -271,9 +271,9 @@ def _backward_kernel(
         grad_weights = new_weights
         grad_biases = new_biases
         _store_lanes(grad_x_ptr + row * n, grad_xs, columns, n, FMT)
-        if WITH_OUTPUT:
+        if OUTPUT_INTO_GRAD:  # which all threads have read: the sums over the row are done
             ys = _scale_and_shift(normalized, weight_ptr, bias_ptr, columns, n, HAS_BIAS, FMT)
-            _store_lanes(y_ptr + row * n, ys, columns, n, FMT)
+            _store_lanes(grad_ptr + row * grad_stride, ys, columns, n, FMT)
         row = following
 
     _store_lanes(grad_weight_ptr + program * n, grad_weights, columns, n, FMT)
@@ -336,26 +336,25 @@ def norm_from_kept(
 
 def norm_backward(
     grad: Tensor, kept: Packed, residual_grad: Tensor | None, weight: Tensor, bias: Tensor | None,
-    eps: float, kind: str, fmt: Format | None, with_output: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:  # fmt: skip
+    eps: float, kind: str, fmt: Format | None, output_into_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """See fused.norm_backward()."""
     n = grad.shape[-1]
     rows = as_rows(grad)
     residual_rows = rows if residual_grad is None else as_rows(residual_grad)
     grad_x = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
-    y = torch.empty(grad.shape if with_output else 0, dtype=grad.dtype, device=grad.device)
     programs = _programs(rows.shape[0], grad.device)
     partial = torch.empty(programs, n, dtype=torch.float32, device=grad.device)
     partial_bias = torch.empty_like(partial) if bias is not None else partial
     if rows.numel():
         _backward_kernel[(programs,)](
             rows, *packed_arguments(kept, fmt), residual_rows, weight,
-            weight if bias is None else bias, grad_x, y, partial, partial_bias, rows.shape[0], n,
+            weight if bias is None else bias, grad_x, partial, partial_bias, rows.shape[0], n,
             rows.stride(0), residual_rows.stride(0), eps, LAYER_NORM=kind == "LayerNorm",
             HAS_RESIDUAL=residual_grad is not None, HAS_BIAS=bias is not None,
-            WITH_OUTPUT=with_output, QUANTIZED=fmt is not None, **_tile(n, fmt),
+            OUTPUT_INTO_GRAD=output_into_grad, QUANTIZED=fmt is not None, **_tile(n, fmt),
             maxnreg=128,  # two programs of 8 warps at a time need no more, and fit
         )  # fmt: skip
     grad_weight = partial.sum(0).to(weight.dtype)
     grad_bias = None if bias is None else partial_bias.sum(0).to(bias.dtype)
-    return grad_x, grad_weight, grad_bias, y
+    return grad_x, grad_weight, grad_bias

@@ -114,20 +114,25 @@ def test_norm(fmt, kind, with_residual, draw, rng):
         wide = weight.float(), None if bias is None else bias.float()
         at_kept = fused.norm_forward(value, None, *wide, 1e-5, kind)[0]
         close(launchers.norm_from_kept(stored, *parameters, 1e-5, kind, fmt, dtype), at_kept, dtype)
-        for with_output in (False, True):
+        more = None if residual is None else residual.float()
+        for output_into_grad in (False, True):
+            given, wide_grad = grad.clone().to(DEVICE), grad.clone().float()
             got = launchers.norm_backward(
-                *on_device(grad), stored, *on_device(residual), *parameters, 1e-5, kind, fmt,
-                with_output,
-            )  # fmt: skip
-            more = None if residual is None else residual.float()
+                given, stored, *on_device(residual), *parameters, 1e-5, kind, fmt, output_into_grad
+            )
             expected = fused.norm_backward(
-                grad.float(), fused.kept_as_is(value), more, *wide, 1e-5, kind, None, with_output
+                wide_grad, fused.kept_as_is(value), more, *wide, 1e-5, kind, None, output_into_grad
             )
             for a, b in zip(got, expected, strict=True):
-                if b is None or not b.numel():
-                    assert a is None or not a.numel()
+                if b is None:
+                    assert a is None
                 else:
                     close(a, b, dtype)
+            if output_into_grad:
+                close(given, at_kept, dtype)
+                close(wide_grad, at_kept, torch.float32)
+            else:
+                assert torch.equal(given.cpu(), grad) and torch.equal(wide_grad, grad.float())
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
@@ -143,12 +148,16 @@ def test_activation(fmt, kind, draw):
         close(y, expected, dtype)
         same(packed, packed_)
         stored, value = kept(x, fmt, packed)
-        expected = fused.activation_backward(grad.float(), fused.kept_as_is(value), kind, None, True)
-        grad_x, y = launchers.activation_backward(grad.to(DEVICE), stored, kind, fmt, True)
-        close(grad_x, expected[0], dtype)
-        close(y, expected[1], dtype)
-        again, nothing = launchers.activation_backward(grad.to(DEVICE), stored, kind, fmt, False)
-        assert torch.equal(again, grad_x) and not nothing.numel()
+        wide, on_device = grad.clone().float(), grad.clone().to(DEVICE)
+        expected = fused.activation_backward(wide, fused.kept_as_is(value), kind, None, False)
+        assert torch.equal(wide, grad.float())
+        got = launchers.activation_backward(on_device, stored, kind, fmt, False)
+        close(got, expected, dtype)
+        assert torch.equal(on_device.cpu(), grad)
+        fused.activation_backward(wide, fused.kept_as_is(value), kind, None, True)
+        again = launchers.activation_backward(on_device, stored, kind, fmt, True)
+        assert torch.equal(again, got)
+        close(on_device, wide, dtype)  # the output, in place of its gradient
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
