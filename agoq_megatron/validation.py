@@ -157,12 +157,6 @@ _NOT_CARRIED: tuple[_Check, ...] = (
     ("tp_comm_overlap", _set, "--tp-comm-overlap", "it needs Transformer Engine's linear layers"),
     ("delay_wgrad_compute", _set, "--delay-wgrad-compute", "it needs Transformer Engine's layers"),
     (
-        "mlp_chunks_for_training",
-        lambda n: n > 1,
-        "--mlp-chunks-for-training",
-        "the MLP runs in one piece; use --recompute-granularity selective --recompute-modules mlp",
-    ),
-    (
         "te_precision_config_file",
         _set,
         "--te-precision-config-file",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -41,8 +43,8 @@ def weight_gradient(weight: Tensor, grad: Tensor, x: Tensor, add_to_buffer: bool
             (Megatron's ``--no-gradient-accumulation-fusion`` is the opposite).
 
     Returns:
-        What the autograd function gives back for the weight: the gradient, or, once it has been added, an
-        unwritten tensor of its shape. DDP waits for a gradient to be there, and drops this one.
+        What the autograd function gives back for the weight: the gradient, or, once it has been added, a
+        tensor of its shape without memory. DDP waits for a gradient to be there, and drops this one.
     """
     grad, x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
     buffer = getattr(weight, "main_grad", None)
@@ -50,7 +52,15 @@ def weight_gradient(weight: Tensor, grad: Tensor, x: Tensor, add_to_buffer: bool
         return grad.t().matmul(x)
     add_product(buffer, grad, x)
     weight.grad_added_to_main_grad = True  # DDP resets it before each step
-    return torch.empty_like(weight)
+    return gradient_without_memory(weight.shape, weight.dtype, weight.device).detach()
+
+
+@functools.cache
+def gradient_without_memory(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Stands for a gradient that nobody will read. Made once, as memory is taken for a moment."""
+    stand_in = torch.empty(shape, dtype=dtype, device=device)
+    stand_in.untyped_storage().resize_(0)
+    return stand_in
 
 
 def bias_gradient(grad: Tensor) -> Tensor:

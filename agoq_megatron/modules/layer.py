@@ -50,13 +50,16 @@ class TransformerLayer(MegatronTransformerLayer):
         note_entry(self._input)
         stream = ResidualStream(hidden_states, plain=not (self.training and self.hidden_dropout > 0))
         output, bias = self.self_attention(stream, attention_mask, **attention_arguments)
-        if bias is None and stream.plain and not self.recompute_mlp:
+        # Megatron's ways of running the MLP again or in pieces take the sum as one tensor.
+        in_pieces = self.training and self.config.mlp_chunks_for_training > 1
+        whole = not self.recompute_mlp and not in_pieces
+        if bias is None and stream.plain and whole:
             stream.pending = output
         else:
             with self.bias_dropout_add_exec_handler():
                 add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
                 stream.total = add((output, bias), stream.total, self.hidden_dropout)
-        if self.recompute_mlp:
+        if not whole:
             return self._forward_mlp(stream.total), None
         output_with_bias = self.mlp(stream)
         if stream.total is None:

@@ -15,6 +15,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
+from agoq_megatron.autograd.linear import gradient_without_memory
 from agoq_megatron.autograd.norm_linear import NormLinear, NormLinearSpec
 from agoq_megatron.autograd.saving import SavedTensor
 from agoq_megatron.modules.norm import norm_parameters
@@ -32,6 +33,8 @@ class LayerNormColumnParallelLinear(ColumnParallelLinear):
         self.layer_norm_weight, bias = norm_parameters(config, input_size)
         self.register_parameter("layer_norm_bias", bias)
         self.spec: NormLinearSpec | None = None
+        if config.gradient_accumulation_fusion:
+            gradient_without_memory(self.weight.shape, self.weight.dtype, self.weight.device)
 
     def set_saved(self, norm_input: SavedTensor, norm_output: SavedTensor) -> None:
         """Say how the norm's input and output are kept."""
@@ -67,6 +70,11 @@ class LayerNormColumnParallelLinear(ColumnParallelLinear):
 
 class FusedRowParallelLinear(RowParallelLinear):
     """Row-parallel linear that is the last step of a function fused with the operation before it."""
+
+    def __init__(self, input_size: int, output_size: int, *, config, **kwargs):
+        super().__init__(input_size, output_size, config=config, **kwargs)
+        if config.gradient_accumulation_fusion:
+            gradient_without_memory(self.weight.shape, self.weight.dtype, self.weight.device)
 
     def forward(
         self, product: Callable[[Tensor, Tensor | None], Tensor], stream: ResidualStream | None = None

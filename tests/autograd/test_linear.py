@@ -28,6 +28,7 @@ def test_product_is_added_to_the_buffer(rng, device, dtype, buffer_dtype):
     error = (weight.main_grad.double() - expected).norm() / expected.norm()
     assert weight.grad_added_to_main_grad
     assert dummy.shape == weight.shape and dummy.dtype == weight.dtype
+    assert dummy.untyped_storage().nbytes() == 0
     # A product in 16 bits is rounded once before it is added (CPU), and a 16-bit buffer after it.
     assert error < (1e-6 if (dtype, buffer_dtype) == (torch.float32, torch.float32) else 5e-3)
     if device == "cuda" and buffer_dtype == torch.float32:
@@ -53,3 +54,34 @@ def test_strided_factors(rng):
     expected = buffer + grad.t() @ x
     add_product(buffer, grad, x)
     torch.testing.assert_close(buffer, expected)
+
+
+def test_the_stand_in_passes_through_autograd(rng):
+    """Autograd hands it to the weight without reading it, twice, as DDP drops it in between."""
+
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight):
+            ctx.save_for_backward(x, weight)
+            return x @ weight.t()
+
+        @staticmethod
+        def backward(ctx, grad):
+            x, weight = ctx.saved_tensors
+            return grad @ weight, weight_gradient(weight, grad, x, add_to_buffer=True)
+
+    x = torch.randn(5, 16, generator=rng)
+    weight = torch.nn.Parameter(torch.randn(8, 16, generator=rng))
+    weight.main_grad, weight.grad_added_to_main_grad = torch.zeros(8, 16), False
+    seen = []
+    node = weight.view_as(weight).grad_fn.next_functions[0][0]
+
+    def drop(*_) -> None:
+        seen.append(weight.grad.shape)
+        weight.grad = None
+
+    node.register_hook(drop)
+    for _ in range(2):
+        Product.apply(x, weight).sum().backward()
+    assert seen == [weight.shape] * 2
+    torch.testing.assert_close(weight.main_grad, 2 * x.sum(0).expand(8, 16))

@@ -113,3 +113,12 @@ def test_recomputation_composes(train, one_rank, kind, layout):
     assert packed.report["saved_bytes_per_token_layer"] < (
         0.5 * exact.report["saved_bytes_per_token_layer"]
     )
+
+
+def test_the_mlp_in_pieces(train, one_rank):
+    """Megatron's --mlp-chunks-for-training, with a length that the number does not divide."""
+    for policy, tolerance in POLICIES.items():
+        run = train(policy, "--mlp-chunks-for-training", "5")
+        assert worst_difference(run.losses(), one_rank[policy]) < tolerance
+        measured = run.report["saved_bytes_per_token_layer"]
+        assert measured == pytest.approx(run.report["planned_bytes_per_token_layer"], rel=0.01)
