@@ -75,7 +75,7 @@ PRESETS = {
             "seq-length": 1024,
         },
         "batch": 64,
-        "micro_batch": 32,
+        "micro_batch": 64,
         "lr": 1e-3,
         "final_lr": 1e-4,
         "warmup": 50,
