@@ -39,11 +39,18 @@ class ActivationLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, weight: Tensor, total: Tensor | None, spec: ActivationLinearSpec, keep: bool
+        ctx,
+        x: Tensor,
+        weight: Tensor,
+        total: Tensor | None,
+        overwrite: bool,
+        spec: ActivationLinearSpec,
+        keep: bool,
     ) -> Tensor:
         """``x`` ``[s, b, 2f]`` for SwiGLU, ``[s, b, f]`` for GELU -> ``[s, b, h]``, a partial sum.
 
-        ``total`` ``[s, b, h]`` is overwritten: the product adds to it in place, and it is returned.
+        The product is added to ``total`` ``[s, b, h]``, with ``overwrite`` in place. The sum is rounded
+        once and is the same either way, so that what is kept does not change what is computed.
         """
         saved = spec.pre_activation
         fmt, key = (saved.rule.format, saved.next_key()) if keep else (None, 0)
@@ -56,9 +63,14 @@ class ActivationLinear(torch.autograd.Function):
             ctx.spec, ctx.dtype, ctx.has_total = spec, x.dtype, total is not None
         if total is None:
             return linear(y, weight)
-        ctx.mark_dirty(total)
-        total.view(-1, total.shape[-1]).addmm_(y.view(-1, y.shape[-1]), weight.t())
-        return total
+        if overwrite:
+            ctx.mark_dirty(total)
+            out = total
+        else:
+            out = torch.empty_like(total)  # no view: Megatron's pipeline frees its stages' outputs
+        rows, factor = total.view(-1, total.shape[-1]), y.view(-1, y.shape[-1])
+        torch.addmm(rows, factor, weight.t(), out=out.view_as(rows))
+        return out
 
     @staticmethod
     @once_differentiable
@@ -76,4 +88,4 @@ class ActivationLinear(torch.autograd.Function):
         grad_weight = None
         if ctx.needs_input_grad[1]:
             grad_weight = weight_gradient(weight, grad, y, spec.fuse_weight_gradient)
-        return grad_x, grad_weight, grad if ctx.has_total else None, None, None
+        return grad_x, grad_weight, grad if ctx.has_total else None, None, None, None

@@ -110,4 +110,4 @@ class SelfAttention(MegatronSelfAttention):
         if isinstance(rotary_pos_emb, tuple):  # the same table for query and key
             rotary_pos_emb = rotary_pos_emb[0]
         qkv, _ = self.linear_qkv(hidden_states)
-        return self.linear_proj(lambda weight, _: self.core_attention(qkv, rotary_pos_emb, weight))
+        return self.linear_proj(lambda weight, *_: self.core_attention(qkv, rotary_pos_emb, weight))

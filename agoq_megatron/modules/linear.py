@@ -77,21 +77,21 @@ class FusedRowParallelLinear(RowParallelLinear):
             gradient_without_memory(self.weight.shape, self.weight.dtype, self.weight.device)
 
     def forward(
-        self, product: Callable[[Tensor, Tensor | None], Tensor], stream: ResidualStream | None = None
+        self, product: Callable[[Tensor, Tensor | None, bool], Tensor], stream: ResidualStream | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Run ``product(weight, None)``, this rank's partial ``[s, b, h]``, and sum it over the ranks (with
-        sequence parallelism also scatter it: ``[s / t, b, h]``). Returns the sum, and the bias unadded.
+        """Run ``product(weight, None, False)``, this rank's partial ``[s, b, h]``, and sum it over the ranks
+        (with sequence parallelism also scatter it: ``[s / t, b, h]``). Returns the sum, and the bias
+        unadded.
 
-        Where nothing comes between the product and the addition to the stream, and nobody else holds the
-        stream's total, ``product(weight, total)`` adds to it in place, and the stream is left without one.
+        Where nothing comes between the product and the addition to the stream, ``product(weight, total,
+        writable)`` adds to its total (in place, if nobody else holds that), and leaves the stream without.
 
         The product is handed in, and run here, because Megatron's DDP waits for the gather of a
         module's weights (``--overlap-param-gather``) in a hook on that module's call.
         """
-        may_add = stream is not None and stream.plain and stream.writable
-        if may_add and self.tp_group.size() == 1 and self.bias is None:
-            return product(self.weight, stream.take_total()), None
-        partial = product(self.weight, None)
+        if stream is not None and stream.plain and self.tp_group.size() == 1 and self.bias is None:
+            return product(self.weight, stream.take_total(), stream.writable), None
+        partial = product(self.weight, None, False)
         if self.sequence_parallel:
             output = reduce_scatter_to_sequence_parallel_region(partial, group=self.tp_group)
         else:

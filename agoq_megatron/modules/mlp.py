@@ -50,7 +50,7 @@ class MLP(MegatronMLP):
         pre_activation, _ = self.linear_fc1(hidden_states)
         keep = torch.is_grad_enabled()
 
-        def product(weight: Tensor, total: Tensor | None) -> Tensor:
-            return ActivationLinear.apply(pre_activation, weight, total, self.spec, keep)
+        def product(weight: Tensor, total: Tensor | None, overwrite: bool) -> Tensor:
+            return ActivationLinear.apply(pre_activation, weight, total, overwrite, self.spec, keep)
 
         return self.linear_fc2(product, hidden_states if isinstance(hidden_states, ResidualStream) else None)

@@ -30,6 +30,6 @@ class ResidualStream:
         return (self.total, None) if first is None else (first, self.total)
 
     def take_total(self) -> Tensor:
-        """Hand the total over to who will write it."""
+        """Hand the total over to who will add to it."""
         total, self.total = self.total, None
         return total

@@ -224,9 +224,8 @@ def our_layer(x, p, rules, shape, kind, act):
         attended, x, p["n2w"], p["n2b"], p["fc1"], p["fc1_b"],
         norm_spec(Site.NORM2_INPUT, Site.NORM2_OUTPUT), True,
     )  # fmt: skip
-    if x.requires_grad and rules[Site.NORM2_INPUT].format is not None:  # nobody keeps it: added in place
-        return ActivationLinear.apply(h, p["fc2"], x, mlp, True)
-    return x + ActivationLinear.apply(h, p["fc2"], None, mlp, True)
+    nobody_keeps_it = rules[Site.NORM2_INPUT].format is not None
+    return ActivationLinear.apply(h, p["fc2"], x, nobody_keeps_it, mlp, True)
 
 
 def parameters(rng, h, f, shape, kind, act, rotary, dtype):

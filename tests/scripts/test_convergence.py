@@ -321,7 +321,7 @@ def test_variants():
         ("--agoq-activations", "a b.yaml", "--x", "1"),
     )
     assert parse("agoq_stochastic")[1][-1] == "stochastic"
-    assert parse("off_repeat")[1][-2:] == ("--micro-batch-size", "16")
+    assert parse("off_repeat")[1][-2:] == ("--micro-batch-size", "32")
     with pytest.raises(ConvergenceError, match="nonsense: known are off, .*qk4.* NAME=FLAGS"):
         parse("nonsense")
     with pytest.raises(ConvergenceError, match="names are of letters"):
