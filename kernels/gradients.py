@@ -1,0 +1,208 @@
+"""Gradient accumulators in 8 bits: blocks of codes with a scale, laid out as they travel.
+
+A bucket is one uint8 tensor of equal segments, one for each rank that will own a part of it. A segment is
+its codes, one byte a number, followed by their BF16 scales, one for each block of 64. So a segment is a
+message: an all-to-all sends the bucket as it lies, and what arrives is a bucket again, whose segments are
+now every rank's share of the same numbers.
+
+A number is code * scale. With a residual it is (16 * code + residual) * scale / 16: four more bits, kept
+beside the bucket and never sent, which carry what rounding to 8 bits would lose from one micro-batch to
+the next. A scale of 0 makes a block zero, whatever its codes are; a block that has seen NaN or infinity
+has the scale NaN.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from agoq_kernels.rng import uniform
+from torch import Tensor
+
+BLOCK = 64
+CODES = ("int8", "e4m3")
+SCALES = ("absmax", "least-squares")
+ROUNDINGS = ("nearest", "stochastic")
+_LARGEST = {"int8": 127.0, "e4m3": 448.0}
+
+
+@dataclass(frozen=True)
+class GradientFormat:
+    """How gradients are kept.
+
+    Attributes:
+        code: "int8", or "e4m3" (FP8, an ablation: a quarter of the precision).
+        residual_bits: 0, or 4 more bits that are never sent (int8 only).
+        rounding: "nearest" or "stochastic" (int8 only).
+        scale: "absmax", or "least-squares": the absmax scale times what makes the error of the block
+            smallest once the codes are chosen (without a residual).
+    """
+
+    code: str = "int8"
+    residual_bits: int = 0
+    rounding: str = "nearest"
+    scale: str = "absmax"
+
+    def __post_init__(self):
+        for name, known in (("code", CODES), ("rounding", ROUNDINGS), ("scale", SCALES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} {getattr(self, name)!r}: choose from {', '.join(known)}")
+        if self.residual_bits not in (0, 4):
+            raise ValueError(f"residual_bits {self.residual_bits}: choose from 0, 4")
+        if self.code == "e4m3" and (self.residual_bits or self.rounding != "nearest"):
+            raise ValueError("e4m3 has no residual and no stochastic rounding")
+        if self.residual_bits and self.scale != "absmax":
+            raise ValueError("with a residual the scale is absmax: nothing is left for least squares to gain")
+
+
+def segment_bytes(blocks: int) -> int:
+    """Bytes of a segment of that many blocks."""
+    return blocks * (BLOCK + 2)
+
+
+def _parts(bucket: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
+    """Views of a bucket ``[segments * segment_bytes(blocks)]``: bytes of codes ``[segments, blocks, 64]``
+    and BF16 scales ``[segments, blocks]``."""
+    segments = bucket.view(-1, segment_bytes(blocks))
+    codes, scales = segments[:, : blocks * BLOCK], segments[:, blocks * BLOCK :]
+    return codes.unflatten(1, (blocks, BLOCK)), scales.view(torch.bfloat16)
+
+
+def zero_(bucket: Tensor, blocks: int) -> None:
+    """Make all numbers of a bucket 0. (Its codes and residual may stay.)"""
+    _parts(bucket, blocks)[1].zero_()
+
+
+def _values(codes: Tensor, scales: Tensor, code: str) -> Tensor:
+    """FP32 ``[..., 64]`` of bytes ``[..., 64]`` and BF16 scales ``[...]``."""
+    scales = scales.float()
+    if code == "int8":
+        numbers = codes.view(torch.int8).float()
+    else:
+        numbers = codes.view(torch.float8_e4m3fn).float()
+    # A scale of 0 stands for zero even where the bytes, never written, happen to be a NaN.
+    return torch.where(scales[..., None] == 0, 0.0, numbers * scales[..., None])
+
+
+def _round_up(scale: Tensor) -> Tensor:
+    """FP32 scales to the next BF16 number, as FP32: no code is clipped. Below 2^-126: 0. Not finite: NaN."""
+    rounded = (scale.view(torch.int32) + 0xFFFF) >> 16 << 16
+    rounded = rounded.view(torch.float32)
+    rounded = torch.where(scale.isfinite() & rounded.isfinite(), rounded, torch.nan)
+    return torch.where(scale < torch.finfo(torch.float32).tiny, 0.0, rounded)
+
+
+def _stored(scale: Tensor) -> Tensor:
+    """FP32 to BF16, with one NaN among the many."""
+    bits = scale.bfloat16().view(torch.int16)
+    return torch.where(scale.isnan(), 0x7FC0, bits).to(torch.int16).view(torch.bfloat16)
+
+
+def _encode(x: Tensor, fmt: GradientFormat, first: int, key: int) -> tuple[Tensor, Tensor, Tensor]:
+    """FP32 ``[n, 64]`` -> bytes ``[n, 64]``, BF16 scales ``[n]``, residual in units of scale / 16.
+
+    ``first`` is the first block's place in the bucket, which says what stochastic rounding draws.
+    """
+    largest = _LARGEST[fmt.code]
+    scale = _round_up(x.abs().amax(-1) * (1 / largest))
+    inverse = torch.where(scale > 0, 1 / scale, 0.0)
+    y = torch.where(inverse[:, None] > 0, x * inverse[:, None], 0.0)
+    if fmt.code == "e4m3":
+        codes = y.clamp(-largest, largest).to(torch.float8_e4m3fn)
+        return codes.view(torch.uint8), _stored(scale), torch.zeros_like(x)
+    fine = 16.0 if fmt.residual_bits else 1.0
+    if fmt.rounding == "stochastic":
+        t = torch.floor(y * fine + uniform(first * BLOCK, x.numel(), key, x.device).view_as(x))
+    else:
+        t = (y * fine).round()
+    t = t.clamp(-largest * fine, largest * fine)
+    q = torch.floor((t + 8) / 16) if fmt.residual_bits else t
+    if fmt.scale == "least-squares":
+        square = (q * q).sum(-1)
+        gain = (y * q).sum(-1) / square
+        scale = torch.where(square > 0, scale * gain, scale)
+    return q.to(torch.int8).view(torch.uint8), _stored(scale), t - 16 * q
+
+
+def accumulate(
+    bucket: Tensor, residual: Tensor, blocks: int, first: int, grad: Tensor, fmt: GradientFormat, key: int = 0
+) -> None:
+    """Add ``grad`` to a bucket, in place.
+
+    Args:
+        bucket: uint8 ``[segments * segment_bytes(blocks)]``.
+        residual: uint8 ``[segments * blocks * 32]``; empty without one.
+        blocks: blocks in a segment.
+        first: block, counted over all segments, at which ``grad`` begins.
+        grad: ``[n]``, contiguous; the rest of its last block belongs to nobody else.
+        key: of stochastic rounding.
+    """
+    accumulate_op(
+        bucket, residual, blocks, first, grad, fmt.code, fmt.residual_bits, fmt.rounding, fmt.scale, key
+    )
+
+
+@torch.library.custom_op("agoq::accumulate_gradient", mutates_args=("bucket", "residual"))
+def accumulate_op(
+    bucket: Tensor, residual: Tensor, blocks: int, first: int, grad: Tensor, code: str,
+    residual_bits: int, rounding: str, scale: str, key: int,
+) -> None:  # fmt: skip
+    fmt = GradientFormat(code, residual_bits, rounding, scale)
+    if grad.is_cuda and code == "int8":
+        from agoq_kernels.triton import gradients
+
+        gradients.accumulate(bucket, residual, blocks, first, grad, fmt, key)
+    else:
+        _accumulate(bucket, residual, blocks, first, grad, fmt, key)
+
+
+def _accumulate(
+    bucket: Tensor, residual: Tensor, blocks: int, first: int, grad: Tensor, fmt: GradientFormat, key: int
+) -> None:
+    all_codes, all_scales = _parts(bucket, blocks)
+    count = -(-grad.numel() // BLOCK)
+    x = torch.nn.functional.pad(grad.float(), (0, count * BLOCK - grad.numel())).view(count, BLOCK)
+    done = 0
+    while done < count:  # segment by segment
+        segment, start = divmod(first + done, blocks)
+        here = min(count - done, blocks - start)
+        codes = all_codes[segment, start : start + here]
+        scales = all_scales[segment, start : start + here]
+        total = _values(codes, scales, fmt.code) + x[done : done + here]
+        nibbles = None
+        if fmt.residual_bits:
+            nibbles = residual.view(-1, BLOCK // 2)[first + done : first + done + here]
+            low = torch.cat((nibbles & 15, nibbles >> 4), -1).float() - 8
+            total += torch.where(scales[:, None] == 0, 0.0, low * (scales[:, None].float() / 16))
+        new_codes, new_scales, rest = _encode(total, fmt, first + done, key)
+        codes.copy_(new_codes)
+        scales.copy_(new_scales)
+        if nibbles is not None:
+            low, high = (rest + 8).to(torch.uint8).chunk(2, -1)
+            nibbles.copy_(low | high << 4)
+        done += here
+
+
+@torch.library.custom_op("agoq::sum_gradients", mutates_args=())
+def sum_segments(bucket: Tensor, blocks: int, first: int, n: int, factor: float, code: str) -> Tensor:
+    """The sum over the segments of a bucket, times ``factor``.
+
+    Args:
+        bucket: uint8 ``[segments * segment_bytes(blocks)]``, as it arrived; or a bucket of one segment.
+        first: block of a segment at which to begin.
+        n: how many numbers.
+
+    Returns:
+        FP32 ``[n]``; what the residual holds is not in it.
+    """
+    if bucket.is_cuda and code == "int8":
+        from agoq_kernels.triton import gradients
+
+        return gradients.sum_segments(bucket, blocks, first, n, factor)
+    codes, scales = _parts(bucket, blocks)
+    last = first + -(-n // BLOCK)
+    values = _values(codes[:, first:last], scales[:, first:last], code)
+    total = values[0]
+    for part in values[1:]:  # in the order of the ranks, as the kernel does
+        total = total + part
+    return (total * factor).flatten()[:n].clone()

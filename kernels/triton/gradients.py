@@ -1,0 +1,159 @@
+"""8-bit gradient accumulators on a GPU: read codes and a gradient, add, write codes, in one pass."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from agoq_kernels.gradients import BLOCK, GradientFormat, segment_bytes
+from agoq_kernels.triton.codec import INTERPRET, MAGIC, ROUND, _clamp, _nan_max, _uniform, widen
+from agoq_kernels.triton.quantize import signed_key
+from torch import Tensor
+
+BLOCKS = 32  # of a program
+HALF = tl.constexpr(BLOCK // 2)
+
+
+@triton.jit
+def _largest(x0, x1):
+    """Largest magnitude [R] in the two halves [R, 32] of blocks; NaN where one holds NaN."""
+    both = _nan_max(tl.abs(x0), tl.abs(x1))
+    if INTERPRET:
+        return tl.max(both, 1) + tl.sum(both * 0.0, 1)
+    else:
+        return tl.reduce(both, 1, _nan_max)
+
+
+@triton.jit
+def _place(block, blocks, SEGMENT: tl.constexpr):
+    """Where, in a bucket's bytes and in its 2-byte words, codes and scale of a block are."""
+    segment = block // blocks
+    inside = block - segment * blocks
+    start = segment * (blocks * SEGMENT)
+    return start + inside * (SEGMENT - 2), (start + blocks * (SEGMENT - 2)) // 2 + inside
+
+
+@triton.jit
+def _load_scales(ptr, mask):
+    """FP32 of scales that are stored as the bits of BF16."""
+    return (tl.load(ptr, mask=mask, other=0).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _round(y, index, key_a, key_b, STOCHASTIC: tl.constexpr):
+    if STOCHASTIC:
+        return tl.floor(y + _uniform(index, key_a, key_b))
+    else:
+        return (y + ROUND) - ROUND
+
+
+@triton.jit(do_not_specialize=["first", "n", "key_a", "key_b"])
+def _accumulate_kernel(
+    codes_ptr, scales_ptr, residual_ptr, grad_ptr, blocks, first, n, key_a, key_b,
+    RESIDUAL: tl.constexpr, STOCHASTIC: tl.constexpr, LEAST_SQUARES: tl.constexpr,
+    SEGMENT: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    own = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    mask = own * (2 * HALF) < n
+    block = first + own
+    code_at, scale_at = _place(block, blocks, SEGMENT)
+    column = tl.arange(0, HALF)[None, :]
+    codes = codes_ptr + code_at[:, None] + column
+    grad = grad_ptr + (own * (2 * HALF))[:, None] + column
+    left = n - (own * (2 * HALF))[:, None] - column  # how many numbers from here on
+
+    scale = _load_scales(scales_ptr + scale_at, mask)
+    x0 = tl.load(codes, mask=mask[:, None], other=0).to(tl.float32)
+    x1 = tl.load(codes + HALF, mask=mask[:, None], other=0).to(tl.float32)
+    unit = scale
+    low = residual_ptr + (block * HALF)[:, None] + column
+    if RESIDUAL:
+        unit = scale * 0.0625
+        packed = tl.load(low, mask=mask[:, None], other=0).to(tl.int32)
+        r0 = (packed & 15).to(tl.float32) - 8.0
+        r1 = (packed >> 4).to(tl.float32) - 8.0
+        x0 = x0 * scale[:, None] + r0 * unit[:, None]
+        x1 = x1 * scale[:, None] + r1 * unit[:, None]
+    else:
+        x0 = x0 * scale[:, None]
+        x1 = x1 * scale[:, None]
+    # Not by the product alone: the codes of a block that was never written may be anything.
+    empty = (scale == 0)[:, None]
+    x0 = tl.where(empty, 0.0, x0) + widen(tl.load(grad, mask=left > 0, other=0.0))
+    x1 = tl.where(empty, 0.0, x1) + widen(tl.load(grad + HALF, mask=left > HALF, other=0.0))
+
+    new = _largest(x0, x1) * 0.007874015718698502  # FP32 of 1 / 127
+    bits = new.to(tl.int32, bitcast=True)
+    up = (bits + 0xFFFF) >> 16 << 16
+    new = tl.where(new < 1.1754943508222875e-38, 0.0, up.to(tl.float32, bitcast=True))
+    new = tl.where((bits >= 0x7F800000) | (up >= 0x7F800000), float("nan"), new)
+    usable = new > 0
+    inverse = tl.where(usable, tl.div_rn(1.0, tl.where(usable, new, 1.0)), 0.0)[:, None]
+    y0 = tl.where(inverse > 0, x0 * inverse, 0.0)
+    y1 = tl.where(inverse > 0, x1 * inverse, 0.0)
+    index = (block * (2 * HALF))[:, None] + column
+    if RESIDUAL:
+        t0 = _clamp(_round(y0 * 16.0, index, key_a, key_b, STOCHASTIC), -2032.0, 2032.0)
+        t1 = _clamp(_round(y1 * 16.0, index + HALF, key_a, key_b, STOCHASTIC), -2032.0, 2032.0)
+        q0 = tl.floor((t0 + 8.0) * 0.0625)
+        q1 = tl.floor((t1 + 8.0) * 0.0625)
+        byte = (t0 - 16.0 * q0 + 8.0) + (t1 - 16.0 * q1 + 8.0) * 16.0
+        tl.store(low, (byte + MAGIC).to(tl.int32, bitcast=True).to(tl.uint8), mask=mask[:, None])
+    else:
+        q0 = _clamp(_round(y0, index, key_a, key_b, STOCHASTIC), -127.0, 127.0)
+        q1 = _clamp(_round(y1, index + HALF, key_a, key_b, STOCHASTIC), -127.0, 127.0)
+    if LEAST_SQUARES:
+        square = tl.sum(q0 * q0 + q1 * q1, 1)
+        product = tl.sum(y0 * q0 + y1 * q1, 1)
+        new = tl.where(square > 0, new * tl.div_rn(product, tl.where(square > 0, square, 1.0)), new)
+    bits = new.to(tl.int32, bitcast=True)
+    bits = tl.where(new == new, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, 0x7FC0)  # to BF16
+    tl.store(scales_ptr + scale_at, bits.to(tl.int16), mask=mask)
+    # The low byte of the integer in the low bits of 1.5 * 2^23 + q is q in two's complement.
+    tl.store(codes, (q0 + ROUND).to(tl.int32, bitcast=True).to(tl.int8), mask=mask[:, None])
+    tl.store(codes + HALF, (q1 + ROUND).to(tl.int32, bitcast=True).to(tl.int8), mask=mask[:, None])
+
+
+@triton.jit(do_not_specialize=["first", "n"])
+def _sum_kernel(
+    codes_ptr, scales_ptr, out_ptr, blocks, first, n, segments, factor, SEGMENT: tl.constexpr, R: tl.constexpr
+):
+    own = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    mask = own * (2 * HALF) < n
+    column = tl.arange(0, 2 * HALF)[None, :]
+    total = tl.zeros([R, 2 * HALF], dtype=tl.float32)
+    segment = 0
+    while segment < segments:  # for takes no run-time bounds in the interpreter under NumPy 2.5
+        code_at, scale_at = _place(segment * blocks + first + own, blocks, SEGMENT)
+        scale = _load_scales(scales_ptr + scale_at, mask)[:, None]
+        x = tl.load(codes_ptr + code_at[:, None] + column, mask=mask[:, None], other=0).to(tl.float32)
+        total += tl.where(scale == 0, 0.0, x * scale)
+        segment += 1
+    at = (own * (2 * HALF))[:, None] + column
+    tl.store(out_ptr + at, total * factor, mask=at < n)
+
+
+def accumulate(
+    bucket: Tensor, residual: Tensor, blocks: int, first: int, grad: Tensor, fmt: GradientFormat, key: int
+) -> None:
+    """See gradients.accumulate(), for int8."""
+    n = grad.numel()
+    if n:
+        _accumulate_kernel[(triton.cdiv(n, BLOCKS * BLOCK),)](
+            bucket.view(torch.int8), bucket.view(torch.int16), residual, grad, blocks, first, n,
+            *signed_key(key), RESIDUAL=fmt.residual_bits > 0, STOCHASTIC=fmt.rounding == "stochastic",
+            LEAST_SQUARES=fmt.scale == "least-squares", SEGMENT=segment_bytes(1), R=BLOCKS,
+            num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def sum_segments(bucket: Tensor, blocks: int, first: int, n: int, factor: float) -> Tensor:
+    """See gradients.sum_segments(), for int8."""
+    out = torch.empty(n, dtype=torch.float32, device=bucket.device)
+    if n:
+        _sum_kernel[(triton.cdiv(n, BLOCKS * BLOCK),)](
+            bucket.view(torch.int8), bucket.view(torch.int16), out, blocks, first, n,
+            bucket.numel() // segment_bytes(blocks), factor, SEGMENT=segment_bytes(1), R=BLOCKS,
+            num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+    return out

@@ -1,0 +1,162 @@
+"""8-bit gradient accumulators against FP64, and the Triton kernels against the torch definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from agoq_kernels import gradients
+from agoq_kernels.gradients import BLOCK, GradientFormat, accumulate, segment_bytes, sum_segments, zero_
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+FORMATS = (
+    GradientFormat(),
+    GradientFormat(rounding="stochastic"),
+    GradientFormat(scale="least-squares"),
+    GradientFormat(residual_bits=4),
+    GradientFormat(residual_bits=4, rounding="stochastic"),
+)
+
+
+def empty(segments: int, blocks: int, fmt: GradientFormat) -> tuple[torch.Tensor, torch.Tensor]:
+    """A bucket that holds zeros, its codes poisoned, and its residual, poisoned too."""
+    bucket = torch.full((segments * segment_bytes(blocks),), 255, dtype=torch.uint8)
+    zero_(bucket, blocks)
+    kept = segments * blocks * BLOCK // 2 if fmt.residual_bits else 0
+    return bucket, torch.full((kept,), 255, dtype=torch.uint8)
+
+
+def error(got: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((got.double() - exact.double()).norm() / exact.double().norm()).item()
+
+
+def whole(bucket: torch.Tensor, blocks: int, code: str = "int8") -> torch.Tensor:
+    """All segments one after the other, FP32."""
+    parts = bucket.view(-1, segment_bytes(blocks))
+    return torch.cat([sum_segments(p.contiguous(), blocks, 0, blocks * BLOCK, 1.0, code) for p in parts])
+
+
+@pytest.mark.parametrize("fmt,bar", [
+    (GradientFormat(), 0.05), (GradientFormat(residual_bits=4), 0.008),
+    (GradientFormat(rounding="stochastic"), 0.07), (GradientFormat(scale="least-squares"), 0.05),
+    (GradientFormat(residual_bits=4, rounding="stochastic"), 0.008), (GradientFormat(code="e4m3"), 0.22),
+], ids=str)  # fmt: skip
+def test_sum_of_128_micro_batches(rng, fmt, bar):
+    """Noise, and a tenth of it that all micro-batches have in common."""
+    n, blocks = 100 * BLOCK, 50
+    bucket, residual = empty(2, blocks, fmt)
+    exact = torch.zeros(n, dtype=torch.float64)
+    common = 0.1 * torch.randn(n, generator=rng)
+    for step in range(128):
+        grad = (common + torch.randn(n, generator=rng)).bfloat16()
+        exact += grad.double()
+        accumulate(bucket, residual, blocks, 0, grad, fmt, key=step)
+    got = error(whole(bucket, blocks, fmt.code), exact)
+    print(f"{fmt}: relative error of 128 micro-batches {got:.4f}")
+    assert got <= bar
+    assert got >= bar / 8  # the bar is near
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_sum_over_ranks(rng, ranks):
+    blocks, fmt = 40, GradientFormat()
+    exact, arrived = torch.zeros(blocks * BLOCK, dtype=torch.float64), []
+    for _ in range(ranks):
+        bucket, residual = empty(1, blocks, fmt)
+        grad = torch.randn(blocks * BLOCK, generator=rng).bfloat16()
+        exact += grad.double()
+        accumulate(bucket, residual, blocks, 0, grad, fmt)
+        arrived.append(bucket)
+    got = error(sum_segments(torch.cat(arrived), blocks, 0, blocks * BLOCK, 1 / ranks, "int8"), exact / ranks)
+    print(f"relative error over {ranks} ranks {got:.4f}")
+    assert 0.003 < got <= 0.007
+
+
+@pytest.mark.parametrize("fmt", [*FORMATS, GradientFormat(code="e4m3")], ids=str)
+def test_parts_land_in_their_place(rng, fmt):
+    """Gradients of several sizes, in segments that they cross; what lies between stays zero."""
+    blocks, segments = 5, 4
+    bucket, residual = empty(segments, blocks, fmt)
+    exact = torch.zeros(segments * blocks * BLOCK, dtype=torch.float64)
+    for first, n in ((0, 1), (1, BLOCK + 1), (4, 7 * BLOCK), (13, 100), (19, BLOCK)):
+        for dtype in DTYPES:
+            grad = torch.randn(n, generator=rng).to(dtype)
+            exact[first * BLOCK : first * BLOCK + n] += grad.double()
+            accumulate(bucket, residual, blocks, first, grad, fmt, key=first)
+    got = whole(bucket, blocks, fmt.code)
+    assert error(got, exact) < (0.08 if fmt.code == "e4m3" else 0.03)
+    assert torch.equal(got[exact == 0], torch.zeros(int((exact == 0).sum())))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("fmt", [*FORMATS, GradientFormat(code="e4m3")], ids=str)
+def test_bad_numbers_stay(rng, fmt, bad):
+    bucket, residual = empty(1, 3, fmt)
+    grad = torch.randn(3 * BLOCK, generator=rng)
+    grad[BLOCK + 7] = bad
+    accumulate(bucket, residual, 3, 0, grad, fmt)
+    accumulate(bucket, residual, 3, 0, torch.randn(3 * BLOCK, generator=rng), fmt)
+    two = torch.cat((bucket, empty(1, 3, fmt)[0]))
+    got = sum_segments(two, 3, 0, 3 * BLOCK, 0.5, fmt.code)
+    assert got[BLOCK : 2 * BLOCK].isnan().all() and got[:BLOCK].isfinite().all()
+    zero_(bucket, 3)
+    assert not sum_segments(bucket, 3, 0, 3 * BLOCK, 1.0, fmt.code).any()
+
+
+def test_least_squares_is_no_worse(rng):
+    """It finds the best scale, to BF16; where codes are coarse (few large numbers), that shows."""
+    errors = {}
+    grad = torch.randn(500 * BLOCK, generator=rng)
+    grad[::BLOCK] = 60.0  # the others take the codes -8 to 8
+    for scale in gradients.SCALES:
+        bucket, residual = empty(1, 500, GradientFormat(scale=scale))
+        accumulate(bucket, residual, 500, 0, grad, GradientFormat(scale=scale))
+        errors[scale] = error(whole(bucket, 500), grad)
+    assert errors["least-squares"] <= errors["absmax"]
+
+
+def test_tiny_and_huge(rng):
+    for size in (1e-30, 1e-35, 1e30, 3e38):
+        grad = (torch.rand(BLOCK, generator=rng) - 0.5) * 2 * size
+        bucket, residual = empty(1, 1, GradientFormat())
+        accumulate(bucket, residual, 1, 0, grad, GradientFormat())
+        got = whole(bucket, 1)
+        assert got.isfinite().all() and ((got - grad).abs() <= 0.005 * size).all()
+
+
+@pytest.mark.parametrize(
+    "bad", [{"code": "int4"}, {"residual_bits": 2}, {"rounding": "up"}, {"scale": "max"},
+            {"code": "e4m3", "residual_bits": 4}, {"residual_bits": 4, "scale": "least-squares"}]
+)  # fmt: skip
+def test_refuses_what_does_not_exist(bad):
+    with pytest.raises(ValueError):
+        GradientFormat(**bad)
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_triton_gives_the_same_bytes(rng, fmt, dtype):
+    pytest.importorskip("triton")
+    from agoq_kernels.triton import gradients as kernels
+
+    blocks = 21
+    expected = empty(3, blocks, fmt)
+    got = tuple(t.clone().to(DEVICE) for t in expected)
+    for step, (first, n) in enumerate(((0, 21 * BLOCK), (7, 40 * BLOCK + 5), (62, 3), (7, 40 * BLOCK))):
+        grad = (torch.randn(n, generator=rng) * 10.0 ** (step - 2)).to(dtype)
+        if step == 1:
+            grad[[5, 900]] = torch.tensor([float("nan"), float("inf")], dtype=dtype)
+        key = int(torch.randint(0, 2**62, (), generator=rng))
+        gradients._accumulate(*expected, blocks, first, grad, fmt, key)
+        kernels.accumulate(*got, blocks, first, grad.to(DEVICE), fmt, key)
+        mine, own = got[0].cpu(), expected[0]
+        if fmt.scale == "least-squares":  # the sums of a block in another order
+            a, b = whole(mine, blocks), whole(own, blocks)
+            torch.testing.assert_close(a, b, rtol=0.004, atol=0, equal_nan=True)
+            got[0].copy_(own)
+        else:
+            assert torch.equal(mine, own) and torch.equal(got[1].cpu(), expected[1])
+        for start, count in ((0, 21 * BLOCK), (3, 700), (20, 1)):
+            a = kernels.sum_segments(got[0], blocks, start, count, 0.3).cpu()
+            b = sum_segments(own, blocks, start, count, 0.3, "int8")
+            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
