@@ -195,6 +195,7 @@ def study_arguments() -> argparse.Namespace:
 
 def build_model(args):
     """The model with the checkpoint's weights, not wrapped for training, and their iteration."""
+    args.gradient_accumulation_fusion = False  # there are no gradient buffers here, only .grad
     config = gpt_config_from_args(args, config=transformer_config_from_args(args))
     config.transformer_layer_spec = agoq_layer_spec
     builder = config.get_builder_cls()(config)
