@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from types import SimpleNamespace
 
@@ -60,13 +61,61 @@ def skip_compiling_helpers() -> None:
     utils.compile_helpers = lambda: None
 
 
-def bind_distributed_optimizer(subclass: type) -> None:
-    """The optimizer's class has no seam: ``get_megatron_optimizer`` looks this name up."""
+def bind_optimizers(**subclasses: type) -> None:
+    """The optimizers' classes have no seam: ``get_megatron_optimizer`` looks their names up.
+
+    Args:
+        subclasses: by the name of the class that each takes the place of.
+    """
     import megatron.core.optimizer as optimizer
 
-    if not issubclass(subclass, optimizer.DistributedOptimizer):
-        raise TypeError(f"{subclass.__name__} is no subclass of Megatron's DistributedOptimizer")
-    optimizer.DistributedOptimizer = subclass
+    for name, subclass in subclasses.items():
+        if not issubclass(subclass, getattr(optimizer, name)):
+            raise TypeError(f"{subclass.__name__} is no subclass of Megatron's {name}")
+        setattr(optimizer, name, subclass)
+
+
+def bind_data_parallel(subclass: type) -> None:
+    """The class that wraps a model has no seam either; nor could the stock wrap pass by its own class and
+    keep its other duties (streams, buckets, initial broadcast).
+    """
+    import megatron.training.models.dist_utils as dist_utils
+
+    if not issubclass(subclass, dist_utils.DistributedDataParallel):
+        raise TypeError(f"{subclass.__name__} is no subclass of Megatron's DistributedDataParallel")
+    dist_utils.DistributedDataParallel = subclass
+
+
+@contextmanager
+def replaced_in_data_parallel(names: dict[str, Callable]) -> Iterator[None]:
+    """While DDP is constructed: other classes for its buffer and bucket groups, which it looks up by name.
+    The stock buffer would allocate all gradients in 16 or 32 bits.
+    """
+    import megatron.core.distributed.distributed_data_parallel as ddp
+
+    stock = {name: getattr(ddp, name) for name in names}
+    vars(ddp).update(names)
+    try:
+        yield
+    finally:
+        vars(ddp).update(stock)
+
+
+def bind_gradient_statistics(clip: Callable, count_zeros: Callable, reduce_embedding: Callable) -> None:
+    """Functions that read ``param.grad`` or ``main_grad`` as a tensor, which 8-bit gradients are not:
+    clipping, counting zeros, and the sum of tied embeddings over pipeline stages.
+
+    Args:
+        clip, count_zeros, reduce_embedding: take the stock function, return one in its place.
+    """
+    import megatron.core.optimizer.optimizer as optimizer
+
+    # The package has a function of that name, which "import ... as" would give.
+    finalize = importlib.import_module("megatron.core.distributed.finalize_model_grads")
+
+    optimizer.clip_grad_by_total_norm_fp32 = clip(optimizer.clip_grad_by_total_norm_fp32)
+    optimizer.count_zeros_fp32 = count_zeros(optimizer.count_zeros_fp32)
+    finalize._allreduce_embedding_grad = reduce_embedding(finalize._allreduce_embedding_grad)
 
 
 def bind_checkpoint(wrap: Callable[[Callable], Callable]) -> None:

@@ -11,7 +11,7 @@ from typing import Literal
 
 @dataclass(kw_only=True)
 class AGoQConfig:
-    """AGoQ: saved activations near 4 bits."""
+    """AGoQ: saved activations near 4 bits, gradients in 8."""
 
     agoq_activations: str = "agoq"
     """What a layer keeps for its backward pass: 'off' (everything in the compute dtype, as Megatron
@@ -29,6 +29,36 @@ class AGoQConfig:
     """Cross entropy: 'in-place' works within the memory of the logits and writes their gradient over
     them; 'megatron' is Megatron's own, which holds them twice more in FP32. With
     --cross-entropy-loss-fusion it is Megatron's fused one in either case."""
+
+    agoq_grad_bits: Literal[32, 16, 8] = 32
+    """Bits in which gradients are accumulated and reduced. 32: Megatron's FP32. 16: the same as
+    Megatron's --grad-reduce-in-bf16. 8: codes in blocks of 64 with a scale, 1.03 bytes a parameter, summed
+    over ranks in FP32; norms, biases and parameters of less than 4096 numbers stay in FP32."""
+
+    agoq_grad_residual_bits: Literal[0, 4] = 0
+    """Of 8-bit gradients: carry what rounding loses from one micro-batch to the next in 4 more bits. They
+    stay on the rank. The error of many micro-batches is then that of one."""
+
+    agoq_grad_rounding: Literal["nearest", "stochastic"] = "nearest"
+    """Of 8-bit gradients: rounding of each micro-batch's sum."""
+
+    agoq_grad_scale: Literal["absmax", "least-squares"] = "absmax"
+    """Of 8-bit gradients: a block's scale, from its largest number, or from there by least squares."""
+
+    agoq_grad_code: Literal["int8", "e4m3"] = "int8"
+    """Of 8-bit gradients: their code. 'e4m3' (FP8) is an ablation, four times less precise."""
+
+    agoq_grad_reduce: Literal["auto", "flat", "two-hop"] = "auto"
+    """Of 8-bit gradients: reduce over all data-parallel ranks at once ('flat'), or within each node first
+    and then between nodes ('two-hop'), which sends that much less between nodes as a node has
+    data-parallel ranks. 'auto' takes two hops where several nodes have several of them each."""
+
+    agoq_grad_node_size: int | None = None
+    """Of 8-bit gradients: ranks of a node, for the two hops. Default: as many as the launcher started."""
+
+    agoq_grad_probe_interval: int = 0
+    """Of 8-bit gradients: every that many iterations accumulate and reduce a sample of each bucket in FP32
+    as well and log the relative errors. 0: never."""
 
     agoq_dry_run: bool = False
     """Print the plan of what is saved, tensor by tensor, and stop before anything is allocated."""

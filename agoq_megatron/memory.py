@@ -162,7 +162,10 @@ class Plan:
                 "    pipeline stages after the first: the stage's input, 1U a micro-batch in flight, "
                 "held by Megatron's schedule;"
             )
-        yield "    weight gradients: computed in the compute dtype, accumulated by Megatron's DDP."
+        if config.agoq_gradients is None:
+            yield "    weight gradients: computed in the compute dtype, accumulated by Megatron's DDP."
+        else:
+            yield f"  {config.agoq_gradients}"
 
     def print(self) -> None:
         """Print the plan to standard output."""

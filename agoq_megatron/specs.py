@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from megatron.training.argument_utils import core_transformer_config_from_args
 
+from agoq_megatron.gradients.settings import GradientSettings, settings_from_args
 from agoq_megatron.modules.attention import CoreAttention, SelfAttention
 from agoq_megatron.modules.layer import TransformerLayer
 from agoq_megatron.modules.linear import FusedRowParallelLinear, LayerNormColumnParallelLinear
@@ -30,9 +31,10 @@ from agoq_megatron.policy.policy import ActivationPolicy, load_policy
 
 @dataclass
 class AGoQTransformerConfig(TransformerConfig):
-    """Megatron's transformer config, and the policy of saved activations."""
+    """Megatron's transformer config, the policy of saved activations, how gradients are kept (None: FP32)."""
 
     agoq: ActivationPolicy | None = None
+    agoq_gradients: GradientSettings | None = None
 
 
 def transformer_config_from_args(args) -> AGoQTransformerConfig:
@@ -43,6 +45,10 @@ def transformer_config_from_args(args) -> AGoQTransformerConfig:
     """
     config = core_transformer_config_from_args(args, AGoQTransformerConfig)
     config.agoq = load_policy(args.agoq_activations, args.agoq_rounding)
+    config.agoq_gradients = settings_from_args(args)
+    if config.agoq_gradients is not None:
+        # There is no buffer to add products to: DDP adds each micro-batch's gradient to the codes.
+        config.gradient_accumulation_fusion = False
     if not torch.cuda.is_available():
         # A CPU has no product of 16-bit factors into an FP32 buffer: DDP adds the gradients there.
         config.gradient_accumulation_fusion = False

@@ -34,6 +34,14 @@ from agoq_megatron.autograd.linear import add_product
 from agoq_megatron.autograd.recompute import quantized_checkpoint
 from agoq_megatron.config import AGoQConfig
 from agoq_megatron.data import datasets_provider, get_batch
+from agoq_megatron.gradients.data_parallel import QuantizedGradientDDP, wrap_embedding_reduction
+from agoq_megatron.gradients.optimizer import (
+    QuantizedDistributedOptimizer,
+    QuantizedFloat16Optimizer,
+    QuantizedFP32Optimizer,
+    wrap_clipping,
+    wrap_counting_zeros,
+)
 from agoq_megatron.memory import Plan, plan_from_args
 from agoq_megatron.optimizer import ResumableDistributedOptimizer
 from agoq_megatron.policy.policy import PolicyError
@@ -167,6 +175,8 @@ def parse_arguments(on_cpu: bool) -> argparse.Namespace:
         raise UsageError("start it with torchrun: torchrun --nproc-per-node N pretrain_gpt_agoq.py FLAGS")
     check(args, on_cpu)
     check_writers(args)
+    if args.agoq_grad_bits == 16:
+        args.grad_reduce_in_bf16 = True
     validate_args(args)
     return args
 
@@ -241,6 +251,17 @@ def _paragraph(problem: Exception) -> str:
     return f"{kind}{text} ({Path(frame.filename).name}, line {frame.lineno})"
 
 
+def bind_quantized_gradients() -> None:
+    """Let Megatron wrap and step the model with 8-bit gradients."""
+    compat.bind_data_parallel(QuantizedGradientDDP)
+    compat.bind_optimizers(
+        DistributedOptimizer=QuantizedDistributedOptimizer,
+        Float16OptimizerWithFloat16Params=QuantizedFloat16Optimizer,
+        FP32Optimizer=QuantizedFP32Optimizer,
+    )
+    compat.bind_gradient_statistics(wrap_clipping, wrap_counting_zeros, wrap_embedding_reduction)
+
+
 def main(on_cpu: bool) -> None:
     """Train. Call it from the entry script, under torchrun.
 
@@ -252,7 +273,10 @@ def main(on_cpu: bool) -> None:
     """
     args, plan = prepare(on_cpu)
     compat.skip_compiling_helpers()
-    compat.bind_distributed_optimizer(ResumableDistributedOptimizer)
+    if args.agoq_grad_bits == 8:
+        bind_quantized_gradients()
+    else:
+        compat.bind_optimizers(DistributedOptimizer=ResumableDistributedOptimizer)
     compat.bind_checkpoint(quantized_checkpoint)
     compat.bind_gradient_clipping()
     if not on_cpu:

@@ -10,6 +10,8 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
+from agoq_megatron.config import AGoQConfig
+from agoq_megatron.gradients.settings import settings_from_args
 from agoq_megatron.policy.policy import load_policy
 
 RECOMPUTE_MODULES = ("core_attn", "mlp", "layernorm")
@@ -204,6 +206,7 @@ def check(args: Namespace, on_cpu: bool = False) -> None:
     _check_schedule(args)
     _check_recompute(args)
     _check_data(args)
+    _check_gradients(args)
     if args.agoq_measure_interval < 0:
         raise UsageError(
             f"--agoq-measure-interval {args.agoq_measure_interval}: give a number of iterations, or "
@@ -266,6 +269,80 @@ def _check_schedule(args: Namespace) -> None:
         raise UsageError(
             f"--lr-warmup-iters {args.lr_warmup_iters}: the warm-up must end before the schedule "
             f"does, after {decay} iterations (--lr-decay-iters, else --train-iters)."
+        )
+
+
+_NOT_WITH_8_BIT_GRADIENTS: tuple[_Check, ...] = (
+    ("grad_reduce_in_bf16", _set, "--grad-reduce-in-bf16", "gradients are reduced as 8-bit codes"),
+    (
+        "ddp_reduce_scatter_with_fp32_accumulation",
+        _set,
+        "--ddp-reduce-scatter-with-fp32-accumulation",
+        "8-bit gradients are summed in FP32 in any case",
+    ),
+    (
+        "num_distributed_optimizer_instances",
+        lambda n: n > 1,
+        "--num-distributed-optimizer-instances",
+        "the optimizer is sharded over all data-parallel ranks",
+    ),
+    (
+        "use_precision_aware_optimizer",
+        _set,
+        "--use-precision-aware-optimizer",
+        "it reads gradients by itself",
+    ),
+    ("optimizer_cpu_offload", _set, "--optimizer-cpu-offload", "it copies gradients by itself"),
+    (
+        "overlap_param_gather_with_optimizer_step",
+        _set,
+        "--overlap-param-gather-with-optimizer-step",
+        "it is not carried yet",
+    ),
+    ("nccl_ub", _set, "--use-nccl-ub", "user buffers are for reductions in 16 or 32 bits"),
+    (
+        "ddp_param_name_patterns_for_fp32_local_accumulation",
+        _set,
+        "--ddp-param-name-patterns-for-fp32-local-accumulation",
+        "gradients are accumulated in 8 bits",
+    ),
+    ("save_wgrads_interval", _set, "--save-wgrads-interval", "there are no gradient tensors to save"),
+    (
+        "optimizer",
+        lambda name: name not in ("adam", "sgd"),
+        "--optimizer",
+        "carried are adam and sgd",
+    ),
+)
+
+
+def _check_gradients(args: Namespace) -> None:
+    bits = args.agoq_grad_bits
+    if bits == 8:
+        for attribute, refused, flag, reason in _NOT_WITH_8_BIT_GRADIENTS:
+            value = getattr(args, attribute, None)
+            if value is not None and refused(value):
+                raise UsageError(f"{flag} with --agoq-grad-bits 8: {reason}. Leave one of them out.")
+        try:
+            settings_from_args(args)
+        except ValueError as problem:
+            raise UsageError(
+                f"--agoq-grad-code, -residual-bits, -rounding, -scale: {problem}. Leave one of them out."
+            ) from problem
+    else:
+        defaults = AGoQConfig()
+        for name in vars(defaults):
+            if name.startswith("agoq_grad_") and name != "agoq_grad_bits":
+                if getattr(args, name) != getattr(defaults, name):
+                    flag = "--" + name.replace("_", "-")
+                    raise UsageError(f"{flag} is for 8-bit gradients; add --agoq-grad-bits 8.")
+    if bits == 16 and not args.bf16:
+        raise UsageError("--agoq-grad-bits 16: it means --grad-reduce-in-bf16 and needs --bf16.")
+    if args.agoq_grad_node_size is not None and args.agoq_grad_node_size < 1:
+        raise UsageError(f"--agoq-grad-node-size {args.agoq_grad_node_size}: give a number of ranks.")
+    if args.agoq_grad_probe_interval < 0:
+        raise UsageError(
+            f"--agoq-grad-probe-interval {args.agoq_grad_probe_interval}: give a number of iterations, or 0."
         )
 
 

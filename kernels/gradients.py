@@ -20,6 +20,8 @@ from agoq_kernels.rng import uniform
 from torch import Tensor
 
 BLOCK = 64
+NORM_STRETCH = 32 * BLOCK
+"""Numbers to a norm of :func:`norms_of_sum`."""
 CODES = ("int8", "e4m3")
 SCALES = ("absmax", "least-squares")
 ROUNDINGS = ("nearest", "stochastic")
@@ -61,9 +63,9 @@ def segment_bytes(blocks: int) -> int:
 
 
 def _parts(bucket: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
-    """Views of a bucket ``[segments * segment_bytes(blocks)]``: bytes of codes ``[segments, blocks, 64]``
-    and BF16 scales ``[segments, blocks]``."""
-    segments = bucket.view(-1, segment_bytes(blocks))
+    """Views of a bucket, or of its segments ``[segments, segment_bytes(blocks)]``: bytes of codes
+    ``[segments, blocks, 64]`` and BF16 scales ``[segments, blocks]``."""
+    segments = bucket if bucket.dim() == 2 else bucket.view(-1, segment_bytes(blocks))
     codes, scales = segments[:, : blocks * BLOCK], segments[:, blocks * BLOCK :]
     return codes.unflatten(1, (blocks, BLOCK)), scales.view(torch.bfloat16)
 
@@ -184,25 +186,47 @@ def _accumulate(
 
 
 @torch.library.custom_op("agoq::sum_gradients", mutates_args=())
-def sum_segments(bucket: Tensor, blocks: int, first: int, n: int, factor: float, code: str) -> Tensor:
-    """The sum over the segments of a bucket, times ``factor``.
+def sum_segments(
+    segments: Tensor, blocks: int, first: int, n: int, factor: float, code: str, dtype: torch.dtype
+) -> Tensor:
+    """The sum over segments, times ``factor``.
 
     Args:
-        bucket: uint8 ``[segments * segment_bytes(blocks)]``, as it arrived; or a bucket of one segment.
+        segments: uint8 ``[segments, segment_bytes(blocks)]``, as they arrived (rows may lie apart).
         first: block of a segment at which to begin.
         n: how many numbers.
+        dtype: of the result; the sum itself is taken in FP32.
 
     Returns:
-        FP32 ``[n]``; what the residual holds is not in it.
+        ``[n]``; what the residual holds is not in it.
     """
-    if bucket.is_cuda and code == "int8":
+    if segments.is_cuda and code == "int8":
         from agoq_kernels.triton import gradients
 
-        return gradients.sum_segments(bucket, blocks, first, n, factor)
-    codes, scales = _parts(bucket, blocks)
+        return gradients.sum_segments(segments, blocks, first, n, factor, dtype)
+    return _sum(segments, blocks, first, n, factor, code).to(dtype, copy=True)
+
+
+def _sum(segments: Tensor, blocks: int, first: int, n: int, factor: float, code: str) -> Tensor:
+    codes, scales = _parts(segments, blocks)
     last = first + -(-n // BLOCK)
-    values = _values(codes[:, first:last], scales[:, first:last], code)
-    total = values[0]
-    for part in values[1:]:  # in the order of the ranks, as the kernel does
-        total = total + part
-    return (total * factor).flatten()[:n].clone()
+    total = None
+    for row, scale in zip(codes[:, first:last], scales[:, first:last], strict=True):
+        values = _values(row, scale, code)  # in the order of the ranks, as the kernel does
+        total = values if total is None else total + values
+    return (total * factor).flatten()[:n]
+
+
+@torch.library.custom_op("agoq::gradient_norms", mutates_args=())
+def norms_of_sum(segments: Tensor, blocks: int, first: int, n: int, factor: float, code: str) -> Tensor:
+    """L2 norms of consecutive stretches of what :func:`sum_segments` returns, without making it.
+
+    Returns:
+        FP32 ``[ceil(n / NORM_STRETCH)]``; their own norm is that of all ``n`` numbers. NaN where one is.
+    """
+    if segments.is_cuda and code == "int8":
+        from agoq_kernels.triton import gradients
+
+        return gradients.norms_of_sum(segments, blocks, first, n, factor)
+    x = _sum(segments, blocks, first, n, factor, code)
+    return torch.nn.functional.pad(x, (0, -n % NORM_STRETCH)).view(-1, NORM_STRETCH).norm(dim=1)

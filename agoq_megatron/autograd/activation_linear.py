@@ -26,12 +26,14 @@ class ActivationLinearSpec:
         output: how the activation's output is kept (usually not at all).
         kind: "swiglu", "gelu" or "gelu_tanh".
         fuse_weight_gradient: add the weight's gradient to its buffer within the product.
+        reports: see ``weight_gradient``.
     """
 
     pre_activation: SavedTensor
     output: SavedTensor
     kind: str
     fuse_weight_gradient: bool = False
+    reports: bool = True
 
 
 class ActivationLinear(torch.autograd.Function):
@@ -87,5 +89,5 @@ class ActivationLinear(torch.autograd.Function):
         del grad_y
         grad_weight = None
         if ctx.needs_input_grad[1]:
-            grad_weight = weight_gradient(weight, grad, y, spec.fuse_weight_gradient)
+            grad_weight = weight_gradient(weight, grad, y, spec.fuse_weight_gradient, spec.reports)
         return grad_x, grad_weight, grad if ctx.has_total else None, None, None, None

@@ -35,16 +35,20 @@ def add_product(buffer: Tensor, grad: Tensor, x: Tensor) -> None:
         buffer.add_(grad.t().matmul(x))
 
 
-def weight_gradient(weight: Tensor, grad: Tensor, x: Tensor, add_to_buffer: bool) -> Tensor:
+def weight_gradient(
+    weight: Tensor, grad: Tensor, x: Tensor, add_to_buffer: bool, reports: bool = True
+) -> Tensor | None:
     """``grad [s, b, o]^T @ x [s, b, i]``, the gradient of ``weight [o, i]``.
 
     Args:
         add_to_buffer: add it to the gradient buffer that Megatron's DDP gave the weight, if it did
             (Megatron's ``--no-gradient-accumulation-fusion`` is the opposite).
+        reports: False for all uses of a weight but one, where a forward pass has several.
 
     Returns:
         What the autograd function gives back for the weight: the gradient, or, once it has been added, a
-        tensor of its shape without memory. DDP waits for a gradient to be there, and drops this one.
+        tensor of its shape without memory. DDP waits for a gradient to be there, and drops this one. It
+        must not meet another in autograd, which would add the two up: None unless ``reports``.
     """
     grad, x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
     buffer = getattr(weight, "main_grad", None)
@@ -52,6 +56,8 @@ def weight_gradient(weight: Tensor, grad: Tensor, x: Tensor, add_to_buffer: bool
         return grad.t().matmul(x)
     add_product(buffer, grad, x)
     weight.grad_added_to_main_grad = True  # DDP resets it before each step
+    if not reports:
+        return None
     return gradient_without_memory(weight.shape, weight.dtype, weight.device).detach()
 
 

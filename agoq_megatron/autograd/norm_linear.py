@@ -44,6 +44,7 @@ class NormLinearSpec:
         group: tensor-parallel process group.
         sequence_parallel: the input holds ``s / t`` of the sequence and is gathered.
         fuse_weight_gradient: add the weight's gradient to its buffer within the product.
+        reports: see ``weight_gradient``.
     """
 
     norm_input: SavedTensor
@@ -53,6 +54,7 @@ class NormLinearSpec:
     group: object
     sequence_parallel: bool
     fuse_weight_gradient: bool = False
+    reports: bool = True
 
 
 class NormLinear(torch.autograd.Function):
@@ -122,14 +124,14 @@ class NormLinear(torch.autograd.Function):
         if rebuild and spec.group.size() == 1:
             # Nothing is under way to be hidden behind a product: one pass gives the norm's output too.
             grad_x, grad_norm_weight, grad_norm_bias = norm_gradients(output_into_grad=True)
-            grad_weight = weight_gradient(weight, grad, grad_y, spec.fuse_weight_gradient)
+            grad_weight = weight_gradient(weight, grad, grad_y, spec.fuse_weight_gradient, spec.reports)
         else:
             if rebuild:
                 total = norm_from_kept(saved.kept(parts), *norm_args, fmt, ctx.dtype)
             elif need_weight:
                 total = source.unpack(parts, ctx.dtype)
             if need_weight:
-                grad_weight = weight_gradient(weight, grad, total, spec.fuse_weight_gradient)
+                grad_weight = weight_gradient(weight, grad, total, spec.fuse_weight_gradient, spec.reports)
                 del total
             handle.wait()
             grad_x, grad_norm_weight, grad_norm_bias = norm_gradients(output_into_grad=False)

@@ -4,10 +4,13 @@ Each data-parallel rank owns an equal part of a bucket. Before the exchange a bu
 gradients of the whole bucket, cut into one segment for each owner. After it, it holds every rank's gradients
 of this rank's part. No rank's codes are ever added to another's as codes: they are summed in FP32 when they
 are read, so the error of quantizing comes in once, whatever the number of ranks.
+
+Numbers are counted over the whole bucket throughout; only what the bucket holds can be read.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,25 +19,52 @@ from agoq_kernels.gradients import (
     BLOCK,
     GradientFormat,
     accumulate,
+    norms_of_sum,
     segment_bytes,
     sum_segments,
     zero_,
 )
 from torch import Tensor
 
+PIECE = 2**24
+"""Numbers that are in FP32 at a time where a whole part is quantized once more."""
 
-@dataclass
-class _Exchange:
-    """An all-to-all under way; the bucket takes what arrives when it is waited for."""
 
-    bucket: GradientBucket
-    arriving: Tensor
-    work: object
+@dataclass(frozen=True)
+class Hops:
+    """Groups for a reduction in two hops: first among the ranks of a node, then between nodes.
+
+    Rank i of the data-parallel group is number ``i % within.size()`` of node ``i // within.size()``.
+    """
+
+    within: dist.ProcessGroup
+    between: dist.ProcessGroup
+
+
+class Reduction:
+    """A reduction under way: a few collectives one after the other, with work between them."""
+
+    def __init__(self, steps: Iterator):
+        self._steps = steps
+        self._work = None
+        self.done = False
+        self._run()
+
+    def _run(self) -> None:
+        self._work = next(self._steps, self)
+        self.done = self._work is self
+
+    def advance(self) -> None:
+        """Wait for the collective under way, and start the next one if there is one."""
+        if not self.done:
+            if self._work is not None:
+                self._work.wait()
+            self._run()
 
     def wait(self) -> None:
-        if self.work is not None:
-            self.work.wait()
-        self.bucket._bytes = self.arriving
+        """Wait for all of it. The bucket may be read then."""
+        while not self.done:
+            self.advance()
 
 
 class GradientBucket:
@@ -45,90 +75,212 @@ class GradientBucket:
         group: the data-parallel ranks that share the bucket.
         fmt: how they are kept.
         device: where.
-
-    Attributes:
-        factor: what the sums are multiplied with when they are read (averaging, loss scaling).
+        hops: reduce in two hops; None reduces in one.
     """
 
-    def __init__(self, numel: int, group, fmt: GradientFormat, device: torch.device):
-        self.group, self.format, self.factor = group, fmt, 1.0
+    def __init__(
+        self,
+        numel: int,
+        group: dist.ProcessGroup,
+        fmt: GradientFormat,
+        device: torch.device,
+        hops: Hops | None = None,
+    ):
+        self.group, self.format, self._hops, self._device = group, fmt, hops, device
+        self.numel = numel
         self.blocks, rest = divmod(numel, BLOCK * group.size())  # in a segment
         if rest:
             raise ValueError(f"{numel} numbers are not whole blocks of {BLOCK} on {group.size()} ranks")
-        self._bytes = torch.empty(group.size() * segment_bytes(self.blocks), dtype=torch.uint8, device=device)
         residual = numel // 2 if fmt.residual_bits else 0
         self._residual = torch.empty(residual, dtype=torch.uint8, device=device)
+        self._segments: Tensor | None = None  # uint8 [segments, segment_bytes(blocks)]
+        self.sent_bytes = 0
         self.zero()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held, outside of an exchange."""
-        return self._bytes.nbytes + self._residual.nbytes
 
     @property
     def part(self) -> int:
         """Numbers that each rank owns."""
         return self.blocks * BLOCK
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, outside of a reduction."""
+        held = (self._residual, self._segments, self._reduced)
+        return sum(t.nbytes for t in held if t is not None)
+
     def zero(self) -> None:
-        """Forget all gradients."""
-        self.factor = 1.0
-        zero_(self._bytes, self.blocks)
+        """Forget all gradients, and what the last reduction has sent."""
+        self._factor, self._multiplier = 1.0, None
+        self._reduced: Tensor | None = None  # FP32 [part], instead of segments
+        self._is_parts = True  # the segments are all owners' parts; else all to be summed, this rank's part
+        if self._segments is None or len(self._segments) != self.group.size():
+            shape = self.group.size(), segment_bytes(self.blocks)
+            self._segments = torch.empty(shape, dtype=torch.uint8, device=self._device)
+        zero_(self._segments, self.blocks)
+        self.sent_bytes = 0
 
     def add(self, start: int, grad: Tensor, key: int = 0) -> None:
-        """Add ``grad`` (any shape) at ``start``, a multiple of ``BLOCK``, counted over the whole bucket.
+        """Add ``grad`` (any shape) from ``start`` on, a multiple of ``BLOCK``. Before the reduction only.
 
-        The rest of its last block belongs to nobody else. Before the exchange only.
+        The rest of its last block belongs to nobody else.
         """
         grad = grad.contiguous().view(-1)
-        accumulate(self._bytes, self._residual, self.blocks, start // BLOCK, grad, self.format, key)
+        accumulate(
+            self._segments.view(-1), self._residual, self.blocks, start // BLOCK, grad, self.format, key
+        )
 
-    def exchange(self, async_op: bool = False) -> _Exchange:
-        """Send every owner its segment, and receive this rank's part from everyone."""
-        if self.group.size() == 1:
-            return _Exchange(self, self._bytes, None)
-        arriving = torch.empty_like(self._bytes)
-        work = dist.all_to_all_single(arriving, self._bytes, group=self.group, async_op=async_op)
-        exchange = _Exchange(self, arriving, work)
-        if not async_op:
-            exchange.wait()
-        return exchange
+    def readable(self) -> tuple[int, int]:
+        """First number that :meth:`read` can give, and the one after the last."""
+        if self._is_parts:
+            return 0, self.numel
+        rank = self.group.rank()
+        return rank * self.part, (rank + 1) * self.part
 
-    def read_part(self, start: int, n: int) -> Tensor:
-        """After the exchange: ``n`` reduced gradients of this rank's part from ``start`` on, FP32.
+    def scale(self, factor: float | Tensor) -> None:
+        """Multiply the gradients by a number, or by a tensor of one number on their device."""
+        if isinstance(factor, Tensor):
+            self._multiplier = factor if self._multiplier is None else self._multiplier * factor
+        else:
+            self._factor *= factor
 
-        ``start`` is a multiple of ``BLOCK``, counted within the part.
-        """
-        return sum_segments(self._bytes, self.blocks, start // BLOCK, n, self.factor, self.format.code)
-
-    def gather(self) -> None:
-        """After the exchange: reduce this rank's part, quantize it once more, and share it with all.
-
-        The bucket then holds the reduced gradients of the whole bucket; read them with :meth:`read`.
-        """
-        if self.group.size() == 1:
-            return
-        own = torch.empty(segment_bytes(self.blocks), dtype=torch.uint8, device=self._bytes.device)
-        zero_(own, self.blocks)
-        once_more = GradientFormat(self.format.code)
-        nothing = self._residual.new_empty(0)
-        accumulate(own, nothing, self.blocks, 0, self.read_part(0, self.part), once_more)
-        dist.all_gather_into_tensor(self._bytes, own, group=self.group)
-        self.factor = 1.0
+    # ------------------------------------------------------------ reading
 
     def read(self, start: int, n: int) -> Tensor:
-        """Before the exchange, or after :meth:`gather`: ``n`` gradients from ``start`` on, FP32.
+        """``n`` gradients from ``start`` on, a multiple of ``BLOCK``, FP32.
 
-        ``start`` is a multiple of ``BLOCK``, counted over the whole bucket.
+        Before the reduction they are this rank's own; after it the sums, of this rank's part or, if it was
+        shared, of any.
         """
-        out = torch.empty(n, dtype=torch.float32, device=self._bytes.device)
-        segments = self._bytes.view(self.group.size(), -1)
+        pieces = [
+            self._read_segments(segments, inside, count) for segments, inside, count in self._spans(start, n)
+        ]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def norms(self, start: int, n: int) -> Tensor:
+        """FP32 numbers whose L2 norm is that of ``read(start, n)``, without making that."""
+        norms = []
+        for segments, inside, count in self._spans(start, n):
+            if segments is None:
+                norms.append(self._read_segments(None, inside, count).norm().view(1))
+                continue
+            found = norms_of_sum(
+                segments, self.blocks, inside // BLOCK, count, self._factor, self.format.code
+            )
+            norms.append(found if self._multiplier is None else found * self._multiplier.abs())
+        return norms[0] if len(norms) == 1 else torch.cat(norms)
+
+    def _spans(self, start: int, n: int) -> Iterator[tuple[Tensor | None, int, int]]:
+        """Where to read: segments to be summed (None: the reduced numbers), from where on, how many."""
         done = 0
         while done < n:
-            segment, inside = divmod(start + done, self.part)
-            here = min(n - done, self.part - inside)
-            out[done : done + here] = sum_segments(
-                segments[segment], self.blocks, inside // BLOCK, here, self.factor, self.format.code
+            owner, inside = divmod(start + done, self.part)
+            count = min(n - done, self.part - inside)
+            if self._is_parts:
+                yield self._segments[owner : owner + 1], inside, count
+            elif owner == self.group.rank():
+                yield None if self._reduced is not None else self._segments, inside, count
+            else:
+                raise IndexError(f"part {owner} of the reduced gradients is on another rank")
+            done += count
+
+    def _read_segments(self, segments: Tensor | None, inside: int, count: int) -> Tensor:
+        if segments is None:
+            out = self._reduced[inside : inside + count] * self._factor
+        else:
+            out = sum_segments(
+                segments, self.blocks, inside // BLOCK, count, self._factor, self.format.code, torch.float32
             )
-            done += here
+        return out if self._multiplier is None else out.mul_(self._multiplier)
+
+    # ------------------------------------------------------------ reducing
+
+    def reduce(self, share: bool = False, async_op: bool = False) -> Reduction:
+        """Sum over the group, each rank its own part; with ``share`` quantize the sums and send them to all."""
+        return Reduction(self._reduction(share, async_op))
+
+    def _reduction(self, share: bool, async_op: bool) -> Iterator:
+        if self.group.size() == 1:
+            return
+        yield from self._two_hops(async_op) if self._hops else self._one_hop(async_op)
+        if share:
+            own = self._quantize_sum(None if self._reduced is not None else self._segments)
+            self._segments = self._segments_for(self.group)
+            self._reduced, self._factor, self._multiplier = None, 1.0, None
+            self._count(own, self.group)
+            yield dist.all_gather_into_tensor(
+                self._segments.view(-1), own, group=self.group, async_op=async_op
+            )
+            self._is_parts = True
+
+    def _one_hop(self, async_op: bool) -> Iterator:
+        """All-to-all of the segments as they lie."""
+        arriving = torch.empty_like(self._segments)
+        self._count(self._segments[0], self.group)
+        yield dist.all_to_all_single(arriving, self._segments, group=self.group, async_op=async_op)
+        self._segments, self._is_parts = arriving, False
+
+    def _two_hops(self, async_op: bool) -> Iterator:
+        """All-to-all of segments within the node; of their sums, in BF16, between nodes.
+
+        The sums of a node are rounded to BF16, not to 8 bits, so that the error stays that of one 8-bit
+        rounding; between nodes travel 2 bytes / ranks of a node.
+        """
+        nodes, ranks = self._hops.between.size(), self._hops.within.size()
+        leaving = self._segments.view(nodes, ranks, -1).transpose(0, 1).contiguous()
+        self._segments = None
+        arriving = torch.empty_like(leaving)
+        self._count(leaving[0], self._hops.within)
+        yield dist.all_to_all_single(
+            arriving.view(ranks, -1), leaving.view(ranks, -1), group=self._hops.within, async_op=async_op
+        )
+        leaving = torch.empty(nodes, self.part, dtype=torch.bfloat16, device=arriving.device)
+        for node in range(nodes):
+            leaving[node] = sum_segments(
+                arriving[:, node], self.blocks, 0, self.part, 1.0, self.format.code, torch.bfloat16
+            )
+        arriving = torch.empty_like(leaving)
+        self._count(leaving[0], self._hops.between)
+        yield dist.all_to_all_single(
+            arriving.view(torch.uint8), leaving.view(torch.uint8), group=self._hops.between, async_op=async_op
+        )
+        del leaving
+        self._reduced = arriving[0].float()
+        for sums in arriving[1:]:
+            self._reduced += sums
+        self._is_parts = False
+
+    def reduce_again(self, group: dist.ProcessGroup) -> None:
+        """After the reduction: sum over ``group`` too, which holds the same parts of the same weights
+        (embeddings tied between pipeline stages). Quantized once more; the same bits on all its ranks.
+        """
+        everyone = group.size()
+        if self._is_parts and self.group.size() > 1:
+            mine = self._segments
+            theirs = torch.empty(everyone, *mine.shape, dtype=torch.uint8, device=mine.device)
+            self._count(mine, group)
+            dist.all_gather_into_tensor(theirs.view(-1), mine.view(-1), group=group)
+            self._segments = torch.stack([self._quantize_sum(theirs[:, i]) for i in range(len(mine))])
+        else:
+            own = self._quantize_sum(None if self._reduced is not None else self._segments)
+            self._segments = self._segments_for(group)
+            self._count(own, group)
+            dist.all_gather_into_tensor(self._segments.view(-1), own, group=group)
+            self._reduced, self._is_parts = None, False
+        self._factor, self._multiplier = 1.0, None
+
+    def _segments_for(self, group: dist.ProcessGroup) -> Tensor:
+        shape = group.size(), segment_bytes(self.blocks)
+        return torch.empty(shape, dtype=torch.uint8, device=self._device)
+
+    def _quantize_sum(self, segments: Tensor | None) -> Tensor:
+        """A segment of the sum of segments (None: of the reduced numbers), times the factor."""
+        out = torch.empty(segment_bytes(self.blocks), dtype=torch.uint8, device=self._device)
+        zero_(out, self.blocks)
+        nothing, fmt = self._residual.new_empty(0), GradientFormat(self.format.code)
+        for start in range(0, self.part, PIECE):
+            sums = self._read_segments(segments, start, min(PIECE, self.part - start))
+            accumulate(out, nothing, self.blocks, start // BLOCK, sums, fmt)
         return out
+
+    def _count(self, to_each: Tensor, group: dist.ProcessGroup) -> None:
+        self.sent_bytes += to_each.nbytes * (group.size() - 1)

@@ -59,6 +59,9 @@ class TransformerLayer(MegatronTransformerLayer):
             with self.bias_dropout_add_exec_handler():
                 add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
                 stream.total = add((output, bias), stream.total, self.hidden_dropout)
+        if in_pieces:
+            with self.mlp.in_pieces():
+                return self._forward_mlp(stream.total), None
         if not whole:
             return self._forward_mlp(stream.total), None
         output_with_bias = self.mlp(stream)

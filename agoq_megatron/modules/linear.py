@@ -6,6 +6,7 @@ Both keep Megatron's construction, initialization and checkpoint layout; only th
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -48,10 +49,10 @@ class LayerNormColumnParallelLinear(ColumnParallelLinear):
             fuse_weight_gradient=self.config.gradient_accumulation_fusion,
         )
 
-    def forward(self, x: Tensor | ResidualStream) -> tuple[Tensor, None]:
+    def forward(self, x: Tensor | ResidualStream, reports: bool = True) -> tuple[Tensor, None]:
         """``[s, b, h]`` (``[s / t, b, h]``) -> ``[s, b, o / t]``, bias added, and None for the bias.
 
-        The pending addend of a stream is added on the way.
+        The pending addend of a stream is added on the way. ``reports``: see ``weight_gradient``.
         """
         stream = x if isinstance(x, ResidualStream) else ResidualStream(x)
         keep, is_new = torch.is_grad_enabled(), stream.pending is not None
@@ -62,7 +63,7 @@ class LayerNormColumnParallelLinear(ColumnParallelLinear):
             self.layer_norm_bias,
             self.weight,
             self.bias,
-            self.spec,
+            replace(self.spec, reports=reports),
             keep,
         )
         return y, None

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
 import torch
 from megatron.core.transformer.mlp import MLP as MegatronMLP
 from torch import Tensor
@@ -16,6 +20,17 @@ from agoq_megatron.policy.sites import Site
 
 class MLP(MegatronMLP):
     """Megatron's dense MLP with its forward path through the fused functions."""
+
+    _pieces_done: int | None = None
+
+    @contextmanager
+    def in_pieces(self) -> Iterator[None]:
+        """Within it, calls are pieces of one sequence: their weight gradients are those of one use."""
+        self._pieces_done = 0
+        try:
+            yield
+        finally:
+            self._pieces_done = None
 
     def set_layer_number(self, layer_number: int) -> None:
         """Called by the transformer layer as it is built."""
@@ -47,10 +62,13 @@ class MLP(MegatronMLP):
         Where a stream comes back without its total, that is already in the output.
         """
         note_entry(self.linear_fc1.spec.norm_input)
-        pre_activation, _ = self.linear_fc1(hidden_states)
-        keep = torch.is_grad_enabled()
+        reports = not self._pieces_done
+        if self._pieces_done is not None:
+            self._pieces_done += 1
+        pre_activation, _ = self.linear_fc1(hidden_states, reports)
+        keep, spec = torch.is_grad_enabled(), replace(self.spec, reports=reports)
 
         def product(weight: Tensor, total: Tensor | None, overwrite: bool) -> Tensor:
-            return ActivationLinear.apply(pre_activation, weight, total, overwrite, self.spec, keep)
+            return ActivationLinear.apply(pre_activation, weight, total, overwrite, spec, keep)
 
         return self.linear_fc2(product, hidden_states if isinstance(hidden_states, ResidualStream) else None)

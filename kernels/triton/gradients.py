@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from agoq_kernels.gradients import BLOCK, GradientFormat, segment_bytes
+from agoq_kernels.gradients import BLOCK, NORM_STRETCH, GradientFormat, segment_bytes
 from agoq_kernels.triton.codec import INTERPRET, MAGIC, ROUND, _clamp, _nan_max, _uniform, widen
 from agoq_kernels.triton.quantize import signed_key
 from torch import Tensor
@@ -116,21 +116,31 @@ def _accumulate_kernel(
 
 @triton.jit(do_not_specialize=["first", "n"])
 def _sum_kernel(
-    codes_ptr, scales_ptr, out_ptr, blocks, first, n, segments, factor, SEGMENT: tl.constexpr, R: tl.constexpr
-):
+    codes_ptr, scales_ptr, out_ptr, stride, blocks, first, n, segments, factor,
+    NORMS: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
     own = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     mask = own * (2 * HALF) < n
     column = tl.arange(0, 2 * HALF)[None, :]
     total = tl.zeros([R, 2 * HALF], dtype=tl.float32)
-    segment = 0
+    block = first + own
+    segment = tl.zeros([], dtype=tl.int64)
     while segment < segments:  # for takes no run-time bounds in the interpreter under NumPy 2.5
-        code_at, scale_at = _place(segment * blocks + first + own, blocks, SEGMENT)
+        start = segment * stride
+        scale_at = (start + blocks * (2 * HALF)) // 2 + block
         scale = _load_scales(scales_ptr + scale_at, mask)[:, None]
-        x = tl.load(codes_ptr + code_at[:, None] + column, mask=mask[:, None], other=0).to(tl.float32)
+        codes = codes_ptr + (start + block * (2 * HALF))[:, None] + column
+        x = tl.load(codes, mask=mask[:, None], other=0).to(tl.float32)
         total += tl.where(scale == 0, 0.0, x * scale)
         segment += 1
     at = (own * (2 * HALF))[:, None] + column
-    tl.store(out_ptr + at, total * factor, mask=at < n)
+    total = total * factor
+    if NORMS:
+        total = tl.where(at < n, total, 0.0)
+        norm = tl.sqrt(tl.sum(tl.sum(total * total, 1), 0))
+        tl.store(out_ptr + tl.program_id(0), norm)
+    else:
+        tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=at < n)
 
 
 def accumulate(
@@ -147,13 +157,27 @@ def accumulate(
         )  # fmt: skip
 
 
-def sum_segments(bucket: Tensor, blocks: int, first: int, n: int, factor: float) -> Tensor:
+def sum_segments(
+    segments: Tensor, blocks: int, first: int, n: int, factor: float, dtype: torch.dtype
+) -> Tensor:
     """See gradients.sum_segments(), for int8."""
-    out = torch.empty(n, dtype=torch.float32, device=bucket.device)
+    out = torch.empty(n, dtype=dtype, device=segments.device)
+    return _launch_sum(segments, blocks, first, n, factor, out, norms=False)
+
+
+def norms_of_sum(segments: Tensor, blocks: int, first: int, n: int, factor: float) -> Tensor:
+    """See gradients.norms_of_sum(), for int8."""
+    out = torch.empty(triton.cdiv(n, NORM_STRETCH), dtype=torch.float32, device=segments.device)
+    return _launch_sum(segments, blocks, first, n, factor, out, norms=True)
+
+
+def _launch_sum(
+    segments: Tensor, blocks: int, first: int, n: int, factor: float, out: Tensor, norms: bool
+) -> Tensor:
     if n:
-        _sum_kernel[(triton.cdiv(n, BLOCKS * BLOCK),)](
-            bucket.view(torch.int8), bucket.view(torch.int16), out, blocks, first, n,
-            bucket.numel() // segment_bytes(blocks), factor, SEGMENT=segment_bytes(1), R=BLOCKS,
-            num_warps=4, enable_fp_fusion=False,
+        _sum_kernel[(triton.cdiv(n, NORM_STRETCH),)](
+            segments.view(torch.int8), segments.view(torch.int16), out, segments.stride(0), blocks, first,
+            n, segments.shape[0], factor, NORMS=norms, R=NORM_STRETCH // BLOCK, num_warps=4,
+            enable_fp_fusion=False,
         )  # fmt: skip
     return out

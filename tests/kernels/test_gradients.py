@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from agoq_kernels import gradients
-from agoq_kernels.gradients import BLOCK, GradientFormat, accumulate, segment_bytes, sum_segments, zero_
+from agoq_kernels.gradients import (
+    BLOCK,
+    NORM_STRETCH,
+    GradientFormat,
+    accumulate,
+    norms_of_sum,
+    segment_bytes,
+    zero_,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -28,6 +36,14 @@ def empty(segments: int, blocks: int, fmt: GradientFormat) -> tuple[torch.Tensor
 
 def error(got: torch.Tensor, exact: torch.Tensor) -> float:
     return ((got.double() - exact.double()).norm() / exact.double().norm()).item()
+
+
+def sum_segments(
+    bucket: torch.Tensor, blocks: int, first: int, n: int, factor: float, code: str, dtype=torch.float32
+) -> torch.Tensor:
+    """Of a bucket as it lies."""
+    segments = bucket.view(-1, segment_bytes(blocks))
+    return gradients.sum_segments(segments, blocks, first, n, factor, code, dtype)
 
 
 def whole(bucket: torch.Tensor, blocks: int, code: str = "int8") -> torch.Tensor:
@@ -156,7 +172,40 @@ def test_triton_gives_the_same_bytes(rng, fmt, dtype):
             got[0].copy_(own)
         else:
             assert torch.equal(mine, own) and torch.equal(got[1].cpu(), expected[1])
+        segments = got[0].view(3, -1)
         for start, count in ((0, 21 * BLOCK), (3, 700), (20, 1)):
-            a = kernels.sum_segments(got[0], blocks, start, count, 0.3).cpu()
-            b = sum_segments(own, blocks, start, count, 0.3, "int8")
-            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+            # Also of every second segment: rows that lie apart.
+            for mine, theirs in ((segments, own.view(3, -1)), (segments[::2], own.view(3, -1)[::2])):
+                for out in (torch.float32, torch.bfloat16) if not gradients_interpreted() else DTYPES[2:]:
+                    a = kernels.sum_segments(mine, blocks, start, count, 0.3, out).cpu()
+                    b = gradients.sum_segments(theirs, blocks, start, count, 0.3, "int8", out)
+                    torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def gradients_interpreted() -> bool:
+    """Triton's interpreter truncates to BF16 where a GPU rounds."""
+    return DEVICE == "cpu"
+
+
+@pytest.mark.parametrize("code", gradients.CODES)
+def test_norms(rng, code):
+    """Norms of stretches against FP64; from Triton too."""
+    blocks, n, fmt = 3 * NORM_STRETCH // BLOCK, 2 * NORM_STRETCH + 77, GradientFormat(code=code)
+    bucket, residual = empty(2, blocks, fmt)
+    for first in (0, blocks):
+        grad = torch.randn(blocks * BLOCK, generator=rng) * 10.0 ** torch.randint(-6, 2, (), generator=rng)
+        accumulate(bucket, residual, blocks, first, grad, fmt)
+    exact = sum_segments(bucket, blocks, 1, n, 0.25, code).double()
+    padded = torch.nn.functional.pad(exact, (0, -n % NORM_STRETCH)).view(-1, NORM_STRETCH)
+    segments = bucket.view(2, -1)
+    found = [norms_of_sum(segments, blocks, 1, n, 0.25, code)]
+    if code == "int8":
+        triton_kernels = pytest.importorskip("agoq_kernels.triton.gradients")
+        found.append(triton_kernels.norms_of_sum(segments.to(DEVICE), blocks, 1, n, 0.25).cpu())
+    for norms in found:
+        torch.testing.assert_close(norms.double(), padded.norm(dim=1), rtol=1e-5, atol=0)
+    bad = torch.zeros(BLOCK, dtype=torch.float32)
+    bad[5] = float("inf")
+    accumulate(bucket, residual, blocks, NORM_STRETCH // BLOCK + 1, bad, fmt)
+    norms = norms_of_sum(bucket.view(2, -1), blocks, 1, n, 1.0, code)
+    assert norms.isnan().tolist() == [False, True, False]

@@ -1,0 +1,63 @@
+"""Megatron's ``DistributedDataParallel`` with 8-bit gradients; and the one reduction outside of it."""
+
+from __future__ import annotations
+
+import functools
+
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.distributed.param_and_grad_buffer import group_params_for_buffers
+from megatron.core.optimizer.param_layout import FullParamLayout
+from megatron.core.pipeline_parallel.utils import is_pp_first_stage, is_pp_last_stage
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import get_attr_wrapped_model, get_pg_size
+
+from agoq_megatron import compat
+from agoq_megatron.gradients.buffer import QuantizedGradient, layout_of, replaced_classes
+
+
+class QuantizedGradientDDP(DistributedDataParallel):
+    """The stock class over :class:`~agoq_megatron.gradients.buffer.QuantizedBuffer`.
+
+    ``config.agoq_gradients`` says how gradients are kept. Arguments are the stock ones. The layout of the
+    parameters is computed here whatever is given: it is in buckets without overlap and on later pipeline
+    stages too, since a bucket's size is what bounds the memory of its reduction.
+    """
+
+    def __init__(
+        self, config, ddp_config, module, disable_bucketing=False, pg_collection=None, full_param_layout=None
+    ):
+        groups = ProcessGroupCollection.setup_process_groups_for_ddp(pg_collection, config, ddp_config)
+        ranks = groups["intra_dp_cp_group"].size()
+        bucket_size = ddp_config.bucket_size or max(40_000_000, 1_000_000 * ranks)
+        params = [p for p in module.parameters() if p.requires_grad]
+        by_key = group_params_for_buffers(params, ddp_config.grad_reduce_in_fp32)
+        layouts = {
+            key: layout_of(members, bucket_size, ranks, indices) for key, (members, indices) in by_key.items()
+        }
+        with compat.replaced_in_data_parallel(replaced_classes(config.agoq_gradients)):
+            super().__init__(
+                config, ddp_config, module, disable_bucketing, pg_collection, FullParamLayout(layouts)
+            )
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes that hold gradients on this rank, outside of a reduction."""
+        return sum(buffer.gradient_bytes for buffer in self.buffers)
+
+
+def wrap_embedding_reduction(stock):
+    """``_allreduce_embedding_grad``, for weights tied between pipeline stages, of codes where there are."""
+
+    @functools.wraps(stock)
+    def reduce_embedding(model, embd_group, pp_group, weight_getter, skip_if_none=True, config=None):
+        if get_pg_size(embd_group) > 1 and dist.get_rank() in dist.get_process_group_ranks(embd_group):
+            last = is_pp_last_stage(pp_group) and not is_pp_first_stage(pp_group)
+            chunk = get_attr_wrapped_model(model[-1 if last else 0], "pre_process", return_model_obj=True)
+            gradient = getattr(weight_getter(chunk), "main_grad", None)
+            if isinstance(gradient, QuantizedGradient):
+                gradient.bucket.codes.reduce_again(embd_group)
+                return
+        stock(model, embd_group, pp_group, weight_getter, skip_if_none, config)
+
+    return reduce_embedding

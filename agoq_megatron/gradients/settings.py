@@ -1,0 +1,127 @@
+"""What the flags say about gradients, and the process groups that they need."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from agoq_kernels.gradients import BLOCK, GradientFormat, segment_bytes
+
+from agoq_megatron.gradients.bucket import Hops
+
+MIN_NUMEL = 4096
+"""Parameters with fewer numbers keep FP32 gradients, as do all with one axis."""
+
+
+@dataclass(frozen=True)
+class GradientSettings:
+    """How DDP keeps and reduces gradients.
+
+    Attributes:
+        format: of the codes.
+        reduce: "flat", "two-hop", or "auto".
+        node_size: ranks of a node, for the two hops; None takes them from the launcher.
+        probe_interval: iterations between two measurements of the error; 0 measures none.
+    """
+
+    format: GradientFormat
+    reduce: str = "auto"
+    node_size: int | None = None
+    probe_interval: int = 0
+
+    @property
+    def bytes_per_parameter(self) -> float:
+        """Of the parameters whose gradients are in codes, scales and residual included."""
+        return segment_bytes(1) / BLOCK + self.format.residual_bits / 8
+
+    def __str__(self) -> str:
+        fmt = self.format
+        residual = f", {fmt.residual_bits} more bits carried on the rank" if fmt.residual_bits else ""
+        return (
+            f"gradients: {fmt.code} in blocks of {BLOCK}, {fmt.rounding} rounding, {fmt.scale} scale"
+            f"{residual} ({self.bytes_per_parameter:.3f} bytes a parameter); reduced by all-to-all ({self.reduce});"
+            f"\n    FP32: those of norms, biases and parameters of less than {MIN_NUMEL} numbers."
+        )
+
+
+def settings_from_args(args) -> GradientSettings | None:
+    """From Megatron's arguments with our flags; None where gradients are stock Megatron's.
+
+    Raises:
+        ValueError: a combination that does not exist.
+    """
+    if args.agoq_grad_bits != 8:
+        return None
+    fmt = GradientFormat(
+        code=args.agoq_grad_code,
+        residual_bits=args.agoq_grad_residual_bits,
+        rounding=args.agoq_grad_rounding,
+        scale=args.agoq_grad_scale,
+    )
+    return GradientSettings(
+        fmt, args.agoq_grad_reduce, args.agoq_grad_node_size, args.agoq_grad_probe_interval
+    )
+
+
+def stays_fp32(param) -> bool:
+    """Whether a parameter's gradient is kept in FP32: norms, biases, and what Megatron sums by itself."""
+    return (
+        param.dim() < 2
+        or param.numel() < MIN_NUMEL
+        or getattr(param, "sequence_parallel", False)
+        or getattr(param, "average_gradients_across_tp_domain", False)
+    )
+
+
+def node_layout(ranks: list[int], node_size: int) -> tuple[int, int] | None:
+    """(nodes, ranks of a node) where the group's ranks fill their nodes evenly and in order, else None.
+
+    Args:
+        ranks: global ranks of the data-parallel group, in its order.
+    """
+    nodes = [rank // node_size for rank in ranks]
+    count = len(set(nodes))
+    each, rest = divmod(len(ranks), count)
+    if rest or any(len(set(nodes[i : i + each])) > 1 for i in range(0, len(ranks), each)):
+        return None
+    return count, each
+
+
+_hops: dict[tuple[int, ...], Hops | None] = {}
+
+
+def hops_for(group: dist.ProcessGroup, settings: GradientSettings) -> Hops | None:
+    """Process groups for the two hops within ``group``; None where one hop is taken.
+
+    Every rank of the world must call it at the same time, each with its own group: new process groups
+    are made by all.
+    """
+    if settings.reduce == "flat":
+        return None
+    mine = tuple(dist.get_process_group_ranks(group))
+    if mine in _hops:
+        return _hops[mine]
+    everyone: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    node_size = settings.node_size or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    hops = None
+    for ranks in sorted(set(everyone)):
+        layout = node_layout(list(ranks), node_size)
+        if layout is None or 1 in layout:
+            if settings.reduce == "two-hop" and ranks == mine:
+                raise ValueError(
+                    f"--agoq-grad-reduce two-hop: with {node_size} ranks a node the data-parallel ranks "
+                    f"{list(ranks)} do not lie evenly on several nodes, several on each. Use auto or flat, "
+                    "or say with --agoq-grad-node-size how many ranks a node has."
+                )
+            continue
+        nodes, each = layout
+        rows = [list(ranks[i : i + each]) for i in range(0, len(ranks), each)]
+        within = [dist.new_group(row) for row in rows]
+        between = [dist.new_group([row[i] for row in rows]) for i in range(each)]
+        if ranks == mine:
+            place = mine.index(dist.get_rank())
+            hops = Hops(within[place // each], between[place % each])
+    _hops[mine] = hops
+    return hops
