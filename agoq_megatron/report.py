@@ -19,6 +19,7 @@ from megatron.training import get_tensorboard_writer, get_wandb_writer
 
 from agoq_megatron import compat
 from agoq_megatron.autograd import rounding
+from agoq_megatron.gradients.telemetry import GradientMeter
 from agoq_megatron.meter import Meter
 
 LOSS = "lm loss"
@@ -37,6 +38,7 @@ class RunObserver:
     def __init__(self, args, plan):
         self._args = args
         self.meter = Meter(plan, args.agoq_measure_interval)
+        self.gradients = GradientMeter(args.agoq_grad_probe_interval)
         self._pending: list[tuple] = []
         self._history: list[dict] = []
         self._validations: list[dict] = []
@@ -57,6 +59,7 @@ class RunObserver:
             result = stock(forward_step_func, data_iterator, model, *args, iteration=iteration, **kwargs)
             losses, skipped, grad_norm = result[0], result[1], result[5]
             seconds = time.perf_counter() - start
+            self.gradients.end_iteration(iteration)
             self._pending.append((iteration + 1, losses.get(LOSS), grad_norm, skipped, seconds))
             if len(self._pending) >= self._args.log_interval:
                 self._settle()
@@ -70,10 +73,12 @@ class RunObserver:
         if not self._started:
             self._started = True
             self.meter.attach(model)
+            self.gradients.attach(model)
             seed = self._args.agoq_seed
             rounding.counter.seed(self._args.seed if seed is None else seed, mpu.get_data_parallel_rank())
         rounding.counter.begin_iteration(iteration)
         self.meter.begin_iteration(iteration)
+        self.gradients.begin_iteration(iteration)
 
     def _settle(self) -> None:
         """Read the losses off the device, as rarely as Megatron's own log does."""
@@ -90,17 +95,19 @@ class RunObserver:
         self._pending.clear()
 
     def _publish(self, iteration: int) -> None:
-        """Send a new measurement of the saved bytes to TensorBoard and W&B."""
-        interval = self._args.agoq_measure_interval
-        due = len(self._history) + len(self._pending) == 1
-        due = due or (interval and (iteration - 1) % interval == 0)
+        """Send new measurements of saved bytes and gradients to TensorBoard and W&B."""
+        values = {}
+        first = len(self._history) + len(self._pending) == 1
+
+        def due(interval: int) -> bool:
+            return first or (interval > 0 and (iteration - 1) % interval == 0)
+
         measured = self.meter.saved_bytes_per_token_layer
-        if not due or measured is None:
-            return
-        values = {
-            "agoq/saved-bytes-per-token-layer": measured,
-            "agoq/planned-bytes-per-token-layer": self.meter.planned_bytes_per_token_layer,
-        }
+        if due(self._args.agoq_measure_interval) and measured is not None:
+            values["agoq/saved-bytes-per-token-layer"] = measured
+            values["agoq/planned-bytes-per-token-layer"] = self.meter.planned_bytes_per_token_layer
+        if due(self._args.agoq_grad_probe_interval):
+            values |= self.gradients.values()
         writer, wandb_writer = get_tensorboard_writer(), get_wandb_writer()
         for name, value in values.items():
             if writer:
@@ -161,6 +168,11 @@ class RunObserver:
             "saved_bytes_per_token_layer": self.meter.saved_bytes_per_token_layer,
             "planned_bytes_per_token_layer": self.meter.planned_bytes_per_token_layer,
             "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
+            "gradient_bits": args.agoq_grad_bits,
+            "gradient_bytes": self.gradients.held_bytes,
+            "gradient_bytes_per_parameter": self.gradients.bytes_per_parameter,
+            "gradient_bytes_sent": self.gradients.sent_bytes,
+            "gradient_errors": self.gradients.errors,
             "tensors": self.meter.rows(),
             "train": self._history,
             "validation": self._validations,

@@ -61,17 +61,17 @@ TAIL = {"base": 0.1, "continue": 1 / 3, "scratch": 0.1}
 # batch: sequences a step. warmup: steps. tokens: trained on in each phase (rounded up to whole steps).
 # continue_share: part of the training documents that is kept for the continued runs alone.
 PRESETS = {
-    # 113M parameters, 65,536 tokens a step.
+    # 107M parameters, 65,536 tokens a step.
     "gpu": {
-        "corpus": {"max-bytes": 350_000_000, "valid-fraction": 0.02, "vocab-size": 8192},
-        "continue_share": 0.35,
+        "corpus": {"max-bytes": 270_000_000, "valid-fraction": 0.02, "vocab-size": 8192},
+        "continue_share": 0.43,
         "model": {
-            "num-layers": 16,
-            "hidden-size": 768,
-            "ffn-hidden-size": 2048,
-            "num-attention-heads": 12,
-            "num-query-groups": 4,
-            "kv-channels": 64,
+            "num-layers": 8,
+            "hidden-size": 1024,
+            "ffn-hidden-size": 2816,
+            "num-attention-heads": 8,
+            "num-query-groups": 2,
+            "kv-channels": 128,
             "seq-length": 1024,
         },
         "batch": 64,
@@ -79,7 +79,7 @@ PRESETS = {
         "lr": 1e-3,
         "final_lr": 1e-4,
         "warmup": 50,
-        "tokens": {"base": 60_000_000, "continue": 30_000_000, "scratch": 20_000_000},
+        "tokens": {"base": 42_000_000, "continue": 30_000_000, "scratch": 20_000_000},
         "loading": {"num-workers": 2},
     },
     # For tests on a CPU: seconds, and nothing to learn from the losses.

@@ -195,7 +195,7 @@ class GradientBucket:
     # ------------------------------------------------------------ reducing
 
     def reduce(self, share: bool = False, async_op: bool = False) -> Reduction:
-        """Sum over the group, each rank its own part; with ``share`` quantize the sums and send them to all."""
+        """Sum over the group, each rank its own part; with ``share`` all get all sums, quantized."""
         return Reduction(self._reduction(share, async_op))
 
     def _reduction(self, share: bool, async_op: bool) -> Iterator:

@@ -45,6 +45,11 @@ class QuantizedGradientDDP(DistributedDataParallel):
         """Bytes that hold gradients on this rank, outside of a reduction."""
         return sum(buffer.gradient_bytes for buffer in self.buffers)
 
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes of codes that this rank has sent since the gradients were last zero."""
+        return sum(bucket.codes.sent_bytes for buffer in self.buffers for bucket in buffer.buckets)
+
 
 def wrap_embedding_reduction(stock):
     """``_allreduce_embedding_grad``, for weights tied between pipeline stages, of codes where there are."""

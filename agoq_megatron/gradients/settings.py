@@ -40,8 +40,9 @@ class GradientSettings:
         residual = f", {fmt.residual_bits} more bits carried on the rank" if fmt.residual_bits else ""
         return (
             f"gradients: {fmt.code} in blocks of {BLOCK}, {fmt.rounding} rounding, {fmt.scale} scale"
-            f"{residual} ({self.bytes_per_parameter:.3f} bytes a parameter); reduced by all-to-all ({self.reduce});"
-            f"\n    FP32: those of norms, biases and parameters of less than {MIN_NUMEL} numbers."
+            f"{residual} ({self.bytes_per_parameter:.3f} bytes a parameter); reduced by all-to-all "
+            f"({self.reduce});\n    FP32: those of norms, biases, and parameters of less than {MIN_NUMEL} "
+            "numbers."
         )
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import types
+
 import pytest
 import torch
 
+from agoq_megatron.autograd.activation_linear import ActivationLinearSpec
 from agoq_megatron.autograd.linear import add_product, weight_gradient
+from agoq_megatron.modules.mlp import MLP
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 DEVICES = ["cpu", pytest.param("cuda", marks=NEEDS_GPU)]
@@ -56,20 +60,25 @@ def test_strided_factors(rng):
     torch.testing.assert_close(buffer, expected)
 
 
-def test_the_stand_in_passes_through_autograd(rng):
-    """Autograd hands it to the weight without reading it, twice, as DDP drops it in between."""
+class Product(torch.autograd.Function):
+    """``x @ weight^T``, whose weight gradient is added to the buffer."""
 
-    class Product(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x, weight):
-            ctx.save_for_backward(x, weight)
-            return x @ weight.t()
+    @staticmethod
+    def forward(ctx, x, weight, reports):
+        ctx.save_for_backward(x, weight)
+        ctx.reports = reports
+        return x @ weight.t()
 
-        @staticmethod
-        def backward(ctx, grad):
-            x, weight = ctx.saved_tensors
-            return grad @ weight, weight_gradient(weight, grad, x, add_to_buffer=True)
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        return grad @ weight, weight_gradient(weight, grad, x, True, ctx.reports), None
 
+
+@pytest.mark.parametrize("uses", [1, 3])
+def test_the_stand_in_passes_through_autograd(rng, uses):
+    """Autograd hands it to the weight without reading it, twice, as DDP drops it in between. Of several
+    uses in one pass one reports: two stand-ins would be added up, and they have no memory."""
     x = torch.randn(5, 16, generator=rng)
     weight = torch.nn.Parameter(torch.randn(8, 16, generator=rng))
     weight.main_grad, weight.grad_added_to_main_grad = torch.zeros(8, 16), False
@@ -82,6 +91,28 @@ def test_the_stand_in_passes_through_autograd(rng):
 
     node.register_hook(drop)
     for _ in range(2):
-        Product.apply(x, weight).sum().backward()
+        sum(Product.apply(x, weight, use == 0).sum() for use in range(uses)).backward()
     assert seen == [weight.shape] * 2
-    torch.testing.assert_close(weight.main_grad, 2 * x.sum(0).expand(8, 16))
+    torch.testing.assert_close(weight.main_grad, 2 * uses * x.sum(0).expand(8, 16))
+
+
+def test_pieces_of_an_mlp_report_once():
+    """Within ``in_pieces`` the first call reports, outside each one does."""
+    seen = []
+
+    class Watched(MLP):
+        def __init__(self):
+            torch.nn.Module.__init__(self)
+            self.spec = ActivationLinearSpec(None, None, "swiglu")
+            self.linear_fc1 = lambda x, reports: (seen.append(reports), None)
+            self.linear_fc1.spec = types.SimpleNamespace(norm_input=None)
+            self.linear_fc2 = lambda product, stream: (None, None)
+
+    mlp = Watched()
+    mlp(None)
+    for _ in range(2):
+        with mlp.in_pieces():
+            for _ in range(3):
+                mlp(None)
+    mlp(None)
+    assert seen == [True, *2 * [True, False, False], True]

@@ -1,0 +1,98 @@
+"""What gradients cost and how far 8-bit ones are off: bytes held, bytes sent, sampled errors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.distributed as dist
+
+from agoq_megatron.gradients.data_parallel import QuantizedGradientDDP
+
+
+class GradientMeter:
+    """Watches the gradient buffers of one rank.
+
+    Args:
+        probe_interval: iterations between two measurements of the error; 0 measures none.
+
+    Attributes:
+        errors: of every probed iteration, ``{"iteration", "accumulated", "reduced"}``: relative L2 errors
+            of what ranks have accumulated and of what was reduced, over all ranks' samples. None where
+            there is no 8-bit gradient.
+    """
+
+    def __init__(self, probe_interval: int = 0):
+        self._interval = probe_interval
+        self._chunks: list = []
+        self.errors: list[dict] = []
+
+    def attach(self, model_chunks: Iterable) -> None:
+        """Watch these chunks, as Megatron has wrapped them."""
+        self._chunks = [chunk for chunk in model_chunks if hasattr(chunk, "buffers")]
+
+    def _probes(self) -> Iterator:
+        for chunk in self._chunks:
+            if isinstance(chunk, QuantizedGradientDDP):
+                for buffer in chunk.buffers:
+                    yield from (bucket.probe for bucket in buffer.buckets)
+
+    def _due(self, iteration: int) -> bool:
+        return bool(self._interval) and iteration % self._interval == 0
+
+    def begin_iteration(self, iteration: int) -> None:
+        """Before an iteration, counted from 0."""
+        for probe in self._probes():
+            probe.begin(self._due(iteration))
+
+    def end_iteration(self, iteration: int) -> None:
+        """After an iteration, counted from 0; every rank must call it."""
+        if not self._due(iteration):
+            return
+        found = [probe.squares for probe in self._probes() if probe.squares is not None]
+        squares = torch.stack(found).sum(0) if found else torch.zeros(4, dtype=torch.float64)
+        squares = squares.to(next(self._chunks[0].parameters()).device)
+        dist.all_reduce(squares)
+        accumulated, exact, reduced, total = squares.tolist()
+        self.errors.append(
+            {
+                "iteration": iteration + 1,
+                "accumulated": (accumulated / exact) ** 0.5 if exact else None,
+                "reduced": (reduced / total) ** 0.5 if total else None,
+            }
+        )
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that hold gradients on this rank, outside of a reduction."""
+        return sum(
+            chunk.gradient_bytes
+            if isinstance(chunk, QuantizedGradientDDP)
+            else sum(buffer.grad_data.nbytes for buffer in chunk.buffers)
+            for chunk in self._chunks
+        )
+
+    @property
+    def bytes_per_parameter(self) -> float | None:
+        """``held_bytes`` for each parameter on this rank."""
+        count = sum(p.numel() for chunk in self._chunks for p in chunk.parameters() if p.requires_grad)
+        return self.held_bytes / count if count else None
+
+    @property
+    def sent_bytes(self) -> int | None:
+        """Bytes that this rank has sent to reduce 8-bit gradients in the last iteration; None without."""
+        if not any(isinstance(chunk, QuantizedGradientDDP) for chunk in self._chunks):
+            return None
+        return sum(chunk.sent_bytes for chunk in self._chunks)
+
+    def values(self) -> dict[str, float]:
+        """What goes to TensorBoard and W&B."""
+        found = {
+            "agoq/gradient-bytes": self.held_bytes,
+            "agoq/gradient-bytes-per-parameter": self.bytes_per_parameter,
+            "agoq/gradient-bytes-sent": self.sent_bytes,
+        }
+        if self.errors:
+            found["agoq/gradient-error-accumulated"] = self.errors[-1]["accumulated"]
+            found["agoq/gradient-error-reduced"] = self.errors[-1]["reduced"]
+        return {name: value for name, value in found.items() if value is not None}
