@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 import triton
-from agoq_kernels import cross_entropy, fused, ops, rotary
+from agoq_kernels import cross_entropy, fused, gradients, ops, rotary
 from agoq_kernels.formats import Format
 from torch import Tensor
 
@@ -144,6 +144,53 @@ def cases(args, generator: torch.Generator) -> list[Case]:
              lambda t: [randn(t, args.vocabulary), labels[:t], 10 + randn(t).float(), randn(t).float()],
              overwrite_with_gradient),
     ]  # fmt: skip
+    return out + gradient_cases(args, randn)
+
+
+def gradient_cases(args, randn: Callable[..., Tensor]) -> list[Case]:
+    """Gradients in int8 codes: a micro-batch added to them, and sums over ranks. Tokens x hidden numbers."""
+
+    def filled(fmt: gradients.GradientFormat, segments: int, n: int) -> list[Tensor]:
+        """A bucket that holds random numbers, ``n`` in each segment, and its residual."""
+        blocks = -(-n // gradients.BLOCK)
+        size = segments * gradients.segment_bytes(blocks)
+        bucket = torch.empty(size, dtype=torch.uint8, device=args.device)
+        residual = bucket.new_empty(segments * blocks * gradients.BLOCK // 2 if fmt.residual_bits else 0)
+        gradients.zero_(bucket, blocks)
+        for segment in range(segments):
+            gradients.accumulate(bucket, residual, blocks, segment * blocks, randn(n), fmt)
+        return [bucket, residual]
+
+    def add(bucket: Tensor, residual: Tensor, grad: Tensor, fmt) -> tuple[Tensor, ...]:
+        """In place: what was read is what is written."""
+        gradients.accumulate(bucket, residual, -(-grad.numel() // gradients.BLOCK), 0, grad, fmt, 7)
+        return flat(bucket, residual)
+
+    out = []
+    for bits in (0, 4):
+        for rounding in gradients.ROUNDINGS:
+            fmt = gradients.GradientFormat(residual_bits=bits, rounding=rounding)
+            out.append(
+                Case(f"add gradient, int8 + {bits} bits, {rounding}",
+                     lambda t, fmt=fmt: [*filled(fmt, 1, t * args.hidden), randn(t * args.hidden)],
+                     lambda *tensors, fmt=fmt: add(*tensors, fmt))
+            )  # fmt: skip
+    for ranks in (2, 4):
+
+        def segments(t: int, ranks=ranks) -> list[Tensor]:
+            return [filled(gradients.GradientFormat(), ranks, t * args.hidden)[0].view(ranks, -1)]
+
+        def blocks(x: Tensor) -> int:
+            return x.shape[1] // gradients.segment_bytes(1)
+
+        out += [
+            Case(f"sum of {ranks} ranks' gradients", segments,
+                 lambda x: (gradients.sum_segments(
+                     x, blocks(x), 0, blocks(x) * gradients.BLOCK, 0.5, "int8", torch.float32),)),
+            Case(f"norms of {ranks} ranks' gradients", segments,
+                 lambda x: (gradients.norms_of_sum(
+                     x, blocks(x), 0, blocks(x) * gradients.BLOCK, 0.5, "int8"),)),
+        ]  # fmt: skip
     return out
 
 

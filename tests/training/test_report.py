@@ -99,6 +99,34 @@ def test_under_torchrun_with_every_writer(launcher, tmp_path):
     assert measured == pytest.approx(report["planned_bytes_per_token_layer"], rel=0.01)
 
 
+@pytest.mark.parametrize("distributed", [True, False])
+def test_8_bit_gradients_are_measured(launcher, tmp_path, distributed):
+    """Bytes held and sent, and the errors of a sample, in the report and in TensorBoard."""
+    flags = ["--train-iters", 4, "--agoq-grad-bits", 8, "--agoq-grad-probe-interval", 2]
+    flags += ["--tensorboard-dir", tmp_path / "tb", "--overlap-grad-reduce", "--ddp-bucket-size", 20000]
+    run = launcher.run(*flags, *["--use-distributed-optimizer"] * distributed, ranks=2)
+    assert run.ok, run.log[-4000:]
+    assert "gradients: int8 in blocks of 64" in run.log
+    report, tags = run.report, series(tmp_path / "tb")
+    assert report["gradient_bits"] == 8
+    assert 1.03 < report["gradient_bytes_per_parameter"] < 1.05
+    # Half of the codes leave a rank of two; without the distributed optimizer half of the sums too.
+    sent = report["gradient_bytes_sent"] / report["gradient_bytes"]
+    assert sent == pytest.approx(0.5 if distributed else 1.0, rel=0.01)
+    assert [e["iteration"] for e in report["gradient_errors"]] == [1, 3]
+    for name in ("accumulated", "reduced"):
+        values = [e[name] for e in report["gradient_errors"]]
+        # What was reduced is the sum of codes, exactly; to share it, it is quantized once more.
+        low, high = (0.003, 0.02) if name == "accumulated" or not distributed else (0.0, 1e-6)
+        assert all(low <= value < high for value in values), (name, values)
+        assert tags[f"agoq/gradient-error-{name}"] == [
+            (1, pytest.approx(values[0])),
+            (3, pytest.approx(values[1])),
+        ]
+    assert tags["agoq/gradient-bytes"][0] == (1, report["gradient_bytes"])
+    assert tags["agoq/gradient-bytes-sent"][-1] == (3, report["gradient_bytes_sent"])
+
+
 def test_a_new_run_in_an_old_folder_is_a_new_wandb_run(launcher, tmp_path):
     """Without --load nothing is resumed, W&B's run neither."""
     (tmp_path / "wandb_run_id").write_text("old\n")
