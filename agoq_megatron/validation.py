@@ -308,6 +308,18 @@ _NOT_WITH_8_BIT_GRADIENTS: tuple[_Check, ...] = (
     ),
     ("save_wgrads_interval", _set, "--save-wgrads-interval", "there are no gradient tensors to save"),
     (
+        "defer_embedding_wgrad_compute",
+        _set,
+        "--defer-embedding-wgrad-compute",
+        "it adds its product to a gradient tensor, of which there is none",
+    ),
+    (
+        "optimizer_cuda_graph",
+        _set,
+        "--optimizer-cuda-graph",
+        "a captured step would read the codes and factors of the step it was captured from",
+    ),
+    (
         "optimizer",
         lambda name: name not in ("adam", "sgd"),
         "--optimizer",

@@ -56,7 +56,10 @@ COMMON_FLAGS = """
 TIMED = range(4, 10)  # iterations, counted from 1; iteration TIMED.stop is a run's last
 DEFAULT_RUNS = ("off=--agoq-activations off", "agoq=--agoq-activations agoq")
 ITERATION = re.compile(r" iteration +(\d+)/ *\d+ \|.* elapsed time per iteration \(ms\): ([\d.]+) \|")
-OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|ALLOC_FAILED", re.IGNORECASE)
+# NCCL takes memory of its own when a communicator is first used, and says no more than that CUDA failed.
+OUT_OF_MEMORY = re.compile(
+    r"out of memory|can't allocate memory|ALLOC_FAILED|ncclUnhandledCudaError", re.IGNORECASE
+)
 ERROR = re.compile(r"^[\w.]*(Error|Exception|Interrupt)\b|\berror: ")
 # Run in a process of its own: asking for the card's name would take memory on it for as long as we run.
 MACHINE_PROBE = """

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator
+from copy import deepcopy
 
 import torch
 import torch.distributed as dist
@@ -101,8 +102,9 @@ class ReadsQuantizedGradients:
         others = [(p, p.grad) for p in params if p.grad is not None]
         for param, _ in others:
             param.grad = None  # a step leaves parameters without gradient alone
-        # Where a group counts its steps (Transformer Engine, apex), these and the base class's are one.
-        counts = [(group, group["step"]) for group in self.optimizer.param_groups if "step" in group]
+        # Where a group counts its steps (Transformer Engine, apex), these and the base class's are one. The
+        # first step makes the count; one in a tensor is advanced in place.
+        counts = [(group, deepcopy(group.get("step"))) for group in self.optimizer.param_groups]
         for few in _parts(p for p in params if shard_of(p) is not None):
             for param in few:
                 param.grad = shard_of(param).read().view(param.shape)
@@ -110,7 +112,10 @@ class ReadsQuantizedGradients:
             for param in few:
                 param.grad, param.agoq_gradient = None, None
             for group, count in counts:
-                group["step"] = count
+                if count is None:
+                    group.pop("step", None)
+                else:
+                    group["step"] = deepcopy(count)
         for param, grad in others:
             param.grad = grad
 
@@ -181,7 +186,7 @@ def wrap_clipping(stock):
         factor = max_norm / (total_norm + 1.0e-6)  # as the stock function
         if isinstance(factor, Tensor):
             factor = factor.clamp(max=1.0)
-        elif factor >= 1.0:
+        elif not factor < 1.0:  # so a norm of NaN leaves the gradients as they are
             return
         for param in parameters:
             if shard_of(param) is not None:

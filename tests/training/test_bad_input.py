@@ -69,6 +69,86 @@ CASES = {
     ),
     "warm-up longer than the run": ("--lr-warmup-iters 50", ["--lr-warmup-iters"]),
     "groups that do not divide the heads": ("--num-query-groups 3", ["--num-query-groups 3"]),
+    "7-bit gradients": ("--agoq-grad-bits 7", ["--agoq-grad-bits", "32, 16, 8"]),
+    "16-bit gradients of an FP32 model": ("{fp32} --agoq-grad-bits 16", ["--agoq-grad-bits 16", "--bf16"]),
+    "16-bit gradients in FP32": (
+        "--agoq-grad-bits 16 --accumulate-allreduce-grads-in-fp32",
+        ["--agoq-grad-bits 16", "--accumulate-allreduce-grads-in-fp32"],
+    ),
+    "residual of 32-bit gradients": (
+        "--agoq-grad-residual-bits 4", ["--agoq-grad-residual-bits", "--agoq-grad-bits 8"],
+    ),
+    "residual of 16-bit gradients": (
+        "--agoq-grad-bits 16 --agoq-grad-residual-bits 4", ["--agoq-grad-residual-bits", "--agoq-grad-bits 8"],
+    ),
+    "residual of 5 bits": (
+        "{eight} --agoq-grad-residual-bits 5", ["--agoq-grad-residual-bits", "0, 4"],
+    ),
+    "rounding of 32-bit gradients": (
+        "--agoq-grad-rounding stochastic", ["--agoq-grad-rounding", "--agoq-grad-bits 8"],
+    ),
+    "scale of 32-bit gradients": (
+        "--agoq-grad-scale least-squares", ["--agoq-grad-scale", "--agoq-grad-bits 8"],
+    ),
+    "code of 32-bit gradients": ("--agoq-grad-code e4m3", ["--agoq-grad-code", "--agoq-grad-bits 8"]),
+    "two hops of 32-bit gradients": (
+        "--agoq-grad-reduce two-hop", ["--agoq-grad-reduce", "--agoq-grad-bits 8"],
+    ),
+    "node size of 32-bit gradients": (
+        "--agoq-grad-node-size 4", ["--agoq-grad-node-size", "--agoq-grad-bits 8"],
+    ),
+    "probe of 32-bit gradients": (
+        "--agoq-grad-probe-interval 5", ["--agoq-grad-probe-interval", "--agoq-grad-bits 8"],
+    ),
+    "FP8 gradients with a residual": (
+        "{eight} --agoq-grad-code e4m3 --agoq-grad-residual-bits 4",
+        ["--agoq-grad-code", "-residual-bits", "e4m3 has no residual", "Leave one"],
+    ),
+    "FP8 gradients rounded at random": (
+        "{eight} --agoq-grad-code e4m3 --agoq-grad-rounding stochastic",
+        ["--agoq-grad-code", "-rounding", "no stochastic rounding", "Leave one"],
+    ),
+    "least squares with a residual": (
+        "{eight} --agoq-grad-scale least-squares --agoq-grad-residual-bits 4",
+        ["-scale", "-residual-bits", "absmax", "Leave one"],
+    ),
+    "nodes of no ranks": ("{eight} --agoq-grad-node-size 0", ["--agoq-grad-node-size 0"]),
+    "negative probe interval": ("{eight} --agoq-grad-probe-interval -1", ["--agoq-grad-probe-interval -1"]),
+    "8 and 16 bits": ("{eight} --grad-reduce-in-bf16", ["--grad-reduce-in-bf16", "--agoq-grad-bits 8"]),
+    "8-bit gradients and several optimizer instances": (
+        "{eight} --use-distributed-optimizer --num-distributed-optimizer-instances 2",
+        ["--num-distributed-optimizer-instances", "--agoq-grad-bits 8"],
+    ),
+    "8-bit gradients of a captured step": (
+        "{eight} --optimizer-cuda-graph", ["--optimizer-cuda-graph", "--agoq-grad-bits 8"],
+    ),
+    "8-bit gradients of a late product": (
+        "{eight} --defer-embedding-wgrad-compute", ["--defer-embedding-wgrad-compute", "--agoq-grad-bits 8"],
+    ),
+    "8-bit gradients in FP32 locally": (
+        "{eight} --ddp-param-name-patterns-for-fp32-local-accumulation all",
+        ["--ddp-param-name-patterns-for-fp32-local-accumulation", "--agoq-grad-bits 8"],
+    ),
+    "8-bit gradients by FP32 reduce-scatter": (
+        "{eight} --ddp-reduce-scatter-with-fp32-accumulation",
+        ["--ddp-reduce-scatter-with-fp32-accumulation", "--agoq-grad-bits 8"],
+    ),
+    "8-bit gradients for a foreign optimizer": (
+        "{eight} --use-distributed-optimizer --use-precision-aware-optimizer",
+        ["--use-precision-aware-optimizer", "--agoq-grad-bits 8"],
+    ),
+    "8-bit gradients for an optimizer on the CPU": (
+        "{eight} --optimizer-cpu-offload", ["--optimizer-cpu-offload", "--agoq-grad-bits 8"],
+    ),
+    "8-bit gradients for Muon": ("{eight} --optimizer muon", ["--optimizer", "adam and sgd"]),
+    "8-bit gradients in NCCL's buffers": ("{eight} --use-nccl-ub", ["--use-nccl-ub", "--agoq-grad-bits 8"]),
+    "8-bit gradients to be saved": (
+        "{eight} --save-wgrads-interval 5", ["--save-wgrads-interval", "--agoq-grad-bits 8"],
+    ),
+    "8-bit gradients and gathering in the step": (
+        "{eight} --overlap-param-gather-with-optimizer-step",
+        ["--overlap-param-gather-with-optimizer-step", "--agoq-grad-bits 8"],
+    ),
     "W&B without TensorBoard": ("--wandb-project p --wandb-exp-name n", ["--tensorboard-dir"]),
 }  # fmt: skip
 
@@ -97,6 +177,7 @@ def test_refused(launcher, files, case):
     from agoq_test_launch import TINY
 
     flags, words = CASES[case]
+    flags = flags.replace("{eight}", "--agoq-grad-bits 8")
     model = list(TINY)
     for mark, gone in (("{real}", "--mock-data"), ("{gelu}", "--swiglu"), ("{fp32}", "--bf16")):
         if mark in flags:

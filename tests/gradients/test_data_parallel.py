@@ -1,0 +1,296 @@
+"""Training with 8-bit gradients against stock Megatron's, on gloo ranks: some of scripts/gradient_grid.py.
+
+Run as a script, this file trains; the tests read what it found. (One process imports Megatron and forks all
+ranks, and what makes Megatron run on a CPU changes a process for good.)
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from forked_ranks import ROOT, RunFailed, fork_ranks, import_megatron
+from gradient_grid import (
+    MODEL,
+    Comparison,
+    Configuration,
+    Dump,
+    compare,
+    configurations,
+    faults,
+    run_all,
+    train_rank,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# Each value of each axis, and most pairs of them.
+NAMES = [
+    "dp2 tp1 pp1 m1",
+    "dp2 tp1 pp1 m4 residual",
+    "dp2 tp1 pp1 m4 distributed overlap adam",
+    "dp4 tp1 pp1 m1 overlap",
+    "dp4 tp1 pp1 m4 distributed overlap two-hop",
+    "dp2 tp2 pp1 m1 distributed",
+    "dp2 tp1 pp2 m4 tied stages interleaved",
+    "dp2 tp2 pp2 m2 distributed overlap",
+]
+BAD_ITERATION, BAD_RANK = 2, 1
+WATCHED = {"plain": False, "distributed": True}
+
+
+# --- On the ranks ---------------------------------------------------------------------------------
+
+
+class Storages(TorchDispatchMode):
+    """Bytes of the storages that are made while it is on and are still there; ``peak`` is their maximum."""
+
+    def __init__(self):
+        super().__init__()
+        self.held = self.peak = 0
+        self._known = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        old = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in old and storage not in self._known:
+                    self._known.add(storage)
+                    self.held += storage.nbytes()
+                    self.peak = max(self.peak, self.held)
+                    weakref.finalize(storage, self._free, storage.nbytes())
+        return out
+
+    def _free(self, nbytes: int) -> None:
+        self.held -= nbytes
+
+
+def live_bytes(params: list) -> int:
+    """Bytes of all tensors that exist, but for the parameters'."""
+    gc.collect()
+    tensors = [x for x in gc.get_objects() if isinstance(x, torch.Tensor) and x.device.type == "cpu"]
+    sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    known = {p.untyped_storage().data_ptr() for p in params}
+    return sum(size for place, size in sizes.items() if place not in known)
+
+
+def watch(folder: Path, bad: bool) -> None:
+    """Before a training run: record its gradient norms and the bytes of gradients on this rank.
+
+    Args:
+        bad: one number of a gradient is NaN, in one iteration on one rank.
+    """
+    from megatron.core.distributed import DistributedDataParallel
+
+    from agoq_megatron import compat
+
+    rank = int(os.environ["RANK"])
+    found = {"norms": [], "said": [], "live": []}
+    construct = DistributedDataParallel.__init__
+
+    def constructed(self, *args, **kwargs):
+        with Storages() as storages:
+            construct(self, *args, **kwargs)
+        found["numel"] = sum(p.numel() for p in self.parameters())
+        found["constructed"] = storages.peak
+
+    DistributedDataParallel.__init__ = constructed
+
+    def wrap(stock):
+        @functools.wraps(stock)
+        def train_step(step, data, model, *args, iteration, **kwargs):
+            params = list(model[0].parameters())
+            handle = None
+            if bad and rank == BAD_RANK and iteration == BAD_ITERATION:
+                matrix = next(p for p in params if p.numel() > 20000)
+                handle = matrix.register_hook(lambda g: g.index_fill(1, torch.tensor([7]), math.nan))
+            result = stock(step, data, model, *args, iteration=iteration, **kwargs)
+            if handle is not None:
+                handle.remove()
+            found["norms"].append(None if result[5] is None else float(result[5]))
+            found["said"].append(getattr(model[0], "gradient_bytes", None))
+            found["live"].append(live_bytes(params))
+            (folder / f"found{rank}.json").write_text(json.dumps(found))
+            return result
+
+        return train_step
+
+    compat.bind_training_loop("train_step", wrap)
+
+
+def watched(bits: int, distributed: bool, bad: bool, *flags: str) -> list[dict]:
+    """What :func:`watch` found on each of two ranks in three iterations."""
+    flags = [*Configuration(2, distributed=distributed).flags(bits), "--train-iters", "3", *flags]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        task = functools.partial(train_rank, flags, folder, functools.partial(watch, folder, bad))
+        fork_ranks(2, task, folder)
+        return [json.loads((folder / f"found{rank}.json").read_text()) for rank in range(2)]
+
+
+def collect(out: Path) -> None:
+    """All training runs of this file."""
+    import_megatron()
+    chosen = [c for c in configurations() if c.name in NAMES]
+    found = {"rows": {row["name"]: row for row in run_all(chosen)}}
+    unchecked = "--no-check-for-nan-in-loss-and-grad"
+    found["watched"] = {name: watched(8, both, True, unchecked) for name, both in WATCHED.items()}
+    found["stock"] = {name: watched(32, both, False) for name, both in WATCHED.items()}
+    try:
+        watched(8, False, True, "--rerun-mode", "disabled")
+        found["refusal"] = ""
+    except RunFailed as problem:
+        found["refusal"] = str(problem)
+    out.write_text(json.dumps(found))
+
+
+# --- The tests ------------------------------------------------------------------------------------
+
+
+def whole_runs(test):
+    """Marks of a test that needs the training runs, which the first of them waits for."""
+    return pytest.mark.slow(pytest.mark.timeout(600)(test))
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> dict:
+    out = tmp_path_factory.mktemp("grid") / "found.json"
+    path = os.pathsep.join([str(ROOT), str(ROOT / "scripts")])
+    process = subprocess.run(
+        [sys.executable, __file__, str(out)], cwd=ROOT, env=os.environ | {"PYTHONPATH": path},
+        capture_output=True, text=True, timeout=560,
+    )  # fmt: skip
+    print(process.stdout)
+    assert process.returncode == 0, process.stderr[-4000:]
+    return json.loads(out.read_text())
+
+
+@whole_runs
+@pytest.mark.parametrize("name", NAMES)
+def test_trains_as_stock(found, name):
+    row = found["rows"][name]
+    print(row)
+    assert not row["faults"], "\n".join(row["faults"])
+    assert row["error"] <= row["bound"] and row["identical"]
+
+
+@whole_runs
+def test_a_residual_makes_it_more_precise(found):
+    """The bounds leave room; this does not: what is accumulated without loss shows in the end."""
+    plain, residual = (found["rows"][f"dp2 tp1 pp1 {rest}"] for rest in ("m1", "m4 residual"))
+    assert residual["error"] < plain["error"]
+
+
+@whole_runs
+@pytest.mark.parametrize("kind", WATCHED)
+def test_bad_numbers_of_one_rank_reach_the_norm_on_all(found, kind):
+    for rank in found["watched"][kind]:
+        assert [math.isnan(norm) for norm in rank["norms"]] == [False, False, True]
+    first, second = (rank["norms"] for rank in found["watched"][kind])
+    assert first[:BAD_ITERATION] == second[:BAD_ITERATION]
+
+
+@whole_runs
+def test_bad_numbers_are_refused_where_that_is_asked_for(found):
+    assert f"rank {BAD_RANK} of 2" in found["refusal"], found["refusal"]
+    assert "found NaN in local grad norm" in found["refusal"], found["refusal"]
+
+
+@whole_runs
+@pytest.mark.parametrize("kind", WATCHED)
+def test_bytes_of_gradients(found, kind):
+    """About one a parameter: at the most while the buffers are made, by their own count, and, after each
+    step, by what exists less than with stock gradients of 4 bytes."""
+    for rank, stock in zip(found["watched"][kind], found["stock"][kind], strict=True):
+        numel = rank["numel"]
+        # The parameters move to a buffer of their own, also in stock Megatron.
+        parameters = 4 * numel if kind == "distributed" else 0
+        assert numel < rank["constructed"] - parameters < 1.05 * numel
+        assert stock["constructed"] - parameters >= 4 * numel  # this is what the measurement sees
+        assert all(numel < said < 1.05 * numel for said in rank["said"])
+        for live, more in zip(rank["live"], stock["live"], strict=True):
+            assert 4 * numel - (more - live) < 1.05 * numel
+
+
+# --- The comparison -------------------------------------------------------------------------------
+
+
+def dumps(rng, ranks: int = 2) -> list[Dump]:
+    numbers = torch.randn(2, 50, generator=rng)
+    own = [torch.randn(2, 50, generator=rng) for _ in range(ranks)]
+    norms = torch.ones(4)
+    return [Dump({"shared": tuple(numbers), f"own{rank}": tuple(own[rank])}, norms) for rank in range(ranks)]
+
+
+def but(dump: Dump, name: str, **move) -> Dump:
+    """A copy with some numbers of a tensor moved."""
+    pair = moved(dump.parameters[name], **move)
+    return Dump(dump.parameters | {name: pair}, dump.norms)
+
+
+def moved(pair: tuple, before: float = 0.0, after: float = 0.0, numbers: slice = slice(None)) -> tuple:
+    """A tensor before and after training, some of its numbers moved."""
+    pair = tuple(t.clone() for t in pair)
+    pair[0][numbers] += before
+    pair[1][numbers] += after
+    return pair
+
+
+def test_compare(rng):
+    stock = dumps(rng)
+    assert compare(stock, stock) == Comparison(0.0, 0.0, "shared", True, 0.0)
+    off = [stock[0], but(stock[1], "own1", after=0.01)]
+    found = compare(stock, off)
+    updates = torch.cat([after - before for rank in stock for before, after in rank.parameters.values()])
+    assert found.error == pytest.approx(0.01 * math.sqrt(50) / updates.norm().item(), rel=1e-5)
+    assert found.worst > found.error and found.worst_name == "own1" and found.identical
+    # One number on one rank: small, but seen.
+    off = [stock[0], but(stock[1], "shared", after=1e-6, numbers=slice(3, 4))]
+    assert not compare(stock, off).identical
+    off = [stock[0], but(stock[1], "own1", after=math.nan)]
+    assert math.isnan(compare(stock, off).error)
+    off = [Dump(stock[0].parameters, torch.tensor([1.0, 1.25, 0.9, 1.0])), stock[1]]
+    assert compare(stock, off).norms == pytest.approx(0.25)
+
+
+def test_compare_refuses_other_weights(rng):
+    stock = dumps(rng)
+    with pytest.raises(ValueError, match="shared: .* different weights"):
+        compare(stock, [but(stock[0], "shared", before=0.01), stock[1]])
+    with pytest.raises(ValueError, match="different parameters"):
+        compare(stock, [stock[0], Dump({"own1": stock[1].parameters["own1"]}, stock[1].norms)])
+
+
+@pytest.mark.parametrize("change,wrong", [
+    ({}, None), ({"error": 0.0101}, "the update is too far"), ({"error": math.nan}, "the update is too far"),
+    ({"error": 0.0}, "nothing was"), ({"worst": 0.021}, "update of w"), ({"worst": math.inf}, "update of w"),
+    ({"identical": False}, "different bits"), ({"norms": 0.003}, "norm is too"),
+    ({"norms": math.nan}, "norm is too"),
+])  # fmt: skip
+def test_faults(change, wrong):
+    right = {"error": 0.005, "worst": 0.007, "worst_name": "w", "identical": True, "norms": 1e-4}
+    said = faults(Comparison(**right | change), limit=0.01, worst=2.0)
+    assert said == [] if wrong is None else len(said) == 1 and wrong in said[0]
+
+
+def test_the_grid_is_whole():
+    names = [c.name for c in configurations()]
+    assert len(set(names)) == len(names) and set(NAMES) <= set(names)
+    # Seven layouts fit on 8 ranks; each with and without distributed optimizer, overlap, accumulation.
+    assert sum(not c.adam and not c.label for c in configurations()) == 7 * 2 * 2 * 2
+    assert max(c.ranks for c in configurations()) == 8 and "--ddp-bucket-size" in MODEL
+
+
+if __name__ == "__main__":
+    collect(Path(sys.argv[1]))

@@ -1,0 +1,407 @@
+"""Optimizers over 8-bit gradients against Megatron's own over the same numbers in FP32, on one rank and two.
+
+Run as a script it makes the comparisons: the CPU facade changes a process for good.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+KINDS = ("distributed", "distributed, FP32 model", "with main weights", "FP32 model")
+WORLDS = (1, 2)
+CHECKS = (
+    *(f"adam, {kind}" for kind in KINDS),
+    *(f"sgd, {kind}" for kind in KINDS[2:]),  # the distributed optimizer takes Adam alone
+    *(f"loss scale, {kind}" for kind in KINDS if kind != "FP32 model"),
+    *(f"found inf, {kind}" for kind in KINDS if kind != "FP32 model"),
+    *(f"NaN, {kind}" for kind in KINDS),
+    *(f"a few at a time, {kind}" for kind in KINDS),
+    "steps counted by the groups",
+    "steps counted in tensors by the groups",
+)
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """{"world, check": None or what went wrong}."""
+    seed = int.from_bytes(os.urandom(3), "big")
+    print("seed", seed)
+    folder = tmp_path_factory.mktemp("optimizer")
+    run = subprocess.run(
+        [sys.executable, __file__, str(folder), str(seed)], capture_output=True, text=True, timeout=280
+    )
+    found = {}
+    for path in folder.glob("*.json"):
+        for name, problem in json.loads(path.read_text()).items():
+            found[name] = found.get(name) or problem
+    assert found, run.stdout[-3000:] + run.stderr[-3000:]
+    return found
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("world", WORLDS)
+def test_equals_megatrons(outcomes, world, check):
+    problem = outcomes.get(f"{world}, {check}", "the ranks did not get there")
+    assert problem is None, problem
+
+
+# -------------------------------------------------------------------- in the script
+
+LR, DECOUPLED_LR, WEIGHT_DECAY = 0.01, 0.003, 0.1
+
+
+class Counted(torch.optim.Optimizer):
+    """Counts steps as Transformer Engine's and apex's Adam do: in the groups, from the first step on."""
+
+    in_tensor = False
+
+    def __init__(self, groups, lr):
+        super().__init__(groups, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            one = torch.ones((), dtype=torch.int) if self.in_tensor else 1
+            if "step" in group:
+                group["step"] += one
+            else:
+                group["step"] = one
+            for p in group["params"]:
+                if p.grad is not None:
+                    p -= group["lr"] / group["step"] * p.grad  # a wrong count shows in the weights
+
+
+class Pair:
+    """One model twice: ours with 8-bit gradients, and Megatron's own with FP32 ones."""
+
+    def __init__(self, kind: str, seed: int, inner=None, bucket_size: int = 6000, **options):
+        from megatron.core import optimizer as stock
+        from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+        from megatron.core.optimizer import OptimizerConfig
+        from megatron.core.transformer import TransformerConfig
+
+        from agoq_megatron.gradients import optimizer as ours
+        from agoq_megatron.gradients.data_parallel import QuantizedGradientDDP
+        from agoq_megatron.gradients.settings import GradientFormat, GradientSettings
+
+        bf16 = not kind.endswith("FP32 model")
+        sharded = kind.startswith("distributed")
+        self._rng = torch.Generator().manual_seed(seed + dist.get_rank())
+        self._stock_names = {
+            "DistributedOptimizer": ours.QuantizedDistributedOptimizer,
+            "Float16OptimizerWithFloat16Params": ours.QuantizedFloat16Optimizer,
+            "FP32Optimizer": ours.QuantizedFP32Optimizer,
+        }
+        config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
+        config.agoq_gradients = GradientSettings(GradientFormat())
+        options = {
+            "optimizer": "adam", "lr": LR, "decoupled_lr": DECOUPLED_LR, "weight_decay": WEIGHT_DECAY,
+            "clip_grad": 0.0, "log_num_zeros_in_grad": True, **options,
+        }  # fmt: skip
+        self.models, self.optimizers = [], []
+        for ddp in (QuantizedGradientDDP, DistributedDataParallel):
+            model = self._model(seed)
+            ddp_config = DistributedDataParallelConfig(
+                use_distributed_optimizer=sharded, bucket_size=bucket_size, grad_reduce_in_fp32=True,
+                overlap_grad_reduce=True,  # else the stock class takes one bucket
+            )  # fmt: skip
+            wrapped = ddp(config, ddp_config, model.bfloat16() if bf16 else model)
+            wanted = OptimizerConfig(
+                bf16=bf16, use_distributed_optimizer=sharded, params_dtype=torch.bfloat16, **options
+            )
+            names = {name: getattr(stock, name) for name in self._stock_names}
+            mine = ddp is QuantizedGradientDDP
+            replaced = dict(self._stock_names) if mine else {}
+            if inner is not None:
+                replaced["USING_PYTORCH_OPTIMIZER"], replaced["Adam"] = False, inner
+            before = {name: getattr(stock, name) for name in replaced} | names
+            vars(stock).update(replaced)
+            try:
+                built = stock.get_megatron_optimizer(wanted, [wrapped], use_gloo_process_groups=False)
+            finally:
+                vars(stock).update(before)
+            for group in built.param_groups:  # what the scheduler does
+                group["lr"] = group["max_lr"]
+                group["weight_decay"] = WEIGHT_DECAY * group["wd_mult"]
+            self.models.append(wrapped)
+            self.optimizers.append(built)
+        (self.inner,) = self.optimizers[0].chained_optimizers
+        (self.stock_inner,) = self.optimizers[1].chained_optimizers
+        assert type(self.inner) in self._stock_names.values() and type(self.stock_inner) in names.values()
+        parts = [len(buffer.buckets) for buffer in self.models[0].buffers]
+        assert parts == [4], parts
+
+    @staticmethod
+    def _model(seed: int) -> torch.nn.Module:
+        rng = torch.Generator().manual_seed(seed)
+        model = torch.nn.Module()
+        for name, shape in (
+            ("embedding", (90, 96)), ("norm", (96,)), ("square", (96, 96)), ("small", (8, 8)),
+            ("wide", (41, 333)), ("bias", (41,)), ("tall", (200, 31)),
+        ):  # fmt: skip
+            setattr(model, name, torch.nn.Parameter(torch.randn(shape, generator=rng)))
+        model.embedding.is_embedding_or_output_parameter = True
+        return model
+
+    def gradients(self, scale: float = 1.0, bad: float | None = None) -> None:
+        """Made-up gradients of two micro-batches, reduced. The stock model gets the numbers ours holds."""
+        ours, stock = self.models
+        ours.zero_grad_buffer()
+        stock.zero_grad_buffer()
+        for micro_batch in range(2):
+            for name, p in ours.module.named_parameters():
+                grad = torch.randn(p.shape, generator=self._rng) * scale
+                grad[: p.shape[0] // 3] = 0
+                if bad is not None and name == "wide" and micro_batch == 1:
+                    grad[2] = bad
+                p.main_grad.add_(grad.bfloat16() if p.dtype == torch.bfloat16 else grad)
+        for group in ours.bucket_groups:
+            group.start_grad_sync()
+            group.finish_grad_sync()
+        for p, q in zip(ours.module.parameters(), stock.module.parameters(), strict=True):
+            q.main_grad.copy_(self._whole(p))
+
+    @staticmethod
+    def _whole(p) -> torch.Tensor:
+        """The reduced gradient, which with the distributed optimizer lies on several ranks."""
+        if isinstance(p.main_grad, torch.Tensor):
+            return p.main_grad
+        first, last = p.main_grad.bucket.codes.readable()
+        begin, out = p.main_grad.start, torch.zeros(p.numel())
+        start, end = max(begin, first), min(begin + p.numel(), last)
+        if start < end:
+            out[start - begin : end - begin] = p.main_grad.read(start - begin, end - begin)
+        if last - first < p.main_grad.bucket.codes.numel:
+            dist.all_reduce(out)  # zeros elsewhere: exact
+        return out.view(p.shape)
+
+    def step(self) -> list[tuple]:
+        return [optimizer.step() for optimizer in self.optimizers]
+
+    def assert_same_weights(self, exact: bool = True) -> None:
+        ours, stock = ([*m.module.parameters()] for m in self.models)
+        for p, q in zip(ours, stock, strict=True):
+            if exact:
+                assert torch.equal(p.nan_to_num(7.5), q.nan_to_num(7.5)), (p - q).abs().max()
+            else:
+                torch.testing.assert_close(p, q, equal_nan=True)
+        # BF16 would hide small differences. Shards differ between the two where there are several.
+        if dist.get_world_size() == 1 or not hasattr(self.inner, "shard_fp32_groups"):
+            a, b = (
+                sorted((p.detach().flatten() for p in o.get_parameters()), key=lambda p: (p.numel(), p[0]))
+                for o in (self.inner, self.stock_inner)
+            )
+            for p, q in zip(a, b, strict=True):
+                tolerance = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-5, "atol": 1e-7}
+                torch.testing.assert_close(p, q, equal_nan=True, **tolerance)
+
+
+def assert_statistics(results: list[tuple], step: bool = True) -> float:
+    """Returns the norm."""
+    (ours, norm, zeros), (stock, stock_norm, stock_zeros) = results
+    assert ours == stock == step
+    assert norm == pytest.approx(stock_norm, rel=1e-6, nan_ok=True)
+    assert zeros == stock_zeros and zeros > 0
+    return norm
+
+
+def several_steps(kind: str, seed: int, **options) -> None:
+    unclipped = Pair(kind, seed, **options)
+    before = [p.detach().clone() for p in unclipped.models[0].parameters()]
+    rates: list = [None] * dist.get_world_size()
+    groups = unclipped.inner.param_groups
+    dist.all_gather_object(rates, {(g["lr"], g["weight_decay"]) for g in groups if g["params"]})
+    assert set().union(*rates) == {(LR, WEIGHT_DECAY), (LR, 0.0), (DECOUPLED_LR, WEIGHT_DECAY)}
+    for _ in range(3):
+        unclipped.gradients()
+        norm = assert_statistics(unclipped.step())
+        unclipped.assert_same_weights()
+    assert not any(torch.equal(p, q) for p, q in zip(unclipped.models[0].parameters(), before, strict=True))
+
+    # A norm that differs in its last bit makes a factor that does.
+    clipped = Pair(kind, seed, **{**options, "clip_grad": norm / 3})
+    for _ in range(3):
+        clipped.gradients()
+        assert assert_statistics(clipped.step()) == pytest.approx(norm, rel=0.2)
+        clipped.assert_same_weights(exact=False)
+
+
+def loss_scale(kind: str, seed: int) -> None:
+    name = "sgd" if kind == "with main weights" else "adam"  # Adam hardly sees a factor
+    pair = Pair(kind, seed, optimizer=name, loss_scale=1024.0)
+    plain = Pair(kind, seed, optimizer=name)
+    for _ in range(3):
+        pair.gradients(1024.0)
+        plain.gradients()
+        norm = assert_statistics(pair.step())
+        assert norm == pytest.approx(assert_statistics(plain.step()), rel=1e-6)
+        pair.assert_same_weights()
+        for p, q in zip(pair.models[0].parameters(), plain.models[0].parameters(), strict=True):
+            assert torch.equal(p, q)  # powers of two
+
+
+def found_inf(kind: str, seed: int) -> None:
+    """What FP16 training does: a step with an infinity is left out, and the loss scale falls."""
+    from megatron.core.optimizer.grad_scaler import DynamicGradScaler
+
+    for bad in (math.inf, math.nan):
+        pair = Pair(kind, seed, optimizer="adam", loss_scale=1.0)
+        for inner in (pair.inner, pair.stock_inner):
+            inner.grad_scaler = DynamicGradScaler(512.0, 1.0, 2.0, 0.5, growth_interval=100, hysteresis=1)
+        pair.gradients(512.0)
+        norm = assert_statistics(pair.step())
+        before = [p.detach().clone() for p in pair.models[0].parameters()]
+        # One rank has the bad number; all leave the step out.
+        pair.gradients(512.0, bad if dist.get_rank() == 0 else None)
+        assert pair.step() == [(False, None, None)] * 2
+        assert all(torch.equal(p, q) for p, q in zip(pair.models[0].parameters(), before, strict=True))
+        assert pair.inner.grad_scaler.scale == pair.stock_inner.grad_scaler.scale == 256
+        pair.gradients(256.0)
+        assert assert_statistics(pair.step()) == pytest.approx(norm, rel=0.2)
+        pair.assert_same_weights()
+
+
+def nan(kind: str, seed: int) -> None:
+    for clip in (0.0, 1.0):
+        pair = Pair(kind, seed, optimizer="adam", clip_grad=clip)
+        pair.gradients(bad=math.nan if dist.get_rank() == 0 else None)
+        assert math.isnan(assert_statistics(pair.step()))
+        pair.assert_same_weights()
+        bad = pair.models[0].module.wide.isnan()
+        assert bad.any() and not bad.all() and pair.models[0].module.square.isfinite().all()
+
+
+def a_few_at_a_time(kind: str, seed: int) -> None:
+    from agoq_megatron.gradients import optimizer as module
+
+    whole = module.STEP_NUMEL
+    for limit in (64, 18_000):
+        seen = []
+        module.STEP_NUMEL = limit
+        try:
+            pair = Pair(kind, seed, optimizer="adam", clip_grad=1.0)
+            stock_step = pair.inner.optimizer.step
+
+            def step(*args, pair=pair, seen=seen, stock_step=stock_step):
+                seen.append([p.numel() for p in pair.inner.get_parameters() if p.grad is not None])
+                return stock_step(*args)
+
+            pair.inner.optimizer.step = step
+            for _ in range(2):
+                pair.gradients()
+                assert_statistics(pair.step())
+                pair.assert_same_weights(exact=False)
+                assert all(module.shard_of(p) is None for p in pair.inner.get_parameters())
+        finally:
+            module.STEP_NUMEL = whole
+        half = len(seen) // 2  # the last of each step are the FP32 gradients
+        in_codes = seen[: half - 1] + seen[half:-1]
+        assert half > 2, seen
+        assert all(sum(sizes) <= limit or len(sizes) == 1 for sizes in in_codes), seen
+        assert limit == 64 or any(len(sizes) > 1 for sizes in in_codes), seen
+        assert sum(seen[-1]) <= 96 + 41 + 64
+        total = sum(p.numel() for p in pair.inner.get_parameters())
+        assert sum(map(sum, seen)) == 2 * total  # each once a step
+
+
+def counted(seed: int, in_tensor: bool) -> None:
+    from agoq_megatron.gradients import optimizer as module
+
+    class Inner(Counted):
+        def __init__(self, params, lr, **_):
+            super().__init__(params, lr)
+
+    Inner.in_tensor = in_tensor
+    whole, module.STEP_NUMEL = module.STEP_NUMEL, 64
+    try:
+        pair = Pair("with main weights", seed, inner=Inner)
+        for n in range(1, 4):
+            pair.gradients()
+            assert_statistics(pair.step())
+            counts = [[int(g["step"]) for g in o.param_groups] for o in (pair.inner, pair.stock_inner)]
+            assert counts == [[n] * len(counts[0])] * 2, counts
+            pair.assert_same_weights()
+    finally:
+        module.STEP_NUMEL = whole
+
+
+def make(check: str, seed: int) -> None:
+    what, _, kind = check.partition(", ")
+    if what in ("adam", "sgd"):
+        several_steps(kind, seed, optimizer=what)
+    elif what.startswith("steps counted"):
+        counted(seed, "tensors" in what)
+    else:
+        functions = {
+            "loss scale": loss_scale,
+            "found inf": found_inf,
+            "NaN": nan,
+            "a few at a time": a_few_at_a_time,
+        }
+        functions[what](kind, seed)
+
+
+def on_a_rank(rank: int, world: int, folder: str, seed: int) -> None:
+    from megatron.core import parallel_state
+
+    from agoq_megatron import compat
+    from agoq_megatron.gradients.optimizer import wrap_clipping, wrap_counting_zeros
+
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    with tempfile.TemporaryDirectory() as own:
+        store = Path(folder if world > 1 else own) / f"store{world}"
+        dist.init_process_group(
+            "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=20)
+        )
+        parallel_state.initialize_model_parallel()
+        compat.bind_gradient_statistics(wrap_clipping, wrap_counting_zeros, lambda stock: stock)
+        results = {}
+        for check in CHECKS:
+            try:
+                make(check, seed)
+                results[f"{world}, {check}"] = None
+            except Exception:
+                results[f"{world}, {check}"] = traceback.format_exc()[-3000:]
+                if world > 1:
+                    break  # the ranks have lost each other
+        (Path(folder) / f"{world}-{rank}.json").write_text(json.dumps(results))
+
+
+def main() -> None:
+    from agoq_megatron import cpu
+
+    cpu.install()
+    import agoq_megatron.gradients.data_parallel  # noqa: F401  (before the ranks are forked)
+
+    torch.set_num_threads(1)
+    ranks = []
+    for world in WORLDS:
+        for rank in range(world):
+            child = os.fork()
+            if child == 0:
+                try:
+                    on_a_rank(rank, world, sys.argv[1], int(sys.argv[2]))
+                except BaseException:
+                    traceback.print_exc()
+                finally:
+                    sys.stderr.flush()
+                    os._exit(0)
+            ranks.append(child)
+    for child in ranks:
+        os.waitpid(child, 0)
+
+
+if __name__ == "__main__":
+    main()
