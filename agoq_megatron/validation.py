@@ -275,6 +275,12 @@ def _check_schedule(args: Namespace) -> None:
 _NOT_WITH_8_BIT_GRADIENTS: tuple[_Check, ...] = (
     ("grad_reduce_in_bf16", _set, "--grad-reduce-in-bf16", "gradients are reduced as 8-bit codes"),
     (
+        "accumulate_allreduce_grads_in_fp32",
+        _set,
+        "--accumulate-allreduce-grads-in-fp32",
+        "gradients are accumulated as 8-bit codes",
+    ),
+    (
         "ddp_reduce_scatter_with_fp32_accumulation",
         _set,
         "--ddp-reduce-scatter-with-fp32-accumulation",
@@ -350,6 +356,11 @@ def _check_gradients(args: Namespace) -> None:
                     raise UsageError(f"{flag} is for 8-bit gradients; add --agoq-grad-bits 8.")
     if bits == 16 and not args.bf16:
         raise UsageError("--agoq-grad-bits 16: it means --grad-reduce-in-bf16 and needs --bf16.")
+    if bits == 16 and args.accumulate_allreduce_grads_in_fp32:
+        raise UsageError(
+            "--accumulate-allreduce-grads-in-fp32 with --agoq-grad-bits 16: gradients are accumulated in "
+            "BF16. Leave one of them out."
+        )
     if args.agoq_grad_node_size is not None and args.agoq_grad_node_size < 1:
         raise UsageError(f"--agoq-grad-node-size {args.agoq_grad_node_size}: give a number of ranks.")
     if args.agoq_grad_probe_interval < 0:

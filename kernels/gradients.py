@@ -20,7 +20,7 @@ from agoq_kernels.rng import uniform
 from torch import Tensor
 
 BLOCK = 64
-NORM_STRETCH = 32 * BLOCK
+NORM_STRETCH = 128 * BLOCK
 """Numbers to a norm of :func:`norms_of_sum`."""
 CODES = ("int8", "e4m3")
 SCALES = ("absmax", "least-squares")

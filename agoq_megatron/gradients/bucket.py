@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from agoq_kernels.adam import AdamSettings, adam_step
 from agoq_kernels.gradients import (
     BLOCK,
     GradientFormat,
@@ -191,6 +192,28 @@ class GradientBucket:
                 segments, self.blocks, inside // BLOCK, count, self._factor, self.format.code, torch.float32
             )
         return out if self._multiplier is None else out.mul_(self._multiplier)
+
+    def adam_step(
+        self, start: int, factor: float, multiplier: Tensor | None, states: list[Tensor],
+        weight: Tensor | None, correction: Tensor, settings: AdamSettings,
+    ) -> None:  # fmt: skip
+        """Adam's step with the gradients from ``start`` on, times ``factor`` and ``multiplier``.
+
+        Args:
+            states: FP32 ``[n]``: main parameter and both moments, updated in place.
+            weight: ``[n]``, receives the main parameter in its own type.
+        """
+        if self._multiplier is not None:
+            multiplier = self._multiplier if multiplier is None else self._multiplier * multiplier
+        done = 0
+        for segments, inside, count in self._spans(start, states[0].numel()):
+            here = slice(done, done + count)
+            adam_step(
+                self._reduced[inside : inside + count] if segments is None else segments,
+                self.blocks, inside // BLOCK, self._factor * factor, multiplier, self.format.code,
+                *(t[here] for t in states), None if weight is None else weight[here], correction, settings,
+            )  # fmt: skip
+            done += count
 
     # ------------------------------------------------------------ reducing
 

@@ -1,8 +1,10 @@
 """Megatron's optimizers, reading 8-bit gradients.
 
 What they need of a gradient is its norm, a factor (unscaling, clipping) and, at last, its numbers. The norm
-comes from the codes; the factor is a number that waits; the numbers are made in FP32 for a few parameters
-at a time, stepped with, and dropped. So there is never an FP32 copy of all gradients.
+comes from the codes; the factor is a number that waits. torch's Adam steps from the codes themselves, in
+one kernel a parameter that writes the model's weight too (``agoq_kernels.adam``). For any other optimizer
+the numbers are made in FP32 for a few parameters at a time, stepped with, and dropped. So there is never
+an FP32 copy of all gradients.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from copy import deepcopy
 
 import torch
 import torch.distributed as dist
+from agoq_kernels.adam import AdamSettings, corrections
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
@@ -26,21 +29,47 @@ STEP_NUMEL = 2**25
 
 
 class GradientShard:
-    """The gradient of a main parameter: numbers ``start`` to ``end`` of a flattened 8-bit gradient."""
+    """The gradient of a main parameter: numbers ``start`` to ``end`` of a flattened 8-bit gradient.
 
-    def __init__(self, gradient: QuantizedGradient, start: int, end: int):
-        self._gradient, self._start, self._end = gradient, start, end
-        self._factor: float | Tensor = 1.0
+    Args:
+        weight: the model's parameter, or this rank's part of it; None where that is the main parameter.
+    """
+
+    def __init__(self, gradient: QuantizedGradient, start: int, end: int, weight: Tensor | None):
+        self._gradient, self._start, self._end, self._weight = gradient, start, end, weight
+        self._factor, self._multiplier = 1.0, None
         self.norms = gradient.norms(start, end)
         """FP32 numbers whose L2 norm is that of the gradient. Unscaling multiplies them in place."""
 
     def scale(self, factor: float | Tensor) -> None:
-        self._factor = self._factor * factor
+        """Multiply by a number, or by a tensor of one number."""
+        if isinstance(factor, Tensor):
+            self._multiplier = factor if self._multiplier is None else self._multiplier * factor
+        else:
+            self._factor *= factor
 
     def read(self) -> Tensor:
         """The gradient, FP32 ``[end - start]``."""
         out = self._gradient.read(self._start, self._end)
-        return out if isinstance(self._factor, float) and self._factor == 1.0 else out.mul_(self._factor)
+        if self._factor != 1.0:
+            out.mul_(self._factor)
+        return out if self._multiplier is None else out.mul_(self._multiplier)
+
+    @property
+    def has_adam_step(self) -> bool:
+        return self._gradient.bucket.codes.format.code == "int8"
+
+    def adam_step(self, main_param: Tensor, state: dict, correction: Tensor, settings: AdamSettings) -> None:
+        """Step the main parameter, its moments and the model's weight from the codes."""
+        self._gradient.bucket.codes.adam_step(
+            self._gradient.start + self._start,
+            self._factor,
+            self._multiplier,
+            [t.detach().view(-1) for t in (main_param, state["exp_avg"], state["exp_avg_sq"])],
+            None if self._weight is None else self._weight.detach().view(-1),
+            correction,
+            settings,
+        )
 
     def numel(self) -> int:
         return self._end - self._start
@@ -59,10 +88,13 @@ def shard_of(param: Tensor) -> GradientShard | None:
     return getattr(param, "agoq_gradient", None)
 
 
-def give_gradient(main_param: Tensor, main_grad, start: int, end: int) -> None:
-    """Set the gradient of a main parameter to numbers ``start`` to ``end`` of the model's."""
+def give_gradient(main_param: Tensor, main_grad, start: int, end: int, weight: Tensor | None) -> None:
+    """Set the gradient of a main parameter to numbers ``start`` to ``end`` of the model's ``main_grad``.
+
+    ``weight``: the part of the model's parameter that takes the main one's value, None if they are one.
+    """
     if isinstance(main_grad, QuantizedGradient):
-        main_param.grad, main_param.agoq_gradient = None, GradientShard(main_grad, start, end)
+        main_param.grad, main_param.agoq_gradient = None, GradientShard(main_grad, start, end, weight)
     else:
         main_param.grad = main_grad.view(-1)[start:end].view(main_param.shape).float()
 
@@ -92,12 +124,54 @@ class ReadsQuantizedGradients:
 
     @torch.no_grad()
     def step_with_ready_grads(self) -> bool:
-        """See the base class. Parameters with 8-bit gradients are stepped first, a few at a time."""
-        if not self.is_stub_optimizer:
-            self._step_from_codes()
-        return super().step_with_ready_grads()
+        """See the base class. Parameters with 8-bit gradients are stepped first."""
+        if self.is_stub_optimizer:
+            return super().step_with_ready_grads()
+        self._written = set()
+        if type(self.optimizer) in (torch.optim.Adam, torch.optim.AdamW):
+            self._adam_from_codes()
+        self._step_from_codes()
+        try:
+            return super().step_with_ready_grads()
+        finally:
+            self._written = set()
+
+    _written: set[int] = set()  # main parameters (by id) whose step has written the model's weights
+
+    def _adam_from_codes(self) -> None:
+        """Adam's step of every parameter whose gradient is in 8-bit integers."""
+        for group in self.optimizer.param_groups:
+            if group["amsgrad"] or group["maximize"]:
+                continue
+            params = [p for p in group["params"] if shard_of(p) is not None and shard_of(p).has_adam_step]
+            if not params:
+                continue
+            settings = AdamSettings(
+                lr=float(group["lr"]),
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                decoupled=group["decoupled_weight_decay"],
+            )
+            states = [adam_state(self.optimizer, group, p) for p in params]
+            torch._foreach_add_([state["step"] for state in states], 1)
+            correction = corrections(states[0]["step"].to(params[0].device, non_blocking=True), settings)
+            for param, state in zip(params, states, strict=True):
+                shard_of(param).adam_step(param, state, correction, settings)
+                param.agoq_gradient = None
+                self._written.add(id(param))
+
+    def _unwritten(self, model_groups: list[list], main_groups: list[list]) -> tuple[list[list], list[list]]:
+        """The groups without those main parameters whose step has written the model's weights."""
+        kept = [
+            [(a, b) for a, b in zip(*groups, strict=True) if id(b) not in self._written]
+            for groups in zip(model_groups, main_groups, strict=True)
+        ]
+        return [[a for a, _ in pairs] for pairs in kept], [[b for _, b in pairs] for pairs in kept]
 
     def _step_from_codes(self) -> None:
+        """The optimizer's own step of what is left, a few parameters at a time."""
         params = self.get_parameters()
         others = [(p, p.grad) for p in params if p.grad is not None]
         for param, _ in others:
@@ -118,6 +192,17 @@ class ReadsQuantizedGradients:
                     group["step"] = deepcopy(count)
         for param, grad in others:
             param.grad = grad
+
+
+def adam_state(optimizer: torch.optim.Optimizer, group: dict, param: Tensor) -> dict:
+    """State of a parameter, made as torch's Adam makes it in its first step."""
+    state = optimizer.state[param]
+    if not state:
+        device = param.device if group["capturable"] or group["fused"] else "cpu"
+        state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+        state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+        state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+    return state
 
 
 def _parts(params: Iterable[Tensor]) -> Iterator[list[Tensor]]:
@@ -147,7 +232,20 @@ class QuantizedDistributedOptimizer(ReadsQuantizedGradients, ResumableDistribute
             for model_group, main_group in zip(model_groups, main_groups, strict=True):
                 for model_param, main_param in zip(model_group, main_group, strict=True):
                     own = self._get_model_param_range_map(model_param)["param"]
-                    give_gradient(main_param, model_param.main_grad, own.start, own.end)
+                    weight = None
+                    if main_groups is self.shard_fp32_from_float16_groups:
+                        weight = model_param.detach().view(-1)[own.start : own.end]
+                    give_gradient(main_param, model_param.main_grad, own.start, own.end, weight)
+
+    def _copy_main_params_to_model_params(self):
+        if self.is_stub_optimizer or not self._written:
+            return super()._copy_main_params_to_model_params()
+        everything = self.model_float16_groups, self.shard_fp32_from_float16_groups
+        try:
+            self.model_float16_groups, self.shard_fp32_from_float16_groups = self._unwritten(*everything)
+            super()._copy_main_params_to_model_params()
+        finally:
+            self.model_float16_groups, self.shard_fp32_from_float16_groups = everything
 
 
 class QuantizedFloat16Optimizer(ReadsQuantizedGradients, Float16OptimizerWithFloat16Params):
@@ -161,7 +259,16 @@ class QuantizedFloat16Optimizer(ReadsQuantizedGradients, Float16OptimizerWithFlo
         for model_groups, main_groups in pairs:
             for model_group, main_group in zip(model_groups, main_groups, strict=True):
                 for model_param, main_param in zip(model_group, main_group, strict=True):
-                    give_gradient(main_param, model_param.main_grad, 0, model_param.numel())
+                    weight = None if main_param is model_param else model_param
+                    give_gradient(main_param, model_param.main_grad, 0, model_param.numel(), weight)
+
+    def _copy_main_params_to_model_params(self):
+        everything = self.float16_groups, self.fp32_from_float16_groups
+        try:
+            self.float16_groups, self.fp32_from_float16_groups = self._unwritten(*everything)
+            super()._copy_main_params_to_model_params()
+        finally:
+            self.float16_groups, self.fp32_from_float16_groups = everything
 
 
 class QuantizedFP32Optimizer(ReadsQuantizedGradients, FP32Optimizer):
@@ -171,7 +278,7 @@ class QuantizedFP32Optimizer(ReadsQuantizedGradients, FP32Optimizer):
     def prepare_grads(self) -> bool:
         if not self.is_stub_optimizer:
             for param in self.get_parameters():
-                give_gradient(param, param.main_grad, 0, param.numel())
+                give_gradient(param, param.main_grad, 0, param.numel(), None)
         return False
 
 

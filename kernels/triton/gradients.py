@@ -114,16 +114,11 @@ def _accumulate_kernel(
     tl.store(codes + HALF, (q1 + ROUND).to(tl.int32, bitcast=True).to(tl.int8), mask=mask[:, None])
 
 
-@triton.jit(do_not_specialize=["first", "n"])
-def _sum_kernel(
-    codes_ptr, scales_ptr, out_ptr, stride, blocks, first, n, segments, factor,
-    NORMS: tl.constexpr, R: tl.constexpr,
-):  # fmt: skip
-    own = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
-    mask = own * (2 * HALF) < n
+@triton.jit
+def sum_of_blocks(codes_ptr, scales_ptr, stride, blocks, block, mask, segments, R: tl.constexpr):
+    """FP32 [R, 64]: the sum over segments of blocks number ``block`` [R] of a segment, where ``mask`` [R]."""
     column = tl.arange(0, 2 * HALF)[None, :]
     total = tl.zeros([R, 2 * HALF], dtype=tl.float32)
-    block = first + own
     segment = tl.zeros([], dtype=tl.int64)
     while segment < segments:  # for takes no run-time bounds in the interpreter under NumPy 2.5
         start = segment * stride
@@ -133,8 +128,18 @@ def _sum_kernel(
         x = tl.load(codes, mask=mask[:, None], other=0).to(tl.float32)
         total += tl.where(scale == 0, 0.0, x * scale)
         segment += 1
-    at = (own * (2 * HALF))[:, None] + column
-    total = total * factor
+    return total
+
+
+@triton.jit(do_not_specialize=["first", "n"])
+def _sum_kernel(
+    codes_ptr, scales_ptr, out_ptr, stride, blocks, first, n, segments, factor,
+    NORMS: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    own = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    mask = own * (2 * HALF) < n
+    total = sum_of_blocks(codes_ptr, scales_ptr, stride, blocks, first + own, mask, segments, R) * factor
+    at = (own * (2 * HALF))[:, None] + tl.arange(0, 2 * HALF)[None, :]
     if NORMS:
         total = tl.where(at < n, total, 0.0)
         norm = tl.sqrt(tl.sum(tl.sum(total * total, 1), 0))
@@ -175,9 +180,11 @@ def _launch_sum(
     segments: Tensor, blocks: int, first: int, n: int, factor: float, out: Tensor, norms: bool
 ) -> Tensor:
     if n:
-        _sum_kernel[(triton.cdiv(n, NORM_STRETCH),)](
+        # Norms write next to nothing: more numbers a program keep as many bytes under way.
+        rows = NORM_STRETCH // BLOCK if norms else BLOCKS
+        _sum_kernel[(triton.cdiv(n, rows * BLOCK),)](
             segments.view(torch.int8), segments.view(torch.int16), out, segments.stride(0), blocks, first,
-            n, segments.shape[0], factor, NORMS=norms, R=NORM_STRETCH // BLOCK, num_warps=4,
+            n, segments.shape[0], factor, NORMS=norms, R=rows, num_warps=8 if norms else 4,
             enable_fp_fusion=False,
         )  # fmt: skip
     return out

@@ -34,6 +34,7 @@ def on_a_rank(rank: int, world: int, store: str, seed: int) -> None:
             reduce(rank, world, seed, fmt, hops)
     reduce_again(rank, world, seed, share=False)
     reduce_again(rank, world, seed, share=True)
+    dist.barrier()  # a rank that leaves early takes its connections along
     dist.destroy_process_group()
 
 

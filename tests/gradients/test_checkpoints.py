@@ -99,8 +99,8 @@ def assert_goes_on(launcher, whole, folder: Path, ranks: int, flags, to: tuple[i
     expected, checkpoints = whole(ranks, *flags)
     to_ranks, to_flags = to
     run = launcher.run(
-        *train(*to_flags), "--load", checkpoints, "--ckpt-step", MIDDLE, ranks=to_ranks,
-        *("--save", folder, "--save-interval", ITERATIONS),
+        *train(*to_flags), "--load", checkpoints, "--ckpt-step", MIDDLE,
+        *("--save", folder, "--save-interval", ITERATIONS), ranks=to_ranks,
     )  # fmt: skip
     assert run.ok, run.log[-4000:]
     assert run.losses().keys() == set(range(MIDDLE + 1, ITERATIONS + 1))

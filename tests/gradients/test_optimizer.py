@@ -28,6 +28,7 @@ CHECKS = (
     *(f"found inf, {kind}" for kind in KINDS if kind != "FP32 model"),
     *(f"NaN, {kind}" for kind in KINDS),
     *(f"a few at a time, {kind}" for kind in KINDS),
+    *(f"Adam makes no gradients, {kind}" for kind in KINDS),
     "steps counted by the groups",
     "steps counted in tensors by the groups",
 )
@@ -292,6 +293,8 @@ def a_few_at_a_time(kind: str, seed: int) -> None:
         module.STEP_NUMEL = limit
         try:
             pair = Pair(kind, seed, optimizer="adam", clip_grad=1.0)
+            # torch's own Adam steps from codes; any other class, as this one, from FP32 gradients.
+            pair.inner.optimizer.__class__ = type("Other", (type(pair.inner.optimizer),), {})
             stock_step = pair.inner.optimizer.step
 
             def step(*args, pair=pair, seen=seen, stock_step=stock_step):
@@ -314,6 +317,35 @@ def a_few_at_a_time(kind: str, seed: int) -> None:
         assert sum(seen[-1]) <= 96 + 41 + 64
         total = sum(p.numel() for p in pair.inner.get_parameters())
         assert sum(map(sum, seen)) == 2 * total  # each once a step
+
+
+def adam_makes_no_gradients(kind: str, seed: int) -> None:
+    """torch's Adam steps from the codes: FP32 gradients are those of small parameters alone."""
+    from agoq_megatron.gradients import optimizer as module
+
+    def read(self):
+        raise AssertionError("the numbers of a gradient were made")
+
+    stock_read, module.GradientShard.read = module.GradientShard.read, read
+    try:
+        pair = Pair(kind, seed, optimizer="adam", clip_grad=1.0)
+        stock_step, seen = pair.inner.optimizer.step, []
+
+        def step(*args):
+            seen.append(sum(p.numel() for p in pair.inner.get_parameters() if p.grad is not None))
+            return stock_step(*args)
+
+        pair.inner.optimizer.step = step
+        for _ in range(2):
+            pair.gradients()
+            assert_statistics(pair.step())
+            pair.assert_same_weights(exact=False)
+            assert all(module.shard_of(p) is None for p in pair.inner.get_parameters())
+        assert len(seen) == 2 and max(seen) <= 96 + 41 + 64, seen
+        steps = {float(state["step"]) for state in pair.inner.optimizer.state.values()}
+        assert steps == {2.0}, steps
+    finally:
+        module.GradientShard.read = stock_read
 
 
 def counted(seed: int, in_tensor: bool) -> None:
@@ -349,6 +381,7 @@ def make(check: str, seed: int) -> None:
             "found inf": found_inf,
             "NaN": nan,
             "a few at a time": a_few_at_a_time,
+            "Adam makes no gradients": adam_makes_no_gradients,
         }
         functions[what](kind, seed)
 

@@ -79,7 +79,8 @@ CASES = {
         "--agoq-grad-residual-bits 4", ["--agoq-grad-residual-bits", "--agoq-grad-bits 8"],
     ),
     "residual of 16-bit gradients": (
-        "--agoq-grad-bits 16 --agoq-grad-residual-bits 4", ["--agoq-grad-residual-bits", "--agoq-grad-bits 8"],
+        "--agoq-grad-bits 16 --agoq-grad-residual-bits 4",
+        ["--agoq-grad-residual-bits", "--agoq-grad-bits 8"],
     ),
     "residual of 5 bits": (
         "{eight} --agoq-grad-residual-bits 5", ["--agoq-grad-residual-bits", "0, 4"],
@@ -115,6 +116,10 @@ CASES = {
     "nodes of no ranks": ("{eight} --agoq-grad-node-size 0", ["--agoq-grad-node-size 0"]),
     "negative probe interval": ("{eight} --agoq-grad-probe-interval -1", ["--agoq-grad-probe-interval -1"]),
     "8 and 16 bits": ("{eight} --grad-reduce-in-bf16", ["--grad-reduce-in-bf16", "--agoq-grad-bits 8"]),
+    "8 and 32 bits": (
+        "{eight} --accumulate-allreduce-grads-in-fp32",
+        ["--accumulate-allreduce-grads-in-fp32", "--agoq-grad-bits 8"],
+    ),
     "8-bit gradients and several optimizer instances": (
         "{eight} --use-distributed-optimizer --num-distributed-optimizer-instances 2",
         ["--num-distributed-optimizer-instances", "--agoq-grad-bits 8"],
@@ -183,9 +188,7 @@ def test_refused(launcher, files, case):
         if mark in flags:
             flags = flags.replace(mark, "")
             model.remove(gone)
-    run = launcher.run(
-        *model, "--train-iters", "2", *flags.format(**files).split(), tiny=False, timeout=60
-    )
+    run = launcher.run(*model, "--train-iters", "2", *flags.format(**files).split(), tiny=False, timeout=60)
     assert run.codes == [2], run.log[-3000:]
     errors = re.findall(r"^pretrain_gpt_agoq\.py: error: (.*)$", run.log, re.MULTILINE)
     assert len(errors) == 1, run.log[-3000:]
@@ -196,10 +199,23 @@ def test_refused(launcher, files, case):
         assert word in errors[0], errors[0]
 
 
+@pytest.mark.parametrize("node_size", [(), ("--agoq-grad-node-size", "1")], ids=["one node", "nodes of 1"])
+def test_two_hops_that_cannot_be(launcher, node_size):
+    """Found once the ranks know each other; every rank says it, and none waits for another."""
+    flags = ["--agoq-grad-bits", "8", "--agoq-grad-reduce", "two-hop", *node_size]
+    run = launcher.run(*flags, "--train-iters", "2", ranks=2, timeout=60)
+    assert all(code > 0 for code in run.codes), run.log[-3000:]
+    found = re.findall(r"(?:^|: )(--agoq-grad-reduce two-hop: .*)$", run.log, re.MULTILINE)
+    assert found and len(set(found)) == 1, run.log[-3000:]
+    assert all(word in found[0] for word in ("[0, 1]", "auto or flat", "--agoq-grad-node-size"))
+    assert not STARTED.search(run.log) and run.report is None
+
+
 def test_help_lists_all_flags(launcher):
     run = launcher.run("--help", timeout=60)
     assert run.codes == [0], run.log[-2000:]
     assert "--agoq-activations" in run.log and "--num-layers" in run.log
+    assert "--agoq-grad-bits {32,16,8}" in run.log
 
 
 def test_dry_run_prints_the_plan_and_stops(launcher, tmp_path):

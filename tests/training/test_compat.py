@@ -33,6 +33,97 @@ def test_no_megatron_names_the_remedy(monkeypatch):
         compat.check_megatron()
 
 
+def test_optimizers_are_replaced_by_name(monkeypatch):
+    import megatron.core.optimizer as optimizer
+
+    for name in ("DistributedOptimizer", "FP32Optimizer", "Float16OptimizerWithFloat16Params"):
+        monkeypatch.setattr(optimizer, name, getattr(optimizer, name))  # puts it back at the end
+    ours = type("Ours", (optimizer.FP32Optimizer,), {})
+    distributed = type("Distributed", (optimizer.DistributedOptimizer,), {})
+    others = optimizer.Float16OptimizerWithFloat16Params
+    compat.bind_optimizers(FP32Optimizer=ours, DistributedOptimizer=distributed)
+    assert optimizer.FP32Optimizer is ours and optimizer.DistributedOptimizer is distributed
+    assert optimizer.Float16OptimizerWithFloat16Params is others
+    # get_megatron_optimizer builds what these names say.
+    builder = optimizer._get_megatron_optimizer_based_on_param_groups
+    assert builder.__globals__["FP32Optimizer"] is ours
+
+    with pytest.raises(TypeError, match="Ours is no subclass of Megatron's DistributedOptimizer"):
+        compat.bind_optimizers(DistributedOptimizer=ours)
+    assert optimizer.DistributedOptimizer is distributed
+    with pytest.raises(AttributeError):
+        compat.bind_optimizers(NoSuchOptimizer=ours)
+
+
+def test_the_class_that_wraps_a_model_is_replaced(monkeypatch):
+    import megatron.training.models.dist_utils as dist_utils
+
+    stock = dist_utils.DistributedDataParallel
+    monkeypatch.setattr(dist_utils, "DistributedDataParallel", stock)
+    ours = type("Ours", (stock,), {})
+    compat.bind_data_parallel(ours)
+    assert dist_utils.DistributedDataParallel is ours
+    assert "DistributedDataParallel" in dist_utils._ddp_wrap.__code__.co_names  # by which it is looked up
+    with pytest.raises(TypeError, match="no subclass"):
+        compat.bind_data_parallel(torch.nn.Module)
+    assert dist_utils.DistributedDataParallel is ours
+
+
+def test_ddps_buffer_is_replaced_while_it_is_made():
+    import megatron.core.distributed.distributed_data_parallel as ddp
+    from megatron.core.distributed import param_and_grad_buffer as origin
+
+    from agoq_megatron.gradients.buffer import replaced_classes
+    from agoq_megatron.gradients.settings import GradientFormat, GradientSettings
+
+    names = replaced_classes(GradientSettings(GradientFormat()))
+    looked_up = ddp.DistributedDataParallel.__init__.__code__.co_names
+    assert set(names) == {"_ParamAndGradBuffer", "partition_buckets"} and set(names) <= set(looked_up)
+    with compat.replaced_in_data_parallel(names):
+        assert all(getattr(ddp, name) is ours for name, ours in names.items())
+        assert all(getattr(origin, name) is not ours for name, ours in names.items())
+    assert all(getattr(ddp, name) is getattr(origin, name) for name in names)
+    with pytest.raises(ZeroDivisionError), compat.replaced_in_data_parallel(names):
+        _ = 1 / 0
+    assert all(getattr(ddp, name) is getattr(origin, name) for name in names)
+    with pytest.raises(AttributeError), compat.replaced_in_data_parallel({"no_such_class": object}):
+        pass
+    assert not hasattr(ddp, "no_such_class")
+
+
+def test_statistics_of_gradients_are_wrapped_where_they_are_called(monkeypatch):
+    import importlib
+
+    import megatron.core.optimizer.clip_grads as clip_grads
+    import megatron.core.optimizer.optimizer as optimizer
+
+    finalize = importlib.import_module("megatron.core.distributed.finalize_model_grads")
+    places = {
+        "clip": (optimizer, "clip_grad_by_total_norm_fp32"),
+        "zeros": (optimizer, "count_zeros_fp32"),
+        "embedding": (finalize, "_allreduce_embedding_grad"),
+    }
+    stock = {}
+    for what, (module, name) in places.items():
+        stock[what] = getattr(module, name)
+        monkeypatch.setattr(module, name, stock[what])
+    compat.bind_gradient_statistics(*(lambda stock, what=what: (what, stock) for what in places))
+    for what, (module, name) in places.items():
+        assert getattr(module, name) == (what, stock[what])
+    assert clip_grads.count_zeros_fp32 is stock["zeros"]
+    # Those who call them look these names up.
+    for function, what in (
+        (optimizer.MegatronOptimizer.clip_grad_norm, "clip"),
+        (optimizer.MegatronOptimizer.count_zeros, "zeros"),
+        (optimizer.ChainedOptimizer.step, "clip"),
+        (optimizer.ChainedOptimizer.count_zeros, "zeros"),
+        (finalize._allreduce_word_embedding_grads, "embedding"),
+    ):
+        module, name = places[what]
+        function = getattr(function, "__wrapped__", function)
+        assert name in function.__code__.co_names and function.__globals__ is vars(module), function
+
+
 def test_gradient_clipping_equals_megatrons_own(rng, monkeypatch):
     import megatron.core.optimizer.clip_grads as clip_grads
     from megatron.core.utils import local_multi_tensor_l2_norm, local_multi_tensor_scale
