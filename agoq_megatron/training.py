@@ -13,8 +13,10 @@ import sys
 import traceback
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import torch
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.enums import ModelType
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import get_attr_wrapped_model
@@ -42,6 +44,7 @@ from agoq_megatron.gradients.optimizer import (
     wrap_clipping,
     wrap_counting_zeros,
 )
+from agoq_megatron.gradients.settings import LayoutError
 from agoq_megatron.memory import Plan, plan_from_args
 from agoq_megatron.optimizer import ResumableDistributedOptimizer
 from agoq_megatron.policy.policy import PolicyError
@@ -63,6 +66,12 @@ DEFAULTS = {
 }
 """Megatron's argument names whose defaults differ here."""
 
+
+OTHER_BUCKETS = (
+    "--load: the optimizer's state in this checkpoint lies in other gradient buckets than this run's. Load "
+    "it with the --agoq-grad-bits, --overlap-grad-reduce and --ddp-bucket-size that it was written with, or "
+    "write it with --dist-ckpt-optim-fully-reshardable, which fits all of them."
+)
 
 REFUSALS = (
     AssertionError,
@@ -233,10 +242,15 @@ def prepare(on_cpu: bool) -> tuple[argparse.Namespace, Plan]:
         keep_wandb_run(args)
         set_global_variables(args)
     except REFUSALS as problem:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"{Path(sys.argv[0]).name}: error: {_paragraph(problem)}", file=sys.stderr)
-        sys.exit(2)
+        _refuse(_paragraph(problem))
     return args, plan
+
+
+def _refuse(paragraph: str) -> NoReturn:
+    """Say what is wrong, on the first rank of each node, and leave."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"{Path(sys.argv[0]).name}: error: {paragraph}", file=sys.stderr, flush=True)
+    sys.exit(2)
 
 
 def _paragraph(problem: Exception) -> str:
@@ -298,5 +312,11 @@ def main(on_cpu: bool) -> None:
     except SystemExit:
         observer.finish()  # Megatron leaves by sys.exit on a signal and at --exit-interval
         raise
+    except LayoutError as problem:
+        _refuse(str(problem))
+    except CheckpointingException as problem:
+        if "shape mismatch" not in str(problem) or "bucket_idx" not in str(problem):
+            raise
+        _refuse(OTHER_BUCKETS)
     observer.finish()
     torch.distributed.destroy_process_group()

@@ -223,6 +223,16 @@ def check(args: Namespace, on_cpu: bool = False) -> None:
             "--fp16: no GPU was found, and on the CPU only --bf16 and FP32 are supported. Use "
             "--bf16, which needs no loss scaling either."
         )
+    if on_cpu and getattr(args, "defer_embedding_wgrad_compute", False):
+        raise UsageError(
+            "--defer-embedding-wgrad-compute: it needs products that add to gradient buffers, which a CPU "
+            "has not; leave it out."
+        )
+    if args.optimizer != "adam" and args.use_distributed_optimizer:
+        raise UsageError(
+            f"--optimizer {args.optimizer} with --use-distributed-optimizer: Megatron distributes Adam "
+            "alone; leave one of them out."
+        )
     glu = args.glu_linear_offset or args.activation_func_clamp_value is not None
     if glu and args.swiglu:
         raise UsageError(

@@ -29,8 +29,11 @@ class QuantizedGradientDDP(DistributedDataParallel):
     ):
         groups = ProcessGroupCollection.setup_process_groups_for_ddp(pg_collection, config, ddp_config)
         ranks = groups["intra_dp_cp_group"].size()
-        bucket_size = ddp_config.bucket_size or max(40_000_000, 1_000_000 * ranks)
         params = [p for p in module.parameters() if p.requires_grad]
+        bucket_size = ddp_config.bucket_size or config.agoq_gradients.bucket_size
+        if not bucket_size and ddp_config.num_buckets:
+            bucket_size = sum(p.numel() for p in params) // ddp_config.num_buckets
+        bucket_size = bucket_size or max(40_000_000, 1_000_000 * ranks)  # Megatron's default
         by_key = group_params_for_buffers(params, ddp_config.grad_reduce_in_fp32)
         layouts = {
             key: layout_of(members, bucket_size, ranks, indices) for key, (members, indices) in by_key.items()

@@ -14,6 +14,10 @@ MIN_NUMEL = 4096
 """Parameters with fewer numbers keep FP32 gradients, as do all with one axis."""
 
 
+class LayoutError(ValueError):
+    """The ranks do not lie as a flag wants them; the message names the flag and the remedy."""
+
+
 @dataclass(frozen=True)
 class GradientSettings:
     """How DDP keeps and reduces gradients.
@@ -23,12 +27,15 @@ class GradientSettings:
         reduce: "flat", "two-hop", or "auto".
         node_size: ranks of a node, for the two hops; None takes them from the launcher.
         probe_interval: iterations between two measurements of the error; 0 measures none.
+        bucket_size: numbers of a bucket; None takes Megatron's default. (Its own setting is gone by the time
+            DDP is made, unless reductions overlap with backward.)
     """
 
     format: GradientFormat
     reduce: str = "auto"
     node_size: int | None = None
     probe_interval: int = 0
+    bucket_size: int | None = None
 
     @property
     def bytes_per_parameter(self) -> float:
@@ -61,7 +68,11 @@ def settings_from_args(args) -> GradientSettings | None:
         scale=args.agoq_grad_scale,
     )
     return GradientSettings(
-        fmt, args.agoq_grad_reduce, args.agoq_grad_node_size, args.agoq_grad_probe_interval
+        fmt,
+        args.agoq_grad_reduce,
+        args.agoq_grad_node_size,
+        args.agoq_grad_probe_interval,
+        args.ddp_bucket_size,
     )
 
 
@@ -106,18 +117,18 @@ def hops_for(group: dist.ProcessGroup, settings: GradientSettings) -> Hops | Non
     everyone: list = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     node_size = settings.node_size or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    layouts = {ranks: node_layout(list(ranks), node_size) for ranks in sorted(set(everyone))}
+    fit = {ranks: layout for ranks, layout in layouts.items() if layout is not None and 1 not in layout}
+    if settings.reduce == "two-hop" and len(fit) < len(layouts):
+        # Every rank raises, before any of them waits for another.
+        ranks = next(ranks for ranks in layouts if ranks not in fit)
+        raise LayoutError(
+            f"--agoq-grad-reduce two-hop: with {node_size} ranks a node the data-parallel ranks "
+            f"{list(ranks)} do not lie evenly on several nodes, several on each. Use auto or flat, or say "
+            "with --agoq-grad-node-size how many ranks a node has."
+        )
     hops = None
-    for ranks in sorted(set(everyone)):
-        layout = node_layout(list(ranks), node_size)
-        if layout is None or 1 in layout:
-            if settings.reduce == "two-hop" and ranks == mine:
-                raise ValueError(
-                    f"--agoq-grad-reduce two-hop: with {node_size} ranks a node the data-parallel ranks "
-                    f"{list(ranks)} do not lie evenly on several nodes, several on each. Use auto or flat, "
-                    "or say with --agoq-grad-node-size how many ranks a node has."
-                )
-            continue
-        nodes, each = layout
+    for ranks, (_, each) in fit.items():
         rows = [list(ranks[i : i + each]) for i in range(0, len(ranks), each)]
         within = [dist.new_group(row) for row in rows]
         between = [dist.new_group([row[i] for row in rows]) for i in range(each)]
