@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.enums import ModelType
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import get_attr_wrapped_model
@@ -29,6 +28,7 @@ from megatron.training.argument_utils import (
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.global_vars import set_global_variables
+from torch.distributed.checkpoint.api import CheckpointException
 
 from agoq_megatron import compat
 from agoq_megatron.autograd.cross_entropy import vocab_parallel_cross_entropy
@@ -314,9 +314,9 @@ def main(on_cpu: bool) -> None:
         raise
     except LayoutError as problem:
         _refuse(str(problem))
-    except CheckpointingException as problem:
-        if "shape mismatch" not in str(problem) or "bucket_idx" not in str(problem):
-            raise
-        _refuse(OTHER_BUCKETS)
+    except CheckpointException as problem:  # torch's, around Megatron's; no Exception
+        if "Global shape mismatch" in str(problem) and "bucket_idx" in str(problem):
+            _refuse(OTHER_BUCKETS)
+        raise
     observer.finish()
     torch.distributed.destroy_process_group()
