@@ -21,7 +21,11 @@ A variant is NAME or NAME=FLAGS. NAME is a built-in policy (off, agoq, uniform4)
 scripts/convergence_policies/, `agoq_stochastic`, or `off_repeat`: `off` with half the micro-batch,
 the same sums added up in another order. That one shows what rounding alone makes of a run, and is the
 yardstick for every difference. FLAGS are flags of pretrain_gpt_agoq.py, for instance
-'mine=--agoq-activations mine.yaml'.
+'mine=--agoq-activations mine.yaml'. With --ranks and --micro-batch the gradients of several ranks and of
+many micro-batches are added up, as a study of gradient formats needs it:
+
+    convergence.py continue --out DIR --ranks 2 --micro-batch 4 --variants off \\
+        'int8=--agoq-activations off --agoq-grad-bits 8'
 
 Every run leaves a JSON file in DIR/runs when it is done and is skipped the next time, so that the
 whole can be done in pieces. Only runs from one and the same base are compared: a base that is
@@ -111,6 +115,7 @@ COMMON_FLAGS = """
     --hidden-dropout 0 --attention-dropout 0 --init-method-std 0.02
     --weight-decay 0.1 --adam-beta2 0.95 --clip-grad 1
     --tokenizer-type HuggingFaceTokenizer --log-interval 20 --eval-interval 1000000000
+    --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable
 """.split()
 
 
@@ -152,6 +157,8 @@ class Study:
         tokens: trained on in a run.
         corpus: see :func:`corpus_parts`.
         base: the base run's result, for continued runs.
+        ranks: data-parallel ranks of a run, a device each.
+        micro_batch: sequences of a micro-batch on a rank; None takes the preset's.
     """
 
     out: Path
@@ -159,6 +166,8 @@ class Study:
     tokens: int
     corpus: dict
     base: dict | None = None
+    ranks: int = 1
+    micro_batch: int | None = None
 
     @property
     def tokens_per_step(self) -> int:
@@ -177,6 +186,8 @@ class Study:
             "tokens": self.tokens,
             "corpus": self.corpus["tokens"],
             "base": self.base and self.base["id"],
+            **({} if self.ranks == 1 else {"ranks": self.ranks}),
+            **({} if self.micro_batch is None else {"micro_batch": self.micro_batch}),
         }
 
     @property
@@ -298,7 +309,7 @@ def parse_variant(text: str, preset: str) -> tuple[str, tuple[str, ...]]:
 def training_command(run: Run, study: Study) -> list[str]:
     """The command of one run. All amounts are given to Megatron in sequences ("samples")."""
     preset, parts = PRESETS[study.preset], study.corpus
-    batch, micro_batch = preset["batch"], preset["micro_batch"]
+    batch, micro_batch = preset["batch"], study.micro_batch or preset["micro_batch"] // study.ranks
     values = {
         **preset["model"],
         **preset["loading"],
@@ -306,9 +317,9 @@ def training_command(run: Run, study: Study) -> list[str]:
         "micro-batch-size": micro_batch,
         "global-batch-size": batch,
         # One validation, after the last step, on every validation sequence once.
-        "eval-micro-batch-size": micro_batch,
-        "eval-global-batch-size": micro_batch,
-        "eval-iters": parts["tokens"]["valid"] // preset["model"]["seq-length"] // micro_batch,
+        "eval-micro-batch-size": preset["micro_batch"] // study.ranks,
+        "eval-global-batch-size": preset["micro_batch"],
+        "eval-iters": parts["tokens"]["valid"] // preset["model"]["seq-length"] // preset["micro_batch"],
         "seed": run.seed,
         "tokenizer-model": parts["tokenizer"],
         "train-data-path": f"{parts['prefix']}_{'continue' if study.base else 'base'}",
@@ -339,7 +350,8 @@ def training_command(run: Run, study: Study) -> list[str]:
         values |= {"train-samples": study.steps * batch}
     if run.phase == "base":
         values |= {"save": study.checkpoint, "save-interval": study.steps}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={study.ranks}"]
     command += [str(ROOT / "pretrain_gpt_agoq.py"), *COMMON_FLAGS, *flags(values)]
     return command + more + list(run.flags)
 
@@ -490,6 +502,13 @@ def train(args: argparse.Namespace) -> None:
             path.unlink(missing_ok=True)  # of no use without its checkpoint
             shutil.rmtree(study.checkpoint, ignore_errors=True)
         return perform_all([BASE], study, 1, math.inf)
+    study = dataclasses.replace(study, ranks=args.ranks, micro_batch=args.micro_batch)
+    per_step = args.ranks * (args.micro_batch or PRESETS[args.preset]["micro_batch"] // args.ranks)
+    if per_step < 1 or PRESETS[args.preset]["batch"] % per_step:
+        raise ConvergenceError(
+            f"--ranks {args.ranks} --micro-batch {args.micro_batch}: their product must divide the "
+            f"{PRESETS[args.preset]['batch']} sequences of a step."
+        )
     if args.phase == "continue":
         if not path.exists() or not study.checkpoint.is_dir():
             raise ConvergenceError(f"no base model in {study.out}: run the subcommand base first.")
@@ -560,6 +579,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         add("--seeds", type=int, nargs="+", default=default, help=f"{what}, for every variant")
         if continued:
             add("--off-seeds", type=int, nargs="*", default=[2, 3, 4], help="further ones, for off")
+        add("--ranks", type=int, default=1, help="data-parallel ranks of a run (default: 1)")
+        add("--micro-batch", type=int, metavar="N", help="sequences of a micro-batch on a rank")
         add("--parallel", type=int, default=1, metavar="N", help="runs at a time on the one device")
         add(
             "--stop-after",
