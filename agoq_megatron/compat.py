@@ -187,6 +187,19 @@ def bind_cross_entropy(loss: Callable) -> None:
     tensor_parallel.vocab_parallel_cross_entropy = loss
 
 
+@contextmanager
+def other_product(layer, product: Callable) -> Iterator[None]:
+    """While one of Megatron's linear layers is called: another product. It must run inside the layer's call,
+    on which DDP waits for the gather of its weights.
+    """
+    stock = layer._forward_impl
+    layer._forward_impl = product
+    try:
+        yield
+    finally:
+        layer._forward_impl = stock
+
+
 def bind_training_loop(name: str, wrap: Callable[[Callable], Callable]) -> None:
     """Replace a function of Megatron's loop by ``wrap(stock)``: ``pretrain`` offers no callbacks,
     and the losses it computes reach nobody but the log, rounded.

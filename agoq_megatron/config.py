@@ -30,6 +30,10 @@ class AGoQConfig:
     them; 'megatron' is Megatron's own, which holds them twice more in FP32. With
     --cross-entropy-loss-fusion it is Megatron's fused one in either case."""
 
+    agoq_loss_chunks: int = 1
+    """Compute logits and losses in that many parts of the sequence, so that one part of the logits exists
+    at a time. Backward computes them again: one more product of the output layer."""
+
     agoq_grad_bits: Literal[32, 16, 8] = 32
     """Bits in which gradients are accumulated and reduced. 32: Megatron's FP32. 16: the same as
     Megatron's --grad-reduce-in-bf16. 8: codes in blocks of 64 with a scale, 1.03 bytes a parameter, summed

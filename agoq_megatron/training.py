@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from agoq_megatron import compat
 from agoq_megatron.autograd.cross_entropy import vocab_parallel_cross_entropy
 from agoq_megatron.autograd.linear import add_product
+from agoq_megatron.autograd.linear_cross_entropy import LinearCrossEntropy, LinearCrossEntropySpec
 from agoq_megatron.autograd.recompute import quantized_checkpoint
 from agoq_megatron.config import AGoQConfig
 from agoq_megatron.data import datasets_provider, get_batch
@@ -127,6 +128,20 @@ def loss_func(
     return loss, tokens, {LOSS: logged}
 
 
+def loss_in_parts(hidden_states, output_layer, output_weight, labels, config, **_) -> torch.Tensor:
+    """Token losses [b, s] of the decoder's output, for ``GPTModel``'s output_processor."""
+    target = labels.transpose(0, 1).contiguous()
+    parts = get_args().agoq_loss_chunks
+
+    def product(input, weight, gradient_accumulation_fusion, sequence_parallel, tp_group, **_):
+        spec = LinearCrossEntropySpec(parts, tp_group, sequence_parallel, gradient_accumulation_fusion)
+        return LinearCrossEntropy.apply(input, weight, target, spec)
+
+    with compat.other_product(output_layer, product):
+        losses, _ = output_layer(hidden_states, weight=output_weight)
+    return losses.transpose(0, 1).contiguous()
+
+
 def forward_step(data_iterator, model):
     """Run one micro-batch through one model chunk, for Megatron's schedules.
 
@@ -138,7 +153,10 @@ def forward_step(data_iterator, model):
     vp_stage = get_attr_wrapped_model(model, "vp_stage")
     tokens, labels, loss_mask, attention_mask, position_ids = get_batch(data_iterator, vp_stage)
     timers("batch-generator").stop()
-    output = model(tokens, position_ids, attention_mask, labels=labels, loss_mask=loss_mask)
+    more = {}
+    if get_args().agoq_loss_chunks > 1:
+        more["output_processor"] = loss_in_parts
+    output = model(tokens, position_ids, attention_mask, labels=labels, loss_mask=loss_mask, **more)
     return output, partial(loss_func, loss_mask)
 
 

@@ -223,6 +223,7 @@ def check(args: Namespace, on_cpu: bool = False) -> None:
             "--fp16: no GPU was found, and on the CPU only --bf16 and FP32 are supported. Use "
             "--bf16, which needs no loss scaling either."
         )
+    _check_loss(args)
     if on_cpu and getattr(args, "defer_embedding_wgrad_compute", False):
         raise UsageError(
             "--defer-embedding-wgrad-compute: it needs products that add to gradient buffers, which a CPU "
@@ -376,6 +377,26 @@ def _check_gradients(args: Namespace) -> None:
     if args.agoq_grad_probe_interval < 0:
         raise UsageError(
             f"--agoq-grad-probe-interval {args.agoq_grad_probe_interval}: give a number of iterations, or 0."
+        )
+
+
+def _check_loss(args: Namespace) -> None:
+    parts = args.agoq_loss_chunks
+    if parts < 1:
+        raise UsageError(f"--agoq-loss-chunks {parts}: give a number of parts, 1 for the whole.")
+    if parts == 1:
+        return
+    for attribute, flag in (
+        ("cross_entropy_loss_fusion", "--cross-entropy-loss-fusion"),
+        ("defer_embedding_wgrad_compute", "--defer-embedding-wgrad-compute"),
+        ("use_mup", "--use-mup"),
+    ):
+        if getattr(args, attribute, False):
+            raise UsageError(f"{flag} with --agoq-loss-chunks: it needs the whole logits; leave one out.")
+    if args.agoq_loss != "in-place":
+        raise UsageError(
+            f"--agoq-loss {args.agoq_loss} with --agoq-loss-chunks {parts}: Megatron's loss needs the whole "
+            "logits; leave one of them out."
         )
 
 

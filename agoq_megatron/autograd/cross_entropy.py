@@ -8,10 +8,11 @@ their gradient is written over them.
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from agoq_kernels.cross_entropy import cross_entropy_backward_, cross_entropy_forward
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from agoq_megatron.autograd.linear_cross_entropy import combine
 
 
 class VocabParallelCrossEntropy(torch.autograd.Function):
@@ -23,13 +24,7 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
         flat = logits.reshape(-1, logits.shape[-1])
         own_target = target.reshape(-1)
         start = group.rank() * flat.shape[1]
-        largest, total, picked = stats = cross_entropy_forward(flat, own_target, start)
-        if group.size() > 1:
-            own_largest = largest.clone()
-            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-            total *= (own_largest - largest).exp_()
-            dist.all_reduce(stats[1:], group=group)
-        log_sum_exp = largest + total.log()
+        log_sum_exp, picked = combine(cross_entropy_forward(flat, own_target, start), group)
         ctx.save_for_backward(flat, own_target, log_sum_exp)
         ctx.start, ctx.shape = start, logits.shape
         return (log_sum_exp - picked).view(target.shape)

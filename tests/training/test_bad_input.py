@@ -105,6 +105,13 @@ CASES = {
         "{eight} --agoq-grad-code e4m3 --agoq-grad-residual-bits 4",
         ["--agoq-grad-code", "-residual-bits", "e4m3 has no residual", "Leave one"],
     ),
+    "no parts of the loss": ("--agoq-loss-chunks 0", ["--agoq-loss-chunks 0", "1 for the whole"]),
+    "Megatron's loss in parts": (
+        "--agoq-loss megatron --agoq-loss-chunks 4", ["--agoq-loss megatron", "leave one of them out"],
+    ),
+    "a fused loss in parts": (
+        "--cross-entropy-loss-fusion --agoq-loss-chunks 4", ["--cross-entropy-loss-fusion", "whole logits"],
+    ),
     "FP8 gradients rounded at random": (
         "{eight} --agoq-grad-code e4m3 --agoq-grad-rounding stochastic",
         ["--agoq-grad-code", "-rounding", "no stochastic rounding", "Leave one"],

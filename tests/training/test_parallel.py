@@ -122,3 +122,11 @@ def test_the_mlp_in_pieces(train, one_rank):
         assert worst_difference(run.losses(), one_rank[policy]) < tolerance
         measured = run.report["saved_bytes_per_token_layer"]
         assert measured == pytest.approx(run.report["planned_bytes_per_token_layer"], rel=0.01)
+
+
+@pytest.mark.parametrize("layout", ["one rank", "TP2", "TP2 SP x PP2 interleaved x DP2, all"])
+def test_the_loss_in_parts(train, one_rank, layout):
+    """--agoq-loss-chunks, with a number that does not divide the tokens, and weights that are gathered late."""
+    ranks, flags = LAYOUTS.get(layout, (1, ""))
+    run = train("off", *flags.split(), "--agoq-loss-chunks", "5", ranks=ranks)
+    assert worst_difference(run.losses(), one_rank["off"]) < POLICIES["off"]

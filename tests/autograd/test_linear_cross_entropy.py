@@ -1,0 +1,81 @@
+"""Output layer and loss in parts against the whole, in FP64, on one rank and on two."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+import torch.nn.functional as F
+
+from agoq_megatron.autograd.linear_cross_entropy import LinearCrossEntropy, LinearCrossEntropySpec
+
+S, B, H, V = 10, 3, 24, 70  # of which V on each rank
+
+
+def exact(x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, upstream: torch.Tensor):
+    """Losses and gradients in FP64."""
+    x, weight = x.double().requires_grad_(), weight.double().requires_grad_()
+    losses = F.cross_entropy((x @ weight.t()).flatten(0, 1), target.flatten(), reduction="none")
+    (losses.view(S, B) * upstream).sum().backward()
+    return losses.view(S, B), x.grad, weight.grad
+
+
+def error(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    return ((got.double() - wanted).norm() / wanted.norm()).item()
+
+
+def compare(rank: int, world: int, store: str, seed: int) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    rng = torch.Generator().manual_seed(seed)
+    for dtype in (torch.float32, torch.bfloat16):
+        bound = 1e-5 if dtype == torch.float32 else 2e-2
+        x, weight = torch.randn(S, B, H, generator=rng), torch.randn(V * world, H, generator=rng)
+        target, upstream = torch.randint(0, V * world, (S, B), generator=rng), torch.rand(S, B, generator=rng)
+        x, weight = x.to(dtype), weight.to(dtype)
+        losses, grad_x, grad_weight = exact(x, weight, target, upstream)
+        grad_weight = grad_weight.chunk(world)[rank]
+        for parts in (1, 4, 7, 1000):
+            for sequence_parallel in (False, True):
+                for fused in (False, True):
+                    cut = (lambda t: t.chunk(world)[rank]) if sequence_parallel else (lambda t: t)
+                    own_x = cut(x).clone().requires_grad_()
+                    own = torch.nn.Parameter(weight.chunk(world)[rank].clone())
+                    own.main_grad, own.grad_added_to_main_grad = torch.ones(V, H), False
+                    spec = LinearCrossEntropySpec(parts, dist.group.WORLD, sequence_parallel, fused)
+                    got = LinearCrossEntropy.apply(own_x, own, target, spec)
+                    (got * upstream).sum().backward()
+                    assert got.dtype == torch.float32 and error(got, losses) < bound
+                    assert own_x.grad.dtype == dtype and error(own_x.grad, cut(grad_x)) < bound
+                    assert own.grad.shape == own.shape and own.grad_added_to_main_grad == fused
+                    found = own.main_grad - 1 if fused else own.grad
+                    assert error(found, grad_weight) < bound
+                    assert fused or torch.equal(own.main_grad, torch.ones(V, H))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_equals_the_whole(tmp_path, seed, world):
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    multiprocessing.spawn(compare, args=(world, str(tmp_path / "store"), seed), nprocs=world)
+
+
+def test_no_logits_are_kept(rng):
+    """Of what autograd keeps, nothing has a row a token and a column a word; a tied weight reports zeros."""
+    group = type("OneRank", (), {"size": lambda self: 1, "rank": lambda self: 0})()
+    x = torch.randn(S, B, H, generator=rng, requires_grad=True)
+    weight = torch.nn.Parameter(torch.randn(V, H, generator=rng))
+    weight.main_grad, weight.grad_added_to_main_grad, weight.zero_out_wgrad = torch.zeros(V, H), False, True
+    target = torch.randint(0, V, (S, B), generator=rng)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        LinearCrossEntropy.apply(x, weight, target, LinearCrossEntropySpec(4, group, False, True))
+    assert max(kept) == max(x.numel(), weight.numel()) < S * B * V
+    # Without the hooks, which hand out a weight that has forgotten its buffer.
+    LinearCrossEntropy.apply(
+        x, weight, target, LinearCrossEntropySpec(4, group, False, True)
+    ).sum().backward()
+    assert not weight.grad.any() and weight.main_grad.any()
