@@ -126,7 +126,7 @@ def test_the_mlp_in_pieces(train, one_rank):
 
 @pytest.mark.parametrize("layout", ["one rank", "TP2", "TP2 SP x PP2 interleaved x DP2, all"])
 def test_the_loss_in_parts(train, one_rank, layout):
-    """--agoq-loss-chunks, with a number that does not divide the tokens, and weights that are gathered late."""
+    """--agoq-loss-chunks: a number that does not divide the tokens, weights that are gathered late."""
     ranks, flags = LAYOUTS.get(layout, (1, ""))
     run = train("off", *flags.split(), "--agoq-loss-chunks", "5", ranks=ranks)
     assert worst_difference(run.losses(), one_rank["off"]) < POLICIES["off"]
