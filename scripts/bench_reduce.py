@@ -39,6 +39,7 @@ and 0.9x of bf16's, quantization included; at most 1.05 bytes a parameter on the
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.metadata
 import json
 import math
@@ -339,6 +340,7 @@ def run_rank(args: argparse.Namespace, init_method: str = "env://") -> bool:
             args.out.write_text(json.dumps(head | {"reductions": rows}, indent=1) + "\n")
     if rank == 0:
         print(table(rows, known), file=sys.stderr, flush=True)
+    gc.collect()  # a group that is still referred to would be ended with the interpreter, by an abort
     dist.destroy_process_group()
     return not any("error" in row for row in rows)
 
