@@ -27,6 +27,7 @@ def _largest(x0, x1):
 @triton.jit
 def _place(block, blocks, SEGMENT: tl.constexpr):
     """Where, in a bucket's bytes and in its 2-byte words, codes and scale of a block are."""
+    blocks = tl.zeros([], dtype=tl.int64) + blocks  # a segment may have more than 2^31 bytes
     segment = block // blocks
     inside = block - segment * blocks
     start = segment * (blocks * SEGMENT)
@@ -120,6 +121,7 @@ def sum_of_blocks(codes_ptr, scales_ptr, stride, blocks, block, mask, segments, 
     column = tl.arange(0, 2 * HALF)[None, :]
     total = tl.zeros([R, 2 * HALF], dtype=tl.float32)
     segment = tl.zeros([], dtype=tl.int64)
+    blocks = segment + blocks  # a segment may have more than 2^31 bytes
     while segment < segments:  # for takes no run-time bounds in the interpreter under NumPy 2.5
         start = segment * stride
         scale_at = (start + blocks * (2 * HALF)) // 2 + block
