@@ -53,6 +53,8 @@ class GradientFormat:
             raise ValueError(f"residual_bits {self.residual_bits}: choose from 0, 4")
         if self.code == "e4m3" and (self.residual_bits or self.rounding != "nearest"):
             raise ValueError("e4m3 has no residual and no stochastic rounding")
+        if self.code == "e4m3" and self.scale != "absmax":
+            raise ValueError("e4m3 has no least-squares scale")
         if self.residual_bits and self.scale != "absmax":
             raise ValueError("with a residual the scale is absmax: nothing is left for least squares to gain")
 

@@ -42,6 +42,9 @@ class Hops:
     between: dist.ProcessGroup
 
 
+_END = object()
+
+
 class Reduction:
     """A reduction under way: a few collectives one after the other, with work between them."""
 
@@ -52,8 +55,9 @@ class Reduction:
         self._run()
 
     def _run(self) -> None:
-        self._work = next(self._steps, self)
-        self.done = self._work is self
+        self._work = next(self._steps, _END)
+        if self._work is _END:
+            self._work, self.done = None, True
 
     def advance(self) -> None:
         """Wait for the collective under way, and start the next one if there is one."""
@@ -94,9 +98,9 @@ class GradientBucket:
             raise ValueError(f"{numel} numbers are not whole blocks of {BLOCK} on {group.size()} ranks")
         residual = numel // 2 if fmt.residual_bits else 0
         self._residual = torch.empty(residual, dtype=torch.uint8, device=device)
-        self._segments: Tensor | None = None  # uint8 [segments, segment_bytes(blocks)]
+        self._held: Tensor | None = None
         self.sent_bytes = 0
-        self.zero()
+        self._forget()
 
     @property
     def part(self) -> int:
@@ -106,18 +110,34 @@ class GradientBucket:
     @property
     def nbytes(self) -> int:
         """Bytes held, outside of a reduction."""
-        held = (self._residual, self._segments, self._reduced)
+        held = (self._residual, self._held, self._reduced)
         return sum(t.nbytes for t in held if t is not None)
+
+    @property
+    def _segments(self) -> Tensor | None:
+        """uint8 ``[segments, segment_bytes(blocks)]``, made when it is first needed: Megatron wraps models on
+        a stream of its own, whose memory the reductions' stream could not use again."""
+        if self._held is None and self._reduced is None:
+            shape = self.group.size(), segment_bytes(self.blocks)
+            self._held = torch.empty(shape, dtype=torch.uint8, device=self._device)
+            zero_(self._held, self.blocks)
+        return self._held
+
+    @_segments.setter
+    def _segments(self, segments: Tensor | None) -> None:
+        self._held = segments
 
     def zero(self) -> None:
         """Forget all gradients, and what the last reduction has sent."""
+        self._forget()
+        if self._held is not None and len(self._held) != self.group.size():
+            self._held = None
+        zero_(self._segments, self.blocks)
+
+    def _forget(self) -> None:
         self._factor, self._multiplier = 1.0, None
         self._reduced: Tensor | None = None  # FP32 [part], instead of segments
         self._is_parts = True  # the segments are all owners' parts; else all to be summed, this rank's part
-        if self._segments is None or len(self._segments) != self.group.size():
-            shape = self.group.size(), segment_bytes(self.blocks)
-            self._segments = torch.empty(shape, dtype=torch.uint8, device=self._device)
-        zero_(self._segments, self.blocks)
         self.sent_bytes = 0
 
     def add(self, start: int, grad: Tensor, key: int = 0) -> None:

@@ -207,7 +207,8 @@ class QuantizedBucketGroup(_ParamAndGradBucketGroup):
 
     Args:
         in_flight: reductions under way, of all groups of one model chunk: each new one first pushes the
-            others on by a step, so that no more than one holds memory for what arrives.
+            others on by a step. With the distributed optimizer and one hop that ends them, so that one at a
+            time holds memory for what arrives; two hops, or sharing the sums, have one under way more each.
     """
 
     def __init__(self, bucket, ddp_config, group: dist.ProcessGroup, in_flight: list[Reduction]):

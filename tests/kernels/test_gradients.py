@@ -142,7 +142,8 @@ def test_tiny_and_huge(rng):
 
 @pytest.mark.parametrize(
     "bad", [{"code": "int4"}, {"residual_bits": 2}, {"rounding": "up"}, {"scale": "max"},
-            {"code": "e4m3", "residual_bits": 4}, {"residual_bits": 4, "scale": "least-squares"}]
+            {"code": "e4m3", "residual_bits": 4}, {"code": "e4m3", "scale": "least-squares"},
+            {"residual_bits": 4, "scale": "least-squares"}]
 )  # fmt: skip
 def test_refuses_what_does_not_exist(bad):
     with pytest.raises(ValueError):
