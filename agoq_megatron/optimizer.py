@@ -25,6 +25,17 @@ from megatron.core.optimizer import distrib_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 
+def adam_state(optimizer: torch.optim.Optimizer, group: dict, param: torch.Tensor) -> dict:
+    """State of a parameter; where there is none yet, as torch's Adam makes it in its first step."""
+    state = optimizer.state[param]
+    if not state:
+        device = param.device if group["capturable"] or group["fused"] else "cpu"
+        state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+        state["exp_avg"] = torch.zeros_like(param)
+        state["exp_avg_sq"] = torch.zeros_like(param)
+    return state
+
+
 class ResumableDistributedOptimizer(DistributedOptimizer):
     """``DistributedOptimizer`` whose checkpoints continue bit for bit without TE and apex."""
 
@@ -53,13 +64,7 @@ class ResumableDistributedOptimizer(DistributedOptimizer):
         """Give every shard the state that torch's Adam would create at its first step."""
         for group in self.optimizer.param_groups:
             for shard in group["params"]:
-                state = self.optimizer.state[shard]
-                if state:
-                    continue
-                device = shard.device if group["capturable"] or group["fused"] else "cpu"
-                state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-                state["exp_avg"] = torch.zeros_like(shard)
-                state["exp_avg_sq"] = torch.zeros_like(shard)
+                adam_state(self.optimizer, group, shard)
 
     def state_dict(self):
         """See the base class. Works before the first step as well."""

@@ -128,7 +128,7 @@ def loss_func(
     return loss, tokens, {LOSS: logged}
 
 
-def loss_in_parts(hidden_states, output_layer, output_weight, labels, config, **_) -> torch.Tensor:
+def loss_in_parts(hidden_states, output_layer, output_weight, labels, **_) -> torch.Tensor:
     """Token losses [b, s] of the decoder's output, for ``GPTModel``'s output_processor."""
     target = labels.transpose(0, 1).contiguous()
     parts = get_args().agoq_loss_chunks

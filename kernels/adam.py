@@ -35,9 +35,8 @@ class AdamSettings:
 def corrections(step: Tensor, settings: AdamSettings) -> Tensor:
     """FP32 ``[2]`` on the device of ``step`` (a tensor of one number, 1 in the first step): the step size,
     and the square root of the second moment's correction. The host does not wait for the device."""
-    betas = torch.tensor([settings.beta1, settings.beta2], dtype=torch.float64)
-    kept = 1 - betas.to(step.device, non_blocking=True) ** step.double()
-    return torch.stack((settings.lr / kept[0], kept[1].sqrt())).float()
+    first, second = (1 - beta ** step.double() for beta in (settings.beta1, settings.beta2))
+    return torch.stack((settings.lr / first, second.sqrt())).float()
 
 
 def adam_step(

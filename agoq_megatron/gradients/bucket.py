@@ -118,8 +118,7 @@ class GradientBucket:
         """uint8 ``[segments, segment_bytes(blocks)]``, made when it is first needed: Megatron wraps models on
         a stream of its own, whose memory the reductions' stream could not use again."""
         if self._held is None and self._reduced is None:
-            shape = self.group.size(), segment_bytes(self.blocks)
-            self._held = torch.empty(shape, dtype=torch.uint8, device=self._device)
+            self._held = self._segments_for(self.group)
             zero_(self._held, self.blocks)
         return self._held
 

@@ -22,7 +22,7 @@ from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor
 
 from agoq_megatron.gradients.buffer import QuantizedGradient
-from agoq_megatron.optimizer import ResumableDistributedOptimizer
+from agoq_megatron.optimizer import ResumableDistributedOptimizer, adam_state
 
 STEP_NUMEL = 2**25
 """Numbers whose gradients are in FP32 at a time, or one parameter's shard where that is larger."""
@@ -70,9 +70,6 @@ class GradientShard:
             correction,
             settings,
         )
-
-    def numel(self) -> int:
-        return self._end - self._start
 
     def count_zeros(self) -> Tensor:
         """How many are zero, a tensor of one number."""
@@ -156,6 +153,7 @@ class ReadsQuantizedGradients:
             )
             states = [adam_state(self.optimizer, group, p) for p in params]
             torch._foreach_add_([state["step"] for state in states], 1)
+            # Megatron's optimizers step all parameters together: one count is everyone's.
             correction = corrections(states[0]["step"].to(params[0].device, non_blocking=True), settings)
             for param, state in zip(params, states, strict=True):
                 shard_of(param).adam_step(param, state, correction, settings)
@@ -192,17 +190,6 @@ class ReadsQuantizedGradients:
                     group["step"] = deepcopy(count)
         for param, grad in others:
             param.grad = grad
-
-
-def adam_state(optimizer: torch.optim.Optimizer, group: dict, param: Tensor) -> dict:
-    """State of a parameter, made as torch's Adam makes it in its first step."""
-    state = optimizer.state[param]
-    if not state:
-        device = param.device if group["capturable"] or group["fused"] else "cpu"
-        state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-        state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-        state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-    return state
 
 
 def _parts(params: Iterable[Tensor]) -> Iterator[list[Tensor]]:

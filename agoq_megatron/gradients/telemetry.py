@@ -29,7 +29,7 @@ class GradientMeter:
 
     def attach(self, model_chunks: Iterable) -> None:
         """Watch these chunks, as Megatron has wrapped them."""
-        self._chunks = [chunk for chunk in model_chunks if hasattr(chunk, "buffers")]
+        self._chunks = list(model_chunks)
 
     def _probes(self) -> Iterator:
         for chunk in self._chunks:
