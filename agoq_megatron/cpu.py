@@ -30,6 +30,7 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 import torch  # noqa: E402
 import torch._dynamo  # noqa: E402, F401 - tabulates torch's functions at import: before ours
+import torch.distributed as dist  # noqa: E402
 from torch.overrides import TorchFunctionMode  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 
@@ -270,6 +271,28 @@ def _keep_loaders_off_the_generator() -> None:
     DataLoader.__iter__ = start
 
 
+def _gather_one_by_one() -> None:
+    """torch's gloo backend now and then crashes, or corrupts memory, in asynchronous coalesced gathers
+    (torch 2.11: a few thousand of them on two ranks are enough), which --overlap-param-gather makes. Gathers
+    one by one are sound."""
+    import megatron.core.distributed.param_and_grad_buffer as buffers
+
+    stock = buffers._coalescing_manager
+
+    @contextlib.contextmanager
+    def manager(group=None, device=None, async_ops=False):
+        group = group or dist.group.WORLD
+        with stock(group, device, async_ops) as works:
+            yield works
+            recorded = dist.distributed_c10d._world.pg_coalesce_state[group]
+            gathers = [entry for entry in recorded if entry.op is dist.all_gather_into_tensor]
+            recorded[:] = [entry for entry in recorded if entry not in gathers]
+        for gather in gathers:
+            works.append(dist.all_gather_into_tensor(gather.dst_tensor, gather.tensor, group, async_ops))
+
+    buffers._coalescing_manager = manager
+
+
 def install() -> None:
     """Make Megatron's loop run on the CPU, in this process, from here on. Says so once (rank 0).
 
@@ -284,6 +307,7 @@ def install() -> None:
     _answer_torch_cuda()
     _answer_megatron()
     _keep_loaders_off_the_generator()
+    _gather_one_by_one()
     _mode = _CpuForCuda()
     _mode.__enter__()
     if os.environ.get("RANK", "0") == "0":
