@@ -11,7 +11,7 @@ from typing import Literal
 
 @dataclass(kw_only=True)
 class AGoQConfig:
-    """AGoQ: saved activations near 4 bits, gradients in 8."""
+    """AGoQ: saved activations near 4 bits, gradients and optimizer states in 8."""
 
     agoq_activations: str = "agoq"
     """What a layer keeps for its backward pass: 'off' (everything in the compute dtype, as Megatron
@@ -63,6 +63,19 @@ class AGoQConfig:
     agoq_grad_probe_interval: int = 0
     """Of 8-bit gradients: every that many iterations accumulate and reduce a sample of each bucket in FP32
     as well and log the relative errors. 0: never."""
+
+    agoq_optimizer_bits: Literal[32, 8] = 32
+    """Bits of each of Adam's two moments. 8: one byte a number in blocks of 64, 2.06 bytes a parameter for
+    both; those of embeddings, norms, biases and parameters of less than 4096 numbers stay in FP32. Needs
+    --use-distributed-optimizer (on one rank too) and --bf16. Checkpoints hold FP32 in either case."""
+
+    agoq_master_weights: Literal["fp32", "split"] | None = None
+    """'split' keeps each FP32 master weight, exactly, as the BF16 weight and a 16-bit remainder: 2 bytes a
+    parameter instead of 4. Default: 'split' with --agoq-optimizer-bits 8, else 'fp32'."""
+
+    agoq_optimizer_rounding: Literal["stochastic", "nearest"] = "stochastic"
+    """Of 8-bit moments. From one step to the next the second moment changes by less than its format can
+    say; to the nearest it would not change."""
 
     agoq_dry_run: bool = False
     """Print the plan of what is saved, tensor by tensor, and stop before anything is allocated."""

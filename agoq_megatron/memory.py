@@ -166,6 +166,8 @@ class Plan:
             yield "    weight gradients: computed in the compute dtype, accumulated by Megatron's DDP."
         else:
             yield f"  {config.agoq_gradients}"
+        if config.agoq_optimizer is not None:
+            yield f"  {config.agoq_optimizer}"
 
     def print(self) -> None:
         """Print the plan to standard output."""

@@ -26,15 +26,18 @@ from agoq_megatron.modules.layer import TransformerLayer
 from agoq_megatron.modules.linear import FusedRowParallelLinear, LayerNormColumnParallelLinear
 from agoq_megatron.modules.mlp import MLP
 from agoq_megatron.modules.norm import Norm
+from agoq_megatron.optimizer.settings import OptimizerSettings, optimizer_settings_from_args
 from agoq_megatron.policy.policy import ActivationPolicy, load_policy
 
 
 @dataclass
 class AGoQTransformerConfig(TransformerConfig):
-    """Megatron's transformer config, the policy of saved activations, how gradients are kept (None: FP32)."""
+    """Megatron's transformer config, the policy of saved activations, and how gradients and the optimizer's
+    states are kept (None: as Megatron does)."""
 
     agoq: ActivationPolicy | None = None
     agoq_gradients: GradientSettings | None = None
+    agoq_optimizer: OptimizerSettings | None = None
 
 
 def transformer_config_from_args(args) -> AGoQTransformerConfig:
@@ -46,6 +49,7 @@ def transformer_config_from_args(args) -> AGoQTransformerConfig:
     config = core_transformer_config_from_args(args, AGoQTransformerConfig)
     config.agoq = load_policy(args.agoq_activations, args.agoq_rounding)
     config.agoq_gradients = settings_from_args(args)
+    config.agoq_optimizer = optimizer_settings_from_args(args)
     if config.agoq_gradients is not None:
         # There is no buffer to add products to: DDP adds each micro-batch's gradient to the codes.
         config.gradient_accumulation_fusion = False

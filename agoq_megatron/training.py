@@ -38,16 +38,17 @@ from agoq_megatron.autograd.recompute import quantized_checkpoint
 from agoq_megatron.config import AGoQConfig
 from agoq_megatron.data import datasets_provider, get_batch
 from agoq_megatron.gradients.data_parallel import QuantizedGradientDDP, wrap_embedding_reduction
-from agoq_megatron.gradients.optimizer import (
+from agoq_megatron.gradients.settings import LayoutError
+from agoq_megatron.memory import Plan, plan_from_args
+from agoq_megatron.optimizer.quantized_gradients import (
     QuantizedDistributedOptimizer,
     QuantizedFloat16Optimizer,
     QuantizedFP32Optimizer,
-    wrap_clipping,
-    wrap_counting_zeros,
 )
-from agoq_megatron.gradients.settings import LayoutError
-from agoq_megatron.memory import Plan, plan_from_args
-from agoq_megatron.optimizer import ResumableDistributedOptimizer
+from agoq_megatron.optimizer.quantized_states import optimizer_of
+from agoq_megatron.optimizer.resumable import ResumableDistributedOptimizer
+from agoq_megatron.optimizer.settings import optimizer_settings_from_args
+from agoq_megatron.optimizer.shard import wrap_clipping, wrap_counting_zeros
 from agoq_megatron.policy.policy import PolicyError
 from agoq_megatron.report import LOSS, RunObserver
 from agoq_megatron.specs import agoq_layer_spec, transformer_config_from_args
@@ -283,15 +284,21 @@ def _paragraph(problem: Exception) -> str:
     return f"{kind}{text} ({Path(frame.filename).name}, line {frame.lineno})"
 
 
-def bind_quantized_gradients() -> None:
-    """Let Megatron wrap and step the model with 8-bit gradients."""
-    compat.bind_data_parallel(QuantizedGradientDDP)
-    compat.bind_optimizers(
-        DistributedOptimizer=QuantizedDistributedOptimizer,
-        Float16OptimizerWithFloat16Params=QuantizedFloat16Optimizer,
-        FP32Optimizer=QuantizedFP32Optimizer,
-    )
-    compat.bind_gradient_statistics(wrap_clipping, wrap_counting_zeros, wrap_embedding_reduction)
+def bind_gradients_and_optimizer(args: argparse.Namespace) -> None:
+    """Let Megatron wrap and step the model with gradients and optimizer states as the flags say."""
+    optimizer = ResumableDistributedOptimizer
+    states = optimizer_settings_from_args(args)
+    if args.agoq_grad_bits == 8:
+        compat.bind_data_parallel(QuantizedGradientDDP)
+        compat.bind_optimizers(
+            Float16OptimizerWithFloat16Params=QuantizedFloat16Optimizer, FP32Optimizer=QuantizedFP32Optimizer
+        )
+        optimizer = QuantizedDistributedOptimizer
+    if states is not None:
+        optimizer = optimizer_of(states)
+    compat.bind_optimizers(DistributedOptimizer=optimizer)
+    if args.agoq_grad_bits == 8 or states is not None:
+        compat.bind_gradient_statistics(wrap_clipping, wrap_counting_zeros, wrap_embedding_reduction)
 
 
 def main(on_cpu: bool) -> None:
@@ -305,10 +312,7 @@ def main(on_cpu: bool) -> None:
     """
     args, plan = prepare(on_cpu)
     compat.skip_compiling_helpers()
-    if args.agoq_grad_bits == 8:
-        bind_quantized_gradients()
-    else:
-        compat.bind_optimizers(DistributedOptimizer=ResumableDistributedOptimizer)
+    bind_gradients_and_optimizer(args)
     compat.bind_checkpoint(quantized_checkpoint)
     compat.bind_gradient_clipping()
     if not on_cpu:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from agoq_megatron.config import AGoQConfig
 from agoq_megatron.gradients.settings import settings_from_args
+from agoq_megatron.optimizer.settings import optimizer_settings_from_args
 from agoq_megatron.policy.policy import load_policy
 
 RECOMPUTE_MODULES = ("core_attn", "mlp", "layernorm")
@@ -207,6 +208,7 @@ def check(args: Namespace, on_cpu: bool = False) -> None:
     _check_recompute(args)
     _check_data(args)
     _check_gradients(args)
+    _check_optimizer(args)
     if args.agoq_measure_interval < 0:
         raise UsageError(
             f"--agoq-measure-interval {args.agoq_measure_interval}: give a number of iterations, or "
@@ -378,6 +380,60 @@ def _check_gradients(args: Namespace) -> None:
         raise UsageError(
             f"--agoq-grad-probe-interval {args.agoq_grad_probe_interval}: give a number of iterations, or 0."
         )
+
+
+_NOT_WITH_OUR_STATES: tuple[_Check, ...] = (
+    (
+        "optimizer",
+        lambda name: name != "adam",
+        "--optimizer",
+        "these are Adam's states",
+    ),
+    ("bf16", lambda on: not on, "no --bf16", "the weights must be BF16"),
+    (
+        "use_distributed_optimizer",
+        lambda on: not on,
+        "no --use-distributed-optimizer",
+        "its states are the ones that are kept in fewer bytes, on one rank too",
+    ),
+    (
+        "num_distributed_optimizer_instances",
+        lambda n: n > 1,
+        "--num-distributed-optimizer-instances",
+        "the optimizer is sharded over all data-parallel ranks",
+    ),
+    (
+        "use_precision_aware_optimizer",
+        _set,
+        "--use-precision-aware-optimizer",
+        "that is Transformer Engine's way to the same end",
+    ),
+    ("optimizer_cpu_offload", _set, "--optimizer-cpu-offload", "the states stay on the GPU"),
+    (
+        "overlap_param_gather_with_optimizer_step",
+        _set,
+        "--overlap-param-gather-with-optimizer-step",
+        "it is not carried yet",
+    ),
+    ("optimizer_cuda_graph", _set, "--optimizer-cuda-graph", "a captured step would repeat its rounding"),
+)
+
+
+def _check_optimizer(args: Namespace) -> None:
+    if optimizer_settings_from_args(args) is None:
+        if args.agoq_optimizer_rounding != AGoQConfig().agoq_optimizer_rounding:
+            raise UsageError(
+                "--agoq-optimizer-rounding is for moments in 8 bits; add --agoq-optimizer-bits 8."
+            )
+        return
+    ours = "--agoq-optimizer-bits 8" if args.agoq_optimizer_bits == 8 else "--agoq-master-weights split"
+    for attribute, refused, flag, reason in _NOT_WITH_OUR_STATES:
+        value = getattr(args, attribute, None)
+        if value is None or not refused(value):
+            continue
+        if flag.startswith("no "):
+            raise UsageError(f"{ours}: {reason}; add {flag.removeprefix('no ')}.")
+        raise UsageError(f"{flag} with {ours}: {reason}. Leave one of them out.")
 
 
 def _check_loss(args: Namespace) -> None:

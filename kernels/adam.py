@@ -1,8 +1,9 @@
-"""Adam's step of a stretch of parameters, its gradient read from 8-bit codes.
+"""Adam's step of one parameter.
 
-In one pass: codes of one or more ranks are summed and scaled, both moments and the FP32 master weight are
-updated in place, and the weight that the model computes with is written. The arithmetic is that of
-``torch.optim.Adam`` and ``AdamW`` on a CPU (``foreach=False``), operation for operation in FP32.
+In one pass: the gradient, codes of one or more ranks that are summed or plain numbers, is scaled; both
+moments and the master weight are updated as they are kept (``states``); and the weight that the model
+computes with is written. The arithmetic is that of ``torch.optim.Adam`` and ``AdamW`` on a CPU
+(``foreach=False``), operation for operation in FP32.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from agoq_kernels.gradients import sum_segments
+from agoq_kernels.states import AdamStates
 from torch import Tensor
 
 
@@ -39,59 +41,86 @@ def corrections(step: Tensor, settings: AdamSettings) -> Tensor:
     return torch.stack((settings.lr / first, second.sqrt())).float()
 
 
+@dataclass(frozen=True)
+class Gradient:
+    """Where the gradient of ``n`` parameters is.
+
+    Attributes:
+        data: uint8 ``[segments, segment_bytes(blocks)]``, as ``gradients.sum_segments`` takes them; or ``[n]``
+            in FP32 or BF16.
+        blocks, first: of codes: blocks in a segment, and the block at which these parameters begin.
+        code: of the segments.
+        factor, multiplier: what it is multiplied with; the second a tensor of one number, or None.
+    """
+
+    data: Tensor
+    blocks: int = 0
+    first: int = 0
+    code: str = "int8"
+    factor: float = 1.0
+    multiplier: Tensor | None = None
+
+
 def adam_step(
-    gradient: Tensor, blocks: int, first: int, factor: float, multiplier: Tensor | None, code: str,
-    master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, weight: Tensor | None,
-    correction: Tensor, settings: AdamSettings,
+    gradient: Gradient, states: AdamStates, weight: Tensor | None, correction: Tensor, settings: AdamSettings,
+    key: int | None = None,
 ) -> None:  # fmt: skip
     """Step ``n`` parameters.
 
     Args:
-        gradient: uint8 ``[segments, segment_bytes(blocks)]``, as ``gradients.sum_segments`` takes them; or
-            FP32 ``[n]``.
-        blocks, first: blocks in a segment, and the block at which these parameters begin.
-        factor, multiplier: what the gradient is multiplied with; the second a tensor of one number.
-        code: of the segments.
-        master, exp_avg, exp_avg_sq: FP32 ``[n]``, updated in place.
-        weight: ``[n]``, receives the master weight rounded to its type.
+        states: updated in place.
+        weight: ``[n]``, receives the master weight rounded to its type; the master's upper half where that is
+            split. None: the master is the weight.
         correction: of :func:`corrections`.
+        key: of stochastic rounding of moments in 8 bits; None rounds to the nearest.
     """
-    nothing = master.new_empty(0)
+    nothing = correction.new_empty(0)
     adam_op(
-        gradient, blocks, first, factor, nothing if multiplier is None else multiplier, code, master, exp_avg,
-        exp_avg_sq, nothing if weight is None else weight, correction, settings.lr, settings.beta1,
-        settings.beta2, settings.eps, settings.weight_decay, settings.decoupled,
+        gradient.data, gradient.blocks, gradient.first, gradient.factor,
+        nothing if gradient.multiplier is None else gradient.multiplier, gradient.code,
+        states.exp_avg, states.exp_avg_sq,
+        *(nothing if t is None else t for t in (states.scales, states.master, states.remainder, weight)),
+        correction, settings.lr, settings.beta1, settings.beta2, settings.eps, settings.weight_decay,
+        settings.decoupled, -1 if key is None else key,
     )  # fmt: skip
 
 
-@torch.library.custom_op("agoq::adam_step", mutates_args=("master", "exp_avg", "exp_avg_sq", "weight"))
+@torch.library.custom_op(
+    "agoq::adam_step",
+    mutates_args=("exp_avg", "exp_avg_sq", "scales", "master", "remainder", "weight"),
+)
 def adam_op(
-    gradient: Tensor, blocks: int, first: int, factor: float, multiplier: Tensor, code: str, master: Tensor,
-    exp_avg: Tensor, exp_avg_sq: Tensor, weight: Tensor, correction: Tensor, lr: float, beta1: float,
-    beta2: float, eps: float, weight_decay: float, decoupled: bool,
+    gradient: Tensor, blocks: int, first: int, factor: float, multiplier: Tensor, code: str, exp_avg: Tensor,
+    exp_avg_sq: Tensor, scales: Tensor, master: Tensor, remainder: Tensor, weight: Tensor, correction: Tensor,
+    lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, decoupled: bool, key: int,
 ) -> None:  # fmt: skip
-    settings = AdamSettings(lr, beta1, beta2, eps, weight_decay, decoupled)
+    kept = (t if t.numel() else None for t in (scales, master, remainder))
+    source = Gradient(gradient, blocks, first, code, factor, multiplier if multiplier.numel() else None)
     step = _step
-    if master.is_cuda and (code == "int8" or gradient.dtype == torch.float32):
+    if exp_avg.is_cuda and (code == "int8" or gradient.dtype != torch.uint8):
         from agoq_kernels.triton import adam
 
         step = adam.adam_step
     step(
-        gradient, blocks, first, factor, multiplier, code, master, exp_avg, exp_avg_sq, weight, correction,
-        settings,
+        source, AdamStates(exp_avg, exp_avg_sq, *kept), weight if weight.numel() else None, correction,
+        AdamSettings(lr, beta1, beta2, eps, weight_decay, decoupled), None if key < 0 else key,
     )  # fmt: skip
 
 
 def _step(
-    gradient: Tensor, blocks: int, first: int, factor: float, multiplier: Tensor, code: str, master: Tensor,
-    exp_avg: Tensor, exp_avg_sq: Tensor, weight: Tensor, correction: Tensor, settings: AdamSettings,
+    gradient: Gradient, states: AdamStates, weight: Tensor | None, correction: Tensor, settings: AdamSettings,
+    key: int | None,
 ) -> None:  # fmt: skip
-    if gradient.dtype == torch.float32:
-        grad = gradient * factor
+    n = states.exp_avg.numel()
+    if gradient.data.dtype == torch.uint8:
+        source = gradient.data, gradient.blocks, gradient.first, n, gradient.factor, gradient.code
+        grad = sum_segments(*source, torch.float32)
     else:
-        grad = sum_segments(gradient, blocks, first, master.numel(), factor, code, torch.float32)
-    if multiplier.numel():
-        grad = grad * multiplier
+        grad = gradient.data.float() * gradient.factor
+    if gradient.multiplier is not None:
+        grad = grad * gradient.multiplier
+    master = states.master_weight(weight)
+    exp_avg, exp_avg_sq = states.moments()
     if settings.weight_decay and settings.decoupled:
         master.mul_(1 - settings.lr * settings.weight_decay)
     elif settings.weight_decay:
@@ -101,5 +130,5 @@ def _step(
     step_size, correction_sqrt = correction
     denominator = (exp_avg_sq.sqrt() / correction_sqrt).add_(settings.eps)
     master.sub_((exp_avg * step_size).div_(denominator))  # as addcdiv_ with a value of -step_size
-    if weight.numel():
-        weight.copy_(master)
+    states.write_moments(exp_avg, exp_avg_sq, key)
+    states.write_master(master, weight)

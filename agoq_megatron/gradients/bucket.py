@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from agoq_kernels.adam import AdamSettings, adam_step
+from agoq_kernels.adam import Gradient
 from agoq_kernels.gradients import (
     BLOCK,
     GradientFormat,
@@ -212,27 +212,19 @@ class GradientBucket:
             )
         return out if self._multiplier is None else out.mul_(self._multiplier)
 
-    def adam_step(
-        self, start: int, factor: float, multiplier: Tensor | None, states: list[Tensor],
-        weight: Tensor | None, correction: Tensor, settings: AdamSettings,
-    ) -> None:  # fmt: skip
-        """Adam's step with the gradients from ``start`` on, times ``factor`` and ``multiplier``.
-
-        Args:
-            states: FP32 ``[n]``: main parameter and both moments, updated in place.
-            weight: ``[n]``, receives the main parameter in its own type.
-        """
-        if self._multiplier is not None:
-            multiplier = self._multiplier if multiplier is None else self._multiplier * multiplier
-        done = 0
-        for segments, inside, count in self._spans(start, states[0].numel()):
-            here = slice(done, done + count)
-            adam_step(
-                self._reduced[inside : inside + count] if segments is None else segments,
-                self.blocks, inside // BLOCK, self._factor * factor, multiplier, self.format.code,
-                *(t[here] for t in states), None if weight is None else weight[here], correction, settings,
-            )  # fmt: skip
-            done += count
+    def sources(self, start: int, n: int) -> Iterator[tuple[Gradient, int]]:
+        """Of ``n`` gradients from ``start`` on: where an optimizer's step reads them, and how many there."""
+        for segments, inside, count in self._spans(start, n):
+            if segments is None:
+                data = self._reduced[inside : inside + count]
+                yield Gradient(data, factor=self._factor, multiplier=self._multiplier), count
+            else:
+                yield (
+                    Gradient(
+                        segments, self.blocks, inside // BLOCK, self.format.code, self._factor, self._multiplier
+                    ),
+                    count,
+                )
 
     # ------------------------------------------------------------ reducing
 

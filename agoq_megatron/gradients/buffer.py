@@ -8,10 +8,11 @@ No tensor of the buffer's size ever exists in 16 or 32 bits.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
+from agoq_kernels.adam import Gradient
 from agoq_kernels.gradients import BLOCK
 from megatron.core.distributed.param_and_grad_buffer import (
     _ParamAndGradBucketGroup,
@@ -55,6 +56,10 @@ class QuantizedGradient:
     def read(self, start: int, end: int) -> Tensor:
         """FP32 ``[end - start]`` of the flattened gradient."""
         return self.bucket.codes.read(self.start + start, end - start)
+
+    def sources(self, start: int, end: int) -> Iterator[tuple[Gradient, int]]:
+        """Where an optimizer's step reads numbers ``start`` to ``end``."""
+        return self.bucket.codes.sources(self.start + start, end - start)
 
     def norms(self, start: int, end: int) -> Tensor:
         """Numbers whose norm is that of ``read(start, end)``."""

@@ -9,80 +9,18 @@ an FP32 copy of all gradients.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
 
 import torch
-import torch.distributed as dist
 from agoq_kernels.adam import AdamSettings, corrections
+from agoq_kernels.states import AdamStates
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
-from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
-from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor
 
 from agoq_megatron.gradients.buffer import QuantizedGradient
-from agoq_megatron.optimizer import ResumableDistributedOptimizer, adam_state
-
-STEP_NUMEL = 2**25
-"""Numbers whose gradients are in FP32 at a time, or one parameter's shard where that is larger."""
-
-
-class GradientShard:
-    """The gradient of a main parameter: numbers ``start`` to ``end`` of a flattened 8-bit gradient.
-
-    Args:
-        weight: the model's parameter, or this rank's part of it; None where that is the main parameter.
-    """
-
-    def __init__(self, gradient: QuantizedGradient, start: int, end: int, weight: Tensor | None):
-        self._gradient, self._start, self._end, self._weight = gradient, start, end, weight
-        self._factor, self._multiplier = 1.0, None
-        self.norms = gradient.norms(start, end)
-        """FP32 numbers whose L2 norm is that of the gradient. Unscaling multiplies them in place."""
-
-    def scale(self, factor: float | Tensor) -> None:
-        """Multiply by a number, or by a tensor of one number."""
-        if isinstance(factor, Tensor):
-            self._multiplier = factor if self._multiplier is None else self._multiplier * factor
-        else:
-            self._factor *= factor
-
-    def read(self) -> Tensor:
-        """The gradient, FP32 ``[end - start]``."""
-        out = self._gradient.read(self._start, self._end)
-        if self._factor != 1.0:
-            out.mul_(self._factor)
-        return out if self._multiplier is None else out.mul_(self._multiplier)
-
-    @property
-    def has_adam_step(self) -> bool:
-        return self._gradient.bucket.codes.format.code == "int8"
-
-    def adam_step(self, main_param: Tensor, state: dict, correction: Tensor, settings: AdamSettings) -> None:
-        """Step the main parameter, its moments and the model's weight from the codes."""
-        self._gradient.bucket.codes.adam_step(
-            self._gradient.start + self._start,
-            self._factor,
-            self._multiplier,
-            [t.detach().view(-1) for t in (main_param, state["exp_avg"], state["exp_avg_sq"])],
-            None if self._weight is None else self._weight.detach().view(-1),
-            correction,
-            settings,
-        )
-
-    def count_zeros(self) -> Tensor:
-        """How many are zero, a tensor of one number."""
-        zeros = [
-            (self._gradient.read(at, min(at + STEP_NUMEL, self._end)) == 0).sum()
-            for at in range(self._start, self._end, STEP_NUMEL)
-        ]
-        return torch.stack(zeros).sum()
-
-
-def shard_of(param: Tensor) -> GradientShard | None:
-    """The 8-bit gradient that a main parameter is to be stepped with, if it has one."""
-    return getattr(param, "agoq_gradient", None)
+from agoq_megatron.optimizer.resumable import ResumableDistributedOptimizer, adam_state
+from agoq_megatron.optimizer.shard import STEP_NUMEL, ReadsShards, give_shard, shard_of
 
 
 def give_gradient(main_param: Tensor, main_grad, start: int, end: int, weight: Tensor | None) -> None:
@@ -91,33 +29,14 @@ def give_gradient(main_param: Tensor, main_grad, start: int, end: int, weight: T
     ``weight``: the part of the model's parameter that takes the main one's value, None if they are one.
     """
     if isinstance(main_grad, QuantizedGradient):
-        main_param.grad, main_param.agoq_gradient = None, GradientShard(main_grad, start, end, weight)
+        give_shard(main_param, main_grad, start, end)
+        main_param.agoq_weight = weight
     else:
         main_param.grad = main_grad.view(-1)[start:end].view(main_param.shape).float()
 
 
-class ReadsQuantizedGradients:
+class ReadsQuantizedGradients(ReadsShards):
     """What the three optimizers have in common; mixed in before Megatron's class."""
-
-    def _filter_grads_for_norm(self, params, param_filter=None):
-        """See the base class. Of 8-bit gradients numbers that have their norm."""
-        tp_group = getattr(self, "tp_group", None)
-        return super()._filter_grads_for_norm(params, param_filter) + [
-            shard_of(p).norms
-            for p in params
-            if shard_of(p) is not None
-            and (param_filter is None or param_filter(p))
-            and param_is_not_shared(p)
-            and param_is_not_tensor_parallel_duplicate(p, tp_group=tp_group)
-        ]
-
-    def _collect_main_grad_data_for_unscaling(self):
-        """Of FP16 training: what Megatron checks for infinities and unscales in place."""
-        params = self.get_parameters()
-        shards = [shard_of(p) for p in params if shard_of(p) is not None]
-        for shard in shards:
-            shard.scale(self.grad_scaler.inv_scale)
-        return [p.grad.data for p in params if p.grad is not None] + [s.norms for s in shards]
 
     @torch.no_grad()
     def step_with_ready_grads(self) -> bool:
@@ -156,8 +75,13 @@ class ReadsQuantizedGradients:
             # Megatron's optimizers step all parameters together: one count is everyone's.
             correction = corrections(states[0]["step"].to(params[0].device, non_blocking=True), settings)
             for param, state in zip(params, states, strict=True):
-                shard_of(param).adam_step(param, state, correction, settings)
-                param.agoq_gradient = None
+                kept = AdamStates(*(
+                    t.detach().view(-1) for t in (state["exp_avg"], state["exp_avg_sq"])
+                ), master=param.detach().view(-1))  # fmt: skip
+                weight = param.agoq_weight
+                weight = None if weight is None else weight.detach().view(-1)
+                shard_of(param).adam_step(kept, weight, correction, settings)
+                param.agoq_gradient = param.agoq_weight = None
                 self._written.add(id(param))
 
     def _unwritten(self, model_groups: list[list], main_groups: list[list]) -> tuple[list[list], list[list]]:
@@ -179,10 +103,10 @@ class ReadsQuantizedGradients:
         counts = [(group, deepcopy(group.get("step"))) for group in self.optimizer.param_groups]
         for few in _parts(p for p in params if shard_of(p) is not None):
             for param in few:
-                param.grad = shard_of(param).read().view(param.shape)
+                param.grad = shard_of(param).numbers().view(param.shape)
             self.optimizer.step()
             for param in few:
-                param.grad, param.agoq_gradient = None, None
+                param.grad = param.agoq_gradient = param.agoq_weight = None
             for group, count in counts:
                 if count is None:
                     group.pop("step", None)
@@ -267,45 +191,3 @@ class QuantizedFP32Optimizer(ReadsQuantizedGradients, FP32Optimizer):
             for param in self.get_parameters():
                 give_gradient(param, param.main_grad, 0, param.numel(), None)
         return False
-
-
-def wrap_clipping(stock):
-    """``clip_grad_by_total_norm_fp32``, for 8-bit gradients too: they remember the factor."""
-
-    @functools.wraps(stock)
-    def clip(parameters, max_norm, total_norm, use_decoupled_grad=False):
-        parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-        if tensors := [p for p in parameters if p.grad is not None]:
-            stock(tensors, max_norm, total_norm, use_decoupled_grad)
-        factor = max_norm / (total_norm + 1.0e-6)  # as the stock function
-        if isinstance(factor, Tensor):
-            factor = factor.clamp(max=1.0)
-        elif not factor < 1.0:  # so a norm of NaN leaves the gradients as they are
-            return
-        for param in parameters:
-            if shard_of(param) is not None:
-                shard_of(param).scale(factor)
-
-    return clip
-
-
-def wrap_counting_zeros(stock):
-    """``count_zeros_fp32``, of 8-bit gradients too."""
-
-    @functools.wraps(stock)
-    def count(parameters, grad_stats_parallel_group, use_decoupled_grad=False, tp_group=None, **more):
-        parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-        total = stock(parameters, grad_stats_parallel_group, use_decoupled_grad, tp_group, **more)
-        zeros = torch.zeros((), dtype=torch.int64, device="cuda")
-        for param in parameters:
-            shard = shard_of(param)
-            if (
-                shard is not None
-                and param_is_not_shared(param)
-                and param_is_not_tensor_parallel_duplicate(param, tp_group=tp_group)
-            ):
-                zeros += shard.count_zeros()
-        dist.all_reduce(zeros, group=grad_stats_parallel_group)
-        return total + zeros.item()
-
-    return count

@@ -1,0 +1,143 @@
+"""The inner optimizer: Adam over states as ``agoq_kernels.states`` keeps them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from agoq_kernels.adam import AdamSettings, corrections
+from agoq_kernels.states import AdamStates
+from torch import Tensor
+
+from agoq_megatron.autograd.rounding import counter
+from agoq_megatron.optimizer.settings import OptimizerSettings
+from agoq_megatron.optimizer.shard import shard_of
+
+STATE_NAMES = tuple(AdamStates.__dataclass_fields__)
+
+
+class QuantizedAdam(torch.optim.Optimizer):
+    """``torch.optim.AdamW`` (or ``Adam``), with gradients from shards and states in fewer bytes.
+
+    Its parameters are the model's weights themselves, or this rank's parts of them. Each has the state
+    "step" and the tensors of an :class:`AdamStates`.
+
+    Args:
+        groups: parameter groups as torch's Adam has them.
+        settings: how states are kept.
+        decoupled: weight decay of AdamW, not of Adam.
+    """
+
+    def __init__(self, groups: list[dict], settings: OptimizerSettings, decoupled: bool):
+        super().__init__(groups, {})
+        self._settings, self._decoupled = settings, decoupled
+        self._names: dict[Tensor, str] = {}
+        self._bits: dict[Tensor, int] = {}
+
+    def describe(self, param: Tensor, name: str, bits: int) -> None:
+        """Say what a parameter is called, and in how many bits its moments are kept."""
+        self._names[param], self._bits[param] = name, bits
+
+    @property
+    def parameters(self) -> Iterator[Tensor]:
+        for group in self.param_groups:
+            yield from group["params"]
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of all states; the weights are not counted."""
+        return sum(self.states(p).nbytes - self._shared_bytes(p) for p in self.parameters if p in self.state)
+
+    @staticmethod
+    def _shared_bytes(param: Tensor) -> int:
+        return param.nbytes if param.dtype == torch.float32 else 0  # it is its own master
+
+    def initialize(self) -> None:
+        """Give every parameter the state that it has before the first step, if it has none."""
+        for param in self.parameters:
+            if param in self.state:
+                continue
+            weight = param.detach().view(-1)
+            in_bf16 = param.dtype == torch.bfloat16
+            states = AdamStates.new(weight, self._bits[param], self._settings.split and in_bf16)
+            if param.dtype == torch.float32:
+                states.master = None
+            self.state[param] = {"step": torch.zeros(()), **states.tensors}
+
+    def states(self, param: Tensor) -> AdamStates:
+        """A parameter's state, flat."""
+        state = self.state[param]
+        found = AdamStates(**{name: state[name] for name in STATE_NAMES if name in state})
+        if param.dtype == torch.float32:
+            found.master = param.detach().view(-1)
+        return found
+
+    def _weight(self, param: Tensor) -> Tensor | None:
+        return None if param.dtype == torch.float32 else param.detach().view(-1)
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None) -> None:
+        """Step every parameter that has a gradient shard, and drop the shard."""
+        self.initialize()
+        steps = {id(state["step"]): state["step"] for state in self.state.values()}
+        for step in steps.values():  # a loaded count is everyone's
+            step += 1
+        for group in self.param_groups:
+            params = [p for p in group["params"] if shard_of(p) is not None]
+            if not params:
+                continue
+            count = self.state[params[0]]["step"]
+            group["step"] = int(count)
+            settings = AdamSettings(
+                lr=float(group["lr"]),
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                decoupled=self._decoupled,
+            )
+            correction = corrections(count.to(params[0].device, non_blocking=True), settings)
+            for param in params:
+                shard, param.agoq_gradient = shard_of(param), None
+                shard.adam_step(self.states(param), self._weight(param), correction, settings, self._key(param))
+
+    def _key(self, param: Tensor) -> int | None:
+        if self._bits[param] == 32 or not self._settings.stochastic:
+            return None
+        return counter.key(0, f"optimizer {self._names[param]}")
+
+    # ------------------------------------------------------------ checkpoints
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Take groups and step counts; the other states are written by :meth:`write`, in place."""
+        for group, loaded in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            group.update({key: value for key, value in loaded.items() if key != "params"})
+            if group.get("step") is not None:
+                for param in group["params"]:
+                    if param in self.state:
+                        self.state[param]["step"] = torch.tensor(float(group["step"]))
+
+    @torch.no_grad()
+    def read(self, param: Tensor) -> dict[str, Tensor]:
+        """Master weight and moments as Megatron's checkpoints have them: FP32, on the CPU, since together
+        they take several times the memory of the states."""
+        states = self.states(param)
+        exp_avg, exp_avg_sq = states.moments()
+        master = states.master_weight(self._weight(param))
+        return {"param": master.cpu(), "exp_avg": exp_avg.cpu(), "exp_avg_sq": exp_avg_sq.cpu()}
+
+    @torch.no_grad()
+    def write(self, param: Tensor, tensors: dict[str, Tensor]) -> None:
+        """Take master weight and moments as :meth:`read` gives them, rounded to the nearest."""
+        names = "param", "exp_avg", "exp_avg_sq"
+        values = (tensors[name].to(param.device, torch.float32).view(-1) for name in names)
+        master, exp_avg, exp_avg_sq = values
+        states = self.states(param)
+        states.write_moments(exp_avg, exp_avg_sq)
+        states.write_master(master, self._weight(param))
+
+    @torch.no_grad()
+    def take_weights(self, param: Tensor, weight: Tensor) -> None:
+        """Let the master weight be ``weight``, of the parameter's size and any type."""
+        master = weight.to(param.device, torch.float32, copy=True).view(-1)
+        self.states(param).write_master(master, self._weight(param))

@@ -1,0 +1,102 @@
+"""Megatron's distributed optimizer over Adam states in fewer bytes.
+
+Megatron has a path for an inner optimizer that keeps master weights by itself and steps the model's weights
+(its "precision-aware" one, meant for Transformer Engine's Adam). This takes it, with an Adam of our own. In
+checkpoints the states are FP32, under the names and in the places of the stock optimizer's.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from agoq_megatron.optimizer.adam import QuantizedAdam
+from agoq_megatron.optimizer.resumable import ResumableDistributedOptimizer
+from agoq_megatron.optimizer.settings import OptimizerSettings
+from agoq_megatron.optimizer.shard import ReadsShards, give_shard
+
+
+class QuantizedStateOptimizer(ReadsShards, ResumableDistributedOptimizer):
+    """``DistributedOptimizer`` with a :class:`QuantizedAdam` inside. Arguments of the base class."""
+
+    settings: OptimizerSettings
+    """Of a subclass: :func:`optimizer_of` makes one."""
+
+    def __init__(self, optimizer, config, *args, **kwargs):
+        if optimizer is not None:
+            # A value that Megatron derives from flags for Transformer Engine's Adam.
+            config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = True
+            optimizer = QuantizedAdam(optimizer.param_groups, self.settings, config.decoupled_weight_decay)
+        super().__init__(optimizer, config, *args, **kwargs)
+        if optimizer is not None:
+            self._describe_parameters()
+
+    def _describe_parameters(self) -> None:
+        names = {p: name for chunk in self.model_chunks for name, p in chunk.named_parameters()}
+        for model_param, param in self._pairs():
+            name = names[model_param]
+            self.optimizer.describe(param, name, self.settings.bits_of(name, model_param))
+
+    def _pairs(self):
+        """Parameters of the model, and what the inner optimizer steps of each: this rank's part."""
+        for model_groups, groups in (
+            (self.model_float16_groups, self.shard_float16_groups),
+            (self.model_fp32_groups, self.shard_fp32_groups),
+        ):
+            for model_group, group in zip(model_groups, groups, strict=True):
+                yield from zip(model_group, group, strict=True)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the optimizer's states on this rank."""
+        return 0 if self.is_stub_optimizer else self.optimizer.state_bytes
+
+    def _copy_model_grads_to_main_grads(self):
+        if not self.is_stub_optimizer:
+            for model_param, param in self._pairs():
+                own = self._get_model_param_range_map(model_param)["param"]
+                give_shard(param, model_param.main_grad, own.start, own.end)
+
+    def _copy_model_params_to_main_params(self, state_dict=None):
+        """See the base class: after weights were loaded without the optimizer."""
+        if self.is_stub_optimizer:
+            return
+        weights = None
+        if state_dict is not None:
+            weights = self._build_model_param_to_state_dict_param_map(state_dict)
+        self.optimizer.initialize()
+        for model_param, param in self._pairs():
+            own = self._get_model_param_range_map(model_param)["param"]
+            source = model_param if weights is None else weights[model_param]
+            self.optimizer.take_weights(param, source.detach().view(-1)[own.start : own.end])
+
+    # ------------------------------------------------------------ checkpoints
+
+    def _init_adam_state(self) -> None:
+        self.optimizer.initialize()
+
+    def state_dict(self):
+        self.optimizer.initialize()
+        return DistributedOptimizer.state_dict(self)
+
+    def load_state_dict(self, state_dict):
+        self.optimizer.initialize()
+        DistributedOptimizer.load_state_dict(self, state_dict)
+
+    def _init_optimizer_states_with_dummy_values(self):
+        self.optimizer.initialize()
+
+    def _get_main_param_and_optimizer_states(self, model_param):
+        return self.optimizer.read(self._inner_param(model_param))
+
+    def _set_main_param_and_optimizer_states(self, model_param, tensors):
+        self.optimizer.write(self._inner_param(model_param), tensors)
+
+    def _inner_param(self, model_param) -> torch.Tensor:
+        group, order = self.model_param_group_index_map[model_param]
+        return self.optimizer.param_groups[group]["params"][order]
+
+
+def optimizer_of(settings: OptimizerSettings) -> type[QuantizedStateOptimizer]:
+    """The class that Megatron is to construct in the place of its own."""
+    return type("QuantizedStateOptimizer", (QuantizedStateOptimizer,), {"settings": settings})

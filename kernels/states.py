@@ -1,0 +1,222 @@
+"""What Adam keeps of a parameter: both moments in FP32 or 8 bits, the master weight whole or as a remainder.
+
+Moments in 8 bits are in blocks of 64 with a BF16 scale each. A step divides the first moment by the root of
+the second, so these two are what is kept:
+
+* the root, one byte without sign: a float that ends at the block's largest root, with 5 bits of mantissa
+  down to 1/16 of it and 4 bits below, down to 1/3800. What is not zero never becomes zero, so no step is
+  divided by nothing;
+* the ratio of the first moment to that root, as INT8. It is bounded by the decay rates whatever the sizes of
+  the gradients in a block are, and its error is the error of the step.
+
+Rounding of the root is stochastic by default: from one step to the next it changes by less than a code, and
+to the nearest it would stay where it is. Encoding what was decoded gives the same bytes (to the nearest), so
+that a checkpoint may hold FP32.
+
+A BF16 weight is the upper half of its FP32 master, rounded; the lower half is kept beside it. To which side
+a master halfway between two weights was rounded is a bit more: with FP32 moments it is the sign of the second,
+so that weights are rounded to even as torch does; with moments in 8 bits there is no such bit, and halfway is
+rounded away from zero. The master is exact in either case.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from agoq_kernels.rng import uniform
+from torch import Tensor
+
+BLOCK = 64
+FINE, COARSE = 18, 19  # bits of an FP32 mantissa that are not kept, from 1/16 on and below
+SPLIT = 127  # the code of 1/16; 255 is that of 1, 0 is 0
+FINE_OFFSET = (127 << 23 - FINE) - 255  # what makes a code the upper bits of an FP32 number
+COARSE_OFFSET = (123 << 23 - COARSE) - SPLIT
+TOP = 1 - 2.0**-8  # from here on it is the largest root, however it is rounded
+MIN_SCALE = 2.0**-50  # of roots: their squares are no subnormal numbers
+ROUNDINGS = ("stochastic", "nearest")
+
+
+@dataclass
+class AdamStates:
+    """Of ``n`` numbers. All but the master's two forms are there.
+
+    Attributes:
+        exp_avg, exp_avg_sq: FP32 ``[n]``; or int8 ratios and uint8 roots ``[n]``.
+        scales: of the latter: BF16 ``[ceil(n / 64), 2]``, of ratios and roots.
+        master: FP32 ``[n]``, or
+        remainder: int16 ``[n]``, the lower half of the master; its upper half is the weight.
+    """
+
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    scales: Tensor | None = None
+    master: Tensor | None = None
+    remainder: Tensor | None = None
+
+    @classmethod
+    def new(cls, weight: Tensor, bits: int, split: bool) -> AdamStates:
+        """Before the first step, for a flat ``weight`` (BF16 where its master is to be split)."""
+        n = weight.numel()
+        if split and weight.dtype != torch.bfloat16:
+            raise ValueError(f"a weight in {weight.dtype} is not the upper half of its master: use BF16")
+        if bits == 8:
+            states = cls(
+                weight.new_zeros(n, dtype=torch.int8),
+                weight.new_zeros(n, dtype=torch.uint8),
+                weight.new_zeros((-(-n // BLOCK), 2), dtype=torch.bfloat16),
+            )
+        else:
+            states = cls(*(weight.new_zeros(n, dtype=torch.float32) for _ in range(2)))
+        if split:
+            states.remainder = weight.new_zeros(n, dtype=torch.int16)
+        else:
+            states.master = weight.detach().float().clone()
+        return states
+
+    def part(self, here: slice) -> AdamStates:
+        """Views of some of the numbers, from a multiple of 64 on."""
+        if here.start == 0 and here.stop == self.exp_avg.numel():
+            return self
+        blocks = slice(here.start // BLOCK, -(-here.stop // BLOCK))
+        return AdamStates(**{name: t[blocks if name == "scales" else here] for name, t in self.tensors.items()})
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Both in FP32 ``[n]``; new tensors, or these."""
+        if self.scales is not None:
+            return decode(self.exp_avg, self.exp_avg_sq, self.scales)
+        return self.exp_avg, self.exp_avg_sq.abs() if self.remainder is not None else self.exp_avg_sq
+
+    def master_weight(self, weight: Tensor) -> Tensor:
+        """FP32 ``[n]``; a new tensor, or this."""
+        if self.remainder is None:
+            return self.master
+        down = None if self.scales is not None else self.exp_avg_sq.signbit()
+        return join(weight, self.remainder, down)
+
+    def write_moments(self, exp_avg: Tensor, exp_avg_sq: Tensor, key: int | None = None) -> None:
+        """Take new ones, FP32 ``[n]``, in place; :meth:`write_master` must follow.
+
+        Args:
+            key: of stochastic rounding; None rounds to the nearest.
+        """
+        if self.scales is not None:
+            encode(exp_avg, exp_avg_sq, self.exp_avg, self.exp_avg_sq, self.scales, key)
+        else:
+            self.exp_avg.copy_(exp_avg)
+            self.exp_avg_sq.copy_(exp_avg_sq)
+
+    def write_master(self, master: Tensor, weight: Tensor | None) -> None:
+        """Take a new one, FP32 ``[n]``, in place.
+
+        Args:
+            weight: ``[n]``, receives it rounded to its type; None where nothing is to.
+        """
+        if self.remainder is None:
+            self.master.copy_(master)
+            if weight is not None:
+                weight.copy_(master)
+            return
+        down = split(master, weight, self.remainder, to_even=self.scales is None)
+        if down is not None:
+            self.exp_avg_sq.copy_(torch.where(down, -self.exp_avg_sq.abs(), self.exp_avg_sq.abs()))
+
+
+# --- Moments in 8 bits ----------------------------------------------------------------------------
+
+
+def _blocks(x: Tensor) -> Tensor:
+    return torch.nn.functional.pad(x, (0, -x.numel() % BLOCK)).view(-1, BLOCK)
+
+
+def _roots(codes: Tensor, scales: Tensor) -> Tensor:
+    """FP32 of codes ``[blocks, 64]`` and FP32 scales ``[blocks]``."""
+    codes = codes.int()
+    fine, coarse = (codes + FINE_OFFSET) << FINE, (codes + COARSE_OFFSET) << COARSE
+    numbers = torch.where(codes < SPLIT, coarse, fine).view(torch.float32)
+    return torch.where(codes == 0, 0.0, numbers) * scales[:, None]
+
+
+def decode(ratios: Tensor, roots: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Both moments in FP32 ``[n]``, of int8 and uint8 ``[n]`` and BF16 ``[blocks, 2]``."""
+    n = ratios.numel()
+    ratio_scales, root_scales = scales.float().unbind(1)
+    root = _roots(_blocks(roots), root_scales)
+    mean = _blocks(ratios).float() * ratio_scales[:, None] * root
+    return mean.flatten()[:n], (root * root).flatten()[:n]
+
+
+def _stored(scale: Tensor) -> tuple[Tensor, Tensor]:
+    """FP32 scales rounded to BF16, with NaN for all that is not finite; and their inverses, 0 where the scale
+    is 0 or NaN."""
+    scale = scale.bfloat16().float()
+    scale = torch.where(scale.isfinite(), scale, torch.nan)
+    return scale, torch.where(scale > 0, 1 / scale, 0.0)
+
+
+def encode(
+    exp_avg: Tensor, exp_avg_sq: Tensor, ratios: Tensor, roots: Tensor, scales: Tensor, key: int | None
+) -> None:
+    """Moments in FP32 ``[n]`` to codes and scales, in place. ``key`` None rounds to the nearest."""
+    n = exp_avg.numel()
+    root = _blocks(exp_avg_sq).sqrt()
+    largest = root.amax(-1)
+    root_scale, inverse = _stored(torch.where(largest > 0, largest.clamp(min=MIN_SCALE), largest))
+    y = torch.where(inverse[:, None] > 0, root * inverse[:, None], 0.0)
+    noise = torch.full_like(y, 0.5)
+    if key is not None:
+        # The largest root stays the largest, so that encoding it again gives the same scale.
+        noise = torch.where(y < TOP, uniform(0, y.numel(), key, y.device).view_as(y), noise)
+    bits = y.view(torch.int32)
+    fine, coarse = (
+        (bits + (noise * (1 << shift)).int() >> shift) - offset
+        for shift, offset in ((FINE, FINE_OFFSET), (COARSE, COARSE_OFFSET))
+    )
+    codes = torch.where(y < 2.0**-4, coarse, fine).clamp(1, 255)
+    codes = torch.where(y > 0, codes, 0)
+    kept = _roots(codes, root_scale)
+
+    ratio = torch.where(kept > 0, _blocks(exp_avg) / kept, 0.0)
+    # A root that is NaN makes its block NaN by its own scale.
+    ratio_scale = ratio.abs().amax(-1) * (1 / 127)
+    tiny = ratio_scale < torch.finfo(torch.float32).tiny
+    ratio_scale, inverse = _stored(torch.where(tiny, 0.0, ratio_scale))
+    z = torch.where(inverse[:, None] > 0, ratio * inverse[:, None], 0.0)
+    ratios.copy_(z.round().clamp(-127, 127).flatten()[:n])
+    roots.copy_(codes.flatten()[:n])
+    scales.copy_(torch.stack((ratio_scale, root_scale), 1))
+
+
+# --- The master weight ----------------------------------------------------------------------------
+
+
+def split(master: Tensor, weight: Tensor, remainder: Tensor, to_even: bool) -> Tensor | None:
+    """FP32 ``[n]`` to BF16 ``weight`` and int16 ``remainder``, in place.
+
+    Returns:
+        Where it lay halfway and was rounded towards zero; None if that is nowhere allowed.
+    """
+    bits = torch.where(master.isnan(), 0x7FC00000, master.view(torch.int32)).int()
+    low, high = bits & 0xFFFF, bits >> 16
+    down = (low == 0x8000) & (high & 1 == 0) if to_even else None
+    up = low >= 0x8000 if down is None else (low >= 0x8000) & ~down
+    weight.copy_((high + up).to(torch.int16).view(torch.bfloat16))
+    remainder.copy_(low.to(torch.int16))
+    return down
+
+
+def join(weight: Tensor, remainder: Tensor, down: Tensor | None) -> Tensor:
+    """FP32 ``[n]``, of what :func:`split` left."""
+    high, low = weight.view(torch.int16).int(), remainder.int() & 0xFFFF
+    up = low >= 0x8000
+    if down is not None:
+        up &= ~(down & (low == 0x8000))
+    return ((high - up.int()) << 16 | low).view(torch.float32)

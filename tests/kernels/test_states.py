@@ -1,0 +1,165 @@
+"""Adam's states in fewer bytes: what they say, what they cannot, and that nothing is lost twice."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from agoq_kernels.states import BLOCK, AdamStates, decode, encode, join, split
+
+SIZES = [1, 63, 64, 65, 1000]
+
+
+def random_moments(rng: torch.Generator, n: int, decades: float = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    """As of gradients over so many powers of ten."""
+    size = 10.0 ** (torch.rand(n, generator=rng) * decades - decades - 1)
+    return torch.randn(n, generator=rng) * size * 0.3, (torch.rand(n, generator=rng) + 0.5) * size**2
+
+
+def encoded(exp_avg, exp_avg_sq, key=None):
+    """Poisoned before: nothing of what was there may stay."""
+    n = exp_avg.numel()
+    out = (
+        torch.full((n,), -77, dtype=torch.int8),
+        torch.full((n,), 77, dtype=torch.uint8),
+        torch.full((-(-n // BLOCK), 2), torch.nan, dtype=torch.bfloat16),
+    )
+    encode(exp_avg, exp_avg_sq, *out, key)
+    return out
+
+
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("key", [None, 4711])
+def test_error_of_roots_and_steps(rng, n, key):
+    """Each root within 1/1024 of the block's largest, or its code's width; each step within its block's."""
+    exp_avg, exp_avg_sq = random_moments(rng, n)
+    mean, square = decode(*encoded(exp_avg, exp_avg_sq, key))
+    root, expected = square.double().sqrt(), exp_avg_sq.double().sqrt()
+    blocks = torch.arange(n) // BLOCK
+    largest = torch.stack([expected[blocks == b].max() for b in range(blocks.max() + 1)])[blocks]
+    # A code's width is 1/32 of the power of two below it, 1/16 under 1/16; stochastic rounding may take all
+    # of it. The scale is rounded to 8 bits.
+    share = 1 if key else 0.5
+    width = torch.where(expected < largest / 16, 1 / 16, 1 / 32) * share + 2**-8
+    assert ((root - expected).abs() <= width * expected + largest / 2**11.9).all()
+    step, exact = mean.double() / root, exp_avg.double() / root  # the ratio's own error
+    limit = torch.stack([exact[blocks == b].abs().max() for b in range(blocks.max() + 1)])[blocks]
+    assert ((step - exact).abs() <= limit * (0.5 / 127 + 2**-8)).all()
+
+
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("key", [None, 99])
+def test_encoding_again_changes_nothing(rng, n, key):
+    """So a checkpoint may hold FP32: to the nearest, whatever rounding there was before."""
+    once = encoded(*random_moments(rng, n, 9), key)
+    again = encoded(*decode(*once))
+    for a, b in zip(once, again, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_stochastic_rounding_is_unbiased(rng):
+    exp_avg, exp_avg_sq = random_moments(rng, 256, 2)
+    roots = [decode(*encoded(exp_avg, exp_avg_sq, key))[1].sqrt() for key in range(600)]
+    mean = torch.stack(roots).double().mean(0)
+    # 600 draws of a code's width: a standard error of 1/32 / 2 / sqrt(600), and six of them. The scale's own
+    # rounding is the same in all, and the largest root of each block is not drawn.
+    torch.testing.assert_close(mean, exp_avg_sq.double().sqrt(), rtol=0.0039 + 0.004 + 2**-8, atol=1e-9)
+
+
+def test_slow_changes_are_not_lost(rng):
+    """A second moment that halves in 700 steps: to the nearest its ratio to the block's largest stays."""
+    largest = torch.full((64,), 1.0)
+    found = {}
+    for rounding in ("nearest", "stochastic"):
+        square = torch.full((64,), 0.3)
+        square[0] = 1.0
+        for step in range(700):
+            square = torch.where(torch.arange(64) == 0, largest, square * 0.999)
+            square = decode(*encoded(torch.zeros(64), square, step if rounding == "stochastic" else None))[1]
+        found[rounding] = square[1:].mean().item()
+    exact = 0.3 * 0.999**700
+    assert abs(found["stochastic"] / exact - 1) < 0.1
+    assert found["nearest"] > 1.5 * exact
+
+
+def test_zero_stays_zero_and_nothing_else_becomes_zero():
+    exp_avg_sq = torch.tensor([1e12, 0.0, 1e-30, 1e-12] + [0.0] * 60)
+    exp_avg = torch.tensor([1.0, 0.0, 1e-16, 1e-6] + [0.0] * 60)
+    mean, square = decode(*encoded(exp_avg, exp_avg_sq))
+    assert (square == 0).equal(exp_avg_sq == 0)
+    assert torch.isfinite(mean).all() and (mean.abs() <= 1.01 * exp_avg.abs()).all()
+    nothing = decode(*encoded(torch.zeros(64), torch.zeros(64)))
+    assert not nothing[0].any() and not nothing[1].any()
+
+
+def test_tiny_roots_are_not_lost():
+    """Where the block's largest is next to nothing beside any epsilon, it is kept as something."""
+    mean, square = decode(*encoded(torch.full((64,), 1e-25), torch.full((64,), 1e-40)))
+    assert (square > 0).all() and torch.isfinite(mean / square.sqrt()).all()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("which", [0, 1])
+def test_bad_numbers_make_their_block_nan(rng, bad, which):
+    moments = random_moments(rng, 130)
+    moments[which][70] = bad
+    found = decode(*encoded(*moments))[which]
+    assert found[64:128].isnan().all()
+    assert found[:64].isfinite().all() and found[128:].isfinite().all()
+
+
+# --- Master weights -------------------------------------------------------------------------------
+
+
+def hard_masters(rng: torch.Generator) -> torch.Tensor:
+    """Random bit patterns, and all that lies halfway between two BF16 numbers."""
+    patterns = torch.randint(-(2**31), 2**31, (20000,), generator=rng, dtype=torch.int64)
+    halfway = torch.arange(-(2**15), 2**15, dtype=torch.int64) * 2**16 + 0x8000
+    near = torch.cat((halfway - 1, halfway + 1))
+    bits = torch.cat((patterns, halfway, near)).to(torch.int32)
+    return bits.view(torch.float32)
+
+
+@pytest.mark.parametrize("to_even", [True, False])
+def test_masters_come_back_to_the_bit(rng, to_even):
+    master = hard_masters(rng)
+    weight = torch.empty(master.numel(), dtype=torch.bfloat16)
+    remainder = torch.empty(master.numel(), dtype=torch.int16)
+    down = split(master, weight, remainder, to_even)
+    back = join(weight, remainder, down)
+    assert torch.equal(back.isnan(), master.isnan())
+    number = ~master.isnan()
+    assert torch.equal(back.view(torch.int32)[number], master.view(torch.int32)[number])
+    rounded = master.bfloat16()
+    if to_even:
+        assert torch.equal(weight[number], rounded[number])
+    else:
+        differs = (weight != rounded) & number
+        halfway = master.view(torch.int32) & 0xFFFF == 0x8000
+        assert (halfway | ~differs).all() and differs.any()
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("keep", ["split", "fp32"])
+@pytest.mark.parametrize("n", [65, 4097])
+def test_states_of_a_parameter(rng, bits, keep, n):
+    weight = torch.randn(n, generator=rng).bfloat16()
+    states = AdamStates.new(weight, bits, keep == "split")
+    assert torch.equal(states.master_weight(weight), weight.float())
+    assert not any(x.any() for x in states.moments())
+    scales = -(-n // BLOCK) * 4 if bits == 8 else 0
+    assert states.nbytes == n * (2 if bits == 8 else 8) + n * (2 if keep == "split" else 4) + scales
+    master, moments = torch.randn(n, generator=rng), random_moments(rng, n)
+    states.write_moments(*moments)
+    states.write_master(master, weight)
+    assert torch.equal(states.master_weight(weight), master)
+    if bits == 32:
+        assert all(torch.equal(a, b) for a, b in zip(states.moments(), moments, strict=True))
+    part = states.part(slice(64, n))
+    assert torch.equal(part.master_weight(weight[64:]), master[64:])
+    for a, b in zip(part.moments(), states.moments(), strict=True):
+        assert torch.equal(a, b[64:])
+
+
+def test_other_weights_are_not_split():
+    with pytest.raises(ValueError, match="use BF16"):
+        AdamStates.new(torch.randn(5), 32, True)
