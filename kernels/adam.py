@@ -46,8 +46,8 @@ class Gradient:
     """Where the gradient of ``n`` parameters is.
 
     Attributes:
-        data: uint8 ``[segments, segment_bytes(blocks)]``, as ``gradients.sum_segments`` takes them; or ``[n]``
-            in FP32 or BF16.
+        data: uint8 ``[segments, segment_bytes(blocks)]``, as ``gradients.sum_segments`` takes them; or
+            ``[n]`` in FP32 or BF16.
         blocks, first: of codes: blocks in a segment, and the block at which these parameters begin.
         code: of the segments.
         factor, multiplier: what it is multiplied with; the second a tensor of one number, or None.

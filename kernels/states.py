@@ -14,9 +14,9 @@ to the nearest it would stay where it is. Encoding what was decoded gives the sa
 that a checkpoint may hold FP32.
 
 A BF16 weight is the upper half of its FP32 master, rounded; the lower half is kept beside it. To which side
-a master halfway between two weights was rounded is a bit more: with FP32 moments it is the sign of the second,
-so that weights are rounded to even as torch does; with moments in 8 bits there is no such bit, and halfway is
-rounded away from zero. The master is exact in either case.
+a master halfway between two weights was rounded is one bit more: with FP32 moments it is the sign of the
+second, so that weights are rounded to even as torch does; with moments in 8 bits there is no such bit, and
+halfway is rounded away from zero. The master is exact in either case.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ class AdamStates:
         if here.start == 0 and here.stop == self.exp_avg.numel():
             return self
         blocks = slice(here.start // BLOCK, -(-here.stop // BLOCK))
-        return AdamStates(**{name: t[blocks if name == "scales" else here] for name, t in self.tensors.items()})
+        places = {name: blocks if name == "scales" else here for name in self.tensors}
+        return AdamStates(**{name: t[places[name]] for name, t in self.tensors.items()})
 
     @property
     def tensors(self) -> dict[str, Tensor]:

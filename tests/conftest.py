@@ -11,6 +11,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from checkpoints import MIDDLE, train
+from launch import Launcher
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is imported
@@ -42,6 +44,29 @@ def seed(request: pytest.FixtureRequest) -> int:
 def rng(seed: int) -> torch.Generator:
     """A CPU generator seeded by :func:`seed`."""
     return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="session")
+def launcher(tmp_path_factory):
+    """Starts runs of the entry script; one parent process serves the whole session."""
+    with Launcher(tmp_path_factory.mktemp("runs")) as it:
+        yield it
+
+
+@pytest.fixture(scope="session")
+def whole(launcher, tmp_path_factory):
+    """Uninterrupted runs, each made once: (run, its checkpoints, of the middle and of the end)."""
+    made = {}
+
+    def run(ranks: int, *flags: str):
+        if (ranks, flags) not in made:
+            folder = tmp_path_factory.mktemp("whole")
+            done = launcher.run(*train(*flags), "--save", folder, "--save-interval", MIDDLE, ranks=ranks)
+            assert done.ok, done.log[-4000:]
+            made[ranks, flags] = done, folder
+        return made[ranks, flags]
+
+    return run
 
 
 @pytest.fixture(autouse=True)

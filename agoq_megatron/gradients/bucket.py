@@ -217,14 +217,11 @@ class GradientBucket:
         for segments, inside, count in self._spans(start, n):
             if segments is None:
                 data = self._reduced[inside : inside + count]
-                yield Gradient(data, factor=self._factor, multiplier=self._multiplier), count
+                source = Gradient(data, factor=self._factor, multiplier=self._multiplier)
             else:
-                yield (
-                    Gradient(
-                        segments, self.blocks, inside // BLOCK, self.format.code, self._factor, self._multiplier
-                    ),
-                    count,
-                )
+                place = segments, self.blocks, inside // BLOCK, self.format.code
+                source = Gradient(*place, self._factor, self._multiplier)
+            yield source, count
 
     # ------------------------------------------------------------ reducing
 

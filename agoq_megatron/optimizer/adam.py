@@ -99,7 +99,8 @@ class QuantizedAdam(torch.optim.Optimizer):
             correction = corrections(count.to(params[0].device, non_blocking=True), settings)
             for param in params:
                 shard, param.agoq_gradient = shard_of(param), None
-                shard.adam_step(self.states(param), self._weight(param), correction, settings, self._key(param))
+                step = self.states(param), self._weight(param), correction, settings, self._key(param)
+                shard.adam_step(*step)
 
     def _key(self, param: Tensor) -> int | None:
         if self._bits[param] == 32 or not self._settings.stochastic:

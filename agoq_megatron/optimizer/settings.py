@@ -37,7 +37,8 @@ class OptimizerSettings:
         return 32 if embedding or small else self.bits
 
     def __str__(self) -> str:
-        master = "master weights exact, as BF16 weight and 16-bit remainder" if self.split else "master weights in FP32"
+        master = "exact, as BF16 weight and 16-bit remainder" if self.split else "in FP32"
+        master = f"master weights {master}"
         if self.bits == 32:
             return f"optimizer: moments in FP32; {master} ({self.bytes_per_parameter:.3f} bytes a parameter)."
         rounding = "stochastic" if self.stochastic else "nearest"

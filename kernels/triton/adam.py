@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from agoq_kernels.adam import AdamSettings, Gradient
 from agoq_kernels import states as kept
+from agoq_kernels.adam import AdamSettings, Gradient
 from agoq_kernels.states import BLOCK, AdamStates
 from agoq_kernels.triton.codec import INTERPRET, ROUND, _clamp, _nan_max, _uniform, widen
 from agoq_kernels.triton.gradients import sum_of_blocks

@@ -186,7 +186,7 @@ def files(tmp_path_factory):
 
 @pytest.mark.parametrize("case", CASES)
 def test_refused(launcher, files, case):
-    from agoq_test_launch import TINY
+    from launch import TINY
 
     flags, words = CASES[case]
     flags = flags.replace("{eight}", "--agoq-grad-bits 8")

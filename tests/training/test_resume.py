@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import random
 import signal
-from pathlib import Path
 
 import pytest
-import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from checkpoints import assert_same_tensors, saved_iteration
 
 pytestmark = pytest.mark.slow
-
-logging.getLogger("c10d-NullHandler-dcp_logger").setLevel(logging.WARNING)
 
 ITERATIONS, INTERVAL = 10, 4
 DISTRIBUTED = ["--use-distributed-optimizer"]
@@ -30,27 +24,6 @@ CASES = {
 }
 
 
-def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint: weights, master weights, moments."""
-    reader = dcp.FileSystemReader(checkpoint)
-    entries = reader.read_metadata().state_dict_metadata.items()
-    state = {
-        name: torch.full(tuple(entry.size), -1, dtype=entry.properties.dtype)
-        for name, entry in entries
-        if isinstance(entry, TensorStorageMetadata)
-    }
-    dcp.load(state, storage_reader=reader, no_dist=True)
-    return state
-
-
-def assert_same_tensors(one: Path, other: Path):
-    a, b = tensors(one), tensors(other)
-    assert a.keys() == b.keys()
-    assert any("exp_avg_sq" in name for name in a)
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
-
-
 def assert_continues(resumed, whole, first: int):
     """Losses and gradient norms from ``first`` on are equal, exact and as printed."""
     assert resumed.losses().keys() == set(range(first, ITERATIONS + 1))
@@ -63,11 +36,6 @@ def assert_continues(resumed, whole, first: int):
     printed, before = resumed.printed(), whole.printed()
     for iteration in range(first + 2, ITERATIONS + 1):
         assert printed[iteration] == before[iteration]
-
-
-def saved_iteration(folder: Path) -> int:
-    tracker = folder / "latest_checkpointed_iteration.txt"
-    return int(tracker.read_text()) if tracker.is_file() else 0
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -90,8 +58,7 @@ def test_killed_at_a_random_step(launcher, tmp_path, seed, case):
     resumed = launcher.run(*broken, ranks=ranks)
     assert resumed.ok, resumed.log[-4000:]
     assert_continues(resumed, whole, start + 1)
-    last = f"iter_{ITERATIONS:07d}"
-    assert_same_tensors(tmp_path / "whole" / last, tmp_path / "broken" / last)
+    assert_same_tensors(tmp_path / "whole", tmp_path / "broken", ITERATIONS)
     if "--eval-iters" in flags:
         seen = resumed.report["validation"]
         assert seen == whole.report["validation"][-len(seen) :]

@@ -1,0 +1,73 @@
+"""Checkpoints of runs with Adam's states in fewer bytes: they continue bit for bit, and with other states,
+other ranks and stock Megatron."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from checkpoints import MIDDLE, assert_goes_on, assert_killed_and_resumed, tensors, train
+
+pytestmark = pytest.mark.slow
+
+SHARDED = ("--use-distributed-optimizer",)
+BUCKETS = (*SHARDED, "--overlap-grad-reduce", "--overlap-param-gather", "--ddp-bucket-size", "60000")
+RESHARDABLE = (*BUCKETS, "--dist-ckpt-optim-fully-reshardable")
+EIGHT = ("--agoq-optimizer-bits", "8")
+SPLIT = ("--agoq-master-weights", "split")
+ALL = (*EIGHT, "--agoq-grad-bits", "8")
+KEPT = {"8 bits": EIGHT, "split": SPLIT, "8 bits, FP32 masters": (*EIGHT, "--agoq-master-weights", "fp32")}
+
+
+@pytest.mark.parametrize("ranks, flags", [
+    pytest.param(1, (*SHARDED, *EIGHT, "--hidden-dropout", "0.1"), id="1 rank, 8 bits"),
+    pytest.param(1, (*SHARDED, *SPLIT), id="1 rank, split"),
+    pytest.param(2, (*BUCKETS, *ALL), id="DP 2, overlap, 8-bit gradients"),
+    pytest.param(2, (*RESHARDABLE, *EIGHT), id="DP 2, overlap, resharded"),
+])  # fmt: skip
+def test_killed_at_a_random_step(launcher, whole, tmp_path, seed, ranks, flags):
+    assert_killed_and_resumed(launcher, whole, tmp_path, seed, ranks, flags)
+
+
+@pytest.mark.parametrize("kept", ["8 bits", "8 bits, FP32 masters"])
+@pytest.mark.parametrize("way", ["to FP32", "from FP32"])
+def test_other_states(launcher, whole, tmp_path, kept, way):
+    before, after = (KEPT[kept], ()) if way == "to FP32" else ((), KEPT[kept])
+    assert_goes_on(launcher, whole, tmp_path, 2, (*BUCKETS, *before), (2, (*BUCKETS, *after)))
+
+
+@pytest.mark.parametrize("way", ["to FP32", "from FP32"])
+def test_other_states_and_ranks(launcher, whole, tmp_path, way):
+    before, after = (EIGHT, ()) if way == "to FP32" else ((), EIGHT)
+    to = (*SHARDED, *RESHARDABLE[-1:], *after)  # one bucket
+    assert_goes_on(launcher, whole, tmp_path, 2, (*RESHARDABLE, *before), (1, to))
+
+
+@pytest.mark.parametrize("way", ["to FP32", "from FP32"])
+def test_split_masters_are_the_same_checkpoint(launcher, whole, tmp_path, way):
+    """Nothing is rounded, so stock states and these go on from each other bit for bit."""
+    before, after = (SPLIT, ()) if way == "to FP32" else ((), SPLIT)
+    expected, checkpoints = whole(2, *BUCKETS, *before)
+    run = launcher.run(
+        *train(*BUCKETS, *after), "--load", checkpoints, "--ckpt-step", MIDDLE,
+        *("--save", tmp_path, "--save-interval", MIDDLE), ranks=2,
+    )  # fmt: skip
+    assert run.ok, run.log[-4000:]
+    assert run.losses() == {i: expected.losses()[i] for i in run.losses()}
+    a, b = (tensors(place, 2 * MIDDLE) for place in (checkpoints, tmp_path))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_only_the_model(launcher, whole, tmp_path):
+    """Weights without the optimizer's states: masters begin as the weights."""
+    _, checkpoints = whole(2, *BUCKETS, *EIGHT)
+    load = ["--load", checkpoints, "--finetune", "--no-load-optim", "--no-load-rng"]
+    losses = []
+    for kept in (EIGHT, SPLIT, ()):
+        run = launcher.run(*train(*BUCKETS, *kept), *load, ranks=2)
+        assert run.ok, run.log[-4000:]
+        losses.append(run.losses())
+    assert losses[1] == losses[2]
+    assert losses[0] != losses[1]
+    assert losses[0][1] == losses[1][1]
+    for iteration, loss in losses[0].items():
+        assert loss == pytest.approx(losses[1][iteration], rel=1e-3)
