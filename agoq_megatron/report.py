@@ -21,6 +21,7 @@ from agoq_megatron import compat
 from agoq_megatron.autograd import rounding
 from agoq_megatron.gradients.telemetry import GradientMeter
 from agoq_megatron.meter import Meter
+from agoq_megatron.optimizer.telemetry import state_bytes
 
 LOSS = "lm loss"
 WARM_UP_ITERATIONS = 3
@@ -44,6 +45,8 @@ class RunObserver:
         self._validations: list[dict] = []
         self._evaluation: int | None = None
         self._started = False
+        self._optimizer = None
+        self._parameters = 0
 
     def watch(self) -> None:
         """Enter Megatron's loop; call once, before ``pretrain``."""
@@ -55,6 +58,7 @@ class RunObserver:
         @functools.wraps(stock)
         def train_step(forward_step_func, data_iterator, model, *args, iteration, **kwargs):
             self._begin(model, iteration)
+            self._optimizer = args[0] if args else kwargs["optimizer"]
             start = time.perf_counter()
             result = stock(forward_step_func, data_iterator, model, *args, iteration=iteration, **kwargs)
             losses, skipped, grad_norm = result[0], result[1], result[5]
@@ -73,6 +77,7 @@ class RunObserver:
         if not self._started:
             self._started = True
             self.meter.attach(model)
+            self._parameters = sum(p.numel() for chunk in model for p in chunk.parameters())
             self.gradients.attach(model)
             seed = self._args.agoq_seed
             rounding.counter.seed(self._args.seed if seed is None else seed, mpu.get_data_parallel_rank())
@@ -108,6 +113,9 @@ class RunObserver:
             values["agoq/planned-bytes-per-token-layer"] = self.meter.planned_bytes_per_token_layer
         if due(self._args.agoq_grad_probe_interval):
             values |= self.gradients.values()
+        if first:
+            values["agoq/optimizer-bytes"] = state_bytes(self._optimizer)
+            values["agoq/optimizer-bytes-per-parameter"] = state_bytes(self._optimizer) / self._parameters
         writer, wandb_writer = get_tensorboard_writer(), get_wandb_writer()
         for name, value in values.items():
             if writer:
@@ -173,6 +181,8 @@ class RunObserver:
             "gradient_bytes_per_parameter": self.gradients.bytes_per_parameter,
             "gradient_bytes_sent": self.gradients.sent_bytes,
             "gradient_errors": self.gradients.errors,
+            "optimizer_bits": args.agoq_optimizer_bits,
+            "optimizer_bytes": state_bytes(self._optimizer),
             "tensors": self.meter.rows(),
             "train": self._history,
             "validation": self._validations,

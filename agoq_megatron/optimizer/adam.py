@@ -43,15 +43,6 @@ class QuantizedAdam(torch.optim.Optimizer):
         for group in self.param_groups:
             yield from group["params"]
 
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of all states; the weights are not counted."""
-        return sum(self.states(p).nbytes - self._shared_bytes(p) for p in self.parameters if p in self.state)
-
-    @staticmethod
-    def _shared_bytes(param: Tensor) -> int:
-        return param.nbytes if param.dtype == torch.float32 else 0  # it is its own master
-
     def initialize(self) -> None:
         """Give every parameter the state that it has before the first step, if it has none."""
         for param in self.parameters:

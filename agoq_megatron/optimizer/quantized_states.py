@@ -46,11 +46,6 @@ class QuantizedStateOptimizer(ReadsShards, ResumableDistributedOptimizer):
             for model_group, group in zip(model_groups, groups, strict=True):
                 yield from zip(model_group, group, strict=True)
 
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of the optimizer's states on this rank."""
-        return 0 if self.is_stub_optimizer else self.optimizer.state_bytes
-
     def _copy_model_grads_to_main_grads(self):
         if not self.is_stub_optimizer:
             for model_param, param in self._pairs():

@@ -154,11 +154,10 @@ def test_triton_gives_the_same_step(rng, name, segments, dtype, kept):
 @pytest.mark.parametrize("kept", ["8 bits", "8 bits, split"])
 @pytest.mark.parametrize("key", [None, 9876543210])
 def test_triton_encodes_the_same_bits(rng, kept, key):
-    """Without a step (all its numbers are zero) what is encoded again is what was decoded, to the bit; with
-    other numbers the two encoders agree to the bit where the moments do."""
+    """Of a step in which nothing is rounded: decay rates are powers of two and the gradient is zero. (Of
+    others the last bit depends on what is fused, and torch's square root on a CPU is not the nearest.)"""
     kernel = pytest.importorskip("agoq_kernels.triton.adam")
     bits, split = KEPT[kept]
-    # Nothing here rounds: decay rates are powers of two and the gradient is zero.
     settings = AdamSettings(0.0, 0.5, 0.25, 1.0, 0.0, True)
     weight = torch.randn(N, generator=rng).bfloat16()
     first = AdamStates.new(weight, bits, split)

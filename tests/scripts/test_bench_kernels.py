@@ -1,4 +1,4 @@
-"""The bench's cases of gradients, by the torch reference: the bytes that each must move."""
+"""The bench's cases of gradients and of Adam, by the torch reference: the bytes that each must move."""
 
 from __future__ import annotations
 
@@ -33,3 +33,26 @@ def test_gradient_cases(rng, hidden):
         moved[case.name] = sum(t.nbytes for t in (*inputs, *outputs))
         assert bench.check(case, "cpu") is None
     assert moved == expected
+
+
+def test_adam_cases(rng):
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=rng).bfloat16()
+
+    hidden, tokens = 100, 33
+    n, blocks = tokens * hidden, -(-tokens * hidden // 64)
+    kept = {
+        "FP32 states": 14 * n,
+        "FP32 moments, split master": 12 * n,
+        "8-bit moments, split master, nearest": 6 * n + 4 * blocks,
+        "8-bit moments, split master, stochastic": 6 * n + 4 * blocks,
+    }
+    moved = {}
+    for case in bench.adam_cases(SimpleNamespace(hidden=hidden, device="cpu"), randn):
+        inputs = case.make(tokens)
+        before = [t.clone() for t in inputs]
+        outputs = case.call(*inputs)
+        assert not any(torch.equal(a, b) for a, b in zip(before[2:], outputs, strict=True))
+        moved[case.name] = sum(t.nbytes for t in (*inputs, *outputs))
+        assert bench.check(case, "cpu") is None
+    assert moved == {f"Adam step, {name}": 66 * blocks + 8 + 2 * size for name, size in kept.items()}

@@ -127,6 +127,26 @@ def test_8_bit_gradients_are_measured(launcher, tmp_path, distributed):
     assert tags["agoq/gradient-bytes-sent"][-1] == (3, report["gradient_bytes_sent"])
 
 
+@pytest.mark.parametrize("flags, matrices, others", [
+    ((), 12, 12),
+    (("--agoq-master-weights", "split"), 10, 10),
+    (("--agoq-optimizer-bits", "8"), 4.0625, 10),
+    (("--agoq-optimizer-bits", "8", "--agoq-master-weights", "fp32"), 6.0625, 12),
+])  # fmt: skip
+def test_optimizer_states_are_measured(launcher, tmp_path, flags, matrices, others):
+    """To the byte: of weight matrices; and embedding and norms."""
+    more = ["--train-iters", 2, "--tensorboard-dir", tmp_path / "tb", "--use-distributed-optimizer"]
+    run = launcher.run(*more, *flags)
+    assert run.ok, run.log[-4000:]
+    layer = 512 * 128 + 128 * 256 + 512 * 128 + 128 * 256
+    expected = matrices * (2 * layer + 128 * 128) + others * (128 * 128 + 5 * 128)
+    assert run.report["optimizer_bytes"] == expected
+    found = series(tmp_path / "tb")
+    assert found["agoq/optimizer-bytes"] == [(1, expected)]
+    parameters = 2 * layer + 2 * 128 * 128 + 5 * 128
+    assert found["agoq/optimizer-bytes-per-parameter"][0][1] == pytest.approx(expected / parameters)
+
+
 def test_a_new_run_in_an_old_folder_is_a_new_wandb_run(launcher, tmp_path):
     """Without --load nothing is resumed, W&B's run neither."""
     (tmp_path / "wandb_run_id").write_text("old\n")
