@@ -118,7 +118,7 @@ def root_and_ratio(
     mantissa: int, stochastic: bool, ratio: bool = True, stochastic_ratio: bool = False, block: int = BLOCK
 ) -> Moments:
     """The second moment's root as a float of 8 bits without sign (no ``mantissa``: a tapered one), and the
-    first moment in INT8: divided by that root (``ratio``), which is what the step needs of it, or as it is."""
+    first moment in INT8: divided by that root (``ratio``), as the step needs it, or as it is."""
 
     def quantize(m: Tensor, v: Tensor, key: int) -> tuple[Tensor, Tensor]:
         y, scale = _normalized(_blocks(v.sqrt(), block))
