@@ -50,6 +50,27 @@ CASES = {
     ),
     "SwiGLU option with GELU": ("{gelu} --glu-linear-offset 1.0", ["--glu-linear-offset", "GELU"]),
     "FP16 on a CPU": ("{fp32} --fp16", ["--fp16", "--bf16"]),
+    "8-bit states of another optimizer": (
+        "--agoq-optimizer-bits 8 --optimizer sgd",
+        ["--optimizer with --agoq-optimizer-bits 8", "Adam"],
+    ),
+    "8-bit states in FP32": (
+        "{fp32} --agoq-optimizer-bits 8 --use-distributed-optimizer",
+        ["--agoq-optimizer-bits 8", "add --bf16"],
+    ),
+    "8-bit states without distributed optimizer": (
+        "--agoq-optimizer-bits 8",
+        ["--agoq-optimizer-bits 8", "add --use-distributed-optimizer"],
+    ),
+    "split masters without distributed optimizer": (
+        "--agoq-master-weights split",
+        ["--agoq-master-weights split", "add --use-distributed-optimizer"],
+    ),
+    "rounding of states in 32 bits": ("--agoq-optimizer-rounding nearest", ["--agoq-optimizer-bits 8"]),
+    "8-bit states on the host": (
+        "--agoq-optimizer-bits 8 --use-distributed-optimizer --optimizer-cpu-offload",
+        ["--optimizer-cpu-offload with"],
+    ),
     "mixture of experts": ("--num-experts 4", ["--num-experts"]),
     "multi-latent attention": ("--multi-latent-attention", ["--multi-latent-attention"]),
     "context parallelism": ("--context-parallel-size 2", ["--context-parallel-size"]),
