@@ -325,6 +325,12 @@ _NOT_WITH_8_BIT_GRADIENTS: tuple[_Check, ...] = (
         "--ddp-param-name-patterns-for-fp32-local-accumulation",
         "gradients are accumulated in 8 bits",
     ),
+    (
+        "ddp_pad_buckets_for_high_nccl_busbw",
+        _set,
+        "--ddp-pad-buckets-for-high-nccl-busbw",
+        "buckets are padded to whole blocks",
+    ),
     ("save_wgrads_interval", _set, "--save-wgrads-interval", "there are no gradient tensors to save"),
     (
         "defer_embedding_wgrad_compute",
@@ -374,8 +380,16 @@ def _check_gradients(args: Namespace) -> None:
             "--accumulate-allreduce-grads-in-fp32 with --agoq-grad-bits 16: gradients are accumulated in "
             "BF16. Leave one of them out."
         )
-    if args.agoq_grad_node_size is not None and args.agoq_grad_node_size < 1:
-        raise UsageError(f"--agoq-grad-node-size {args.agoq_grad_node_size}: give a number of ranks.")
+    nodes = args.agoq_grad_node_size
+    if nodes is not None and nodes < 2:
+        raise UsageError(f"--agoq-grad-node-size {nodes}: give the number of ranks of a node, 2 or more.")
+    if nodes is not None and args.agoq_grad_reduce == "flat":
+        raise UsageError(
+            "--agoq-grad-node-size with --agoq-grad-reduce flat: one hop knows no nodes. Leave one of them "
+            "out."
+        )
+    if args.ddp_bucket_size is not None and args.ddp_bucket_size < 1:
+        raise UsageError(f"--ddp-bucket-size {args.ddp_bucket_size}: give a number of parameters.")
     if args.agoq_grad_probe_interval < 0:
         raise UsageError(
             f"--agoq-grad-probe-interval {args.agoq_grad_probe_interval}: give a number of iterations, or 0."

@@ -189,6 +189,12 @@ class GradientBucket:
             norms.append(found if self._multiplier is None else found * self._multiplier.abs())
         return norms[0] if len(norms) == 1 else torch.cat(norms)
 
+    def has_bad_numbers(self) -> Tensor:
+        """FP32: NaN where a number is NaN or infinite, else 0. Before the reduction only, and
+        from the scales alone: a 33rd of the bytes."""
+        scales = self._segments[:, self.blocks * BLOCK :].view(torch.bfloat16)
+        return (scales.float() * 0).sum()
+
     def _spans(self, start: int, n: int) -> Iterator[tuple[Tensor | None, int, int]]:
         """Where to read: segments to be summed (None: the reduced numbers), from where on, how many."""
         done = 0

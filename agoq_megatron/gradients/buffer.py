@@ -67,10 +67,14 @@ class QuantizedGradient:
 
 
 class _BucketData:
-    """What Megatron asks of a bucket's part of the gradient buffer: its size, and its norm."""
+    """What Megatron asks of a bucket's part of the gradient buffer: its size, and its norm.
 
-    def __init__(self, bucket, dtype: torch.dtype):
-        self._bucket, self.dtype = bucket, dtype
+    Args:
+        large: the norm's size matters too, not only whether it is a number.
+    """
+
+    def __init__(self, bucket, dtype: torch.dtype, large: bool):
+        self._bucket, self.dtype, self._large = bucket, dtype, large
 
     def numel(self) -> int:
         return self._bucket.codes.numel
@@ -78,9 +82,14 @@ class _BucketData:
     nelement = numel
 
     def norm(self, p: int = 2) -> Tensor:
-        """L2 norm of the rank's own gradients; NaN where one is NaN or infinite."""
+        """L2 norm of the rank's own gradients, NaN where one is NaN or infinite. Where Megatron asks for that
+        alone, the norm of those in FP32, or NaN."""
+        if p != 2:
+            raise NotImplementedError(f"a norm of order {p} of 8-bit gradients; they have one of order 2")
         codes: GradientBucket = self._bucket.codes
-        return torch.cat((codes.norms(0, codes.numel), self._bucket.side)).norm(p=p)
+        if not self._large:
+            return self._bucket.side.norm() + codes.has_bad_numbers()
+        return torch.cat((codes.norms(0, codes.numel), self._bucket.side)).norm()
 
 
 def layout_of(params: list, bucket_size: int, ranks: int, param_indices: list[int]) -> PerBufferParamLayout:
@@ -159,7 +168,7 @@ class QuantizedBuffer(_ParamAndGradBuffer):
             unpadded = param_layout.per_bucket_numel_unpadded[number]
             bucket = self._new_bucket(members, start, end, unpadded, number, [])
             bucket.codes = GradientBucket(end - start, data_parallel_group, settings.format, device, hops)
-            bucket.grad_data = _BucketData(bucket, grad_dtype)
+            bucket.grad_data = _BucketData(bucket, grad_dtype, ddp_config.check_for_large_grads)
             small = sum(p.numel() for p in members if stays_fp32(p))
             bucket.side = torch.zeros(small, dtype=torch.float32, device=device)
             self._give_main_grads(bucket, names)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 from agoq_kernels.gradients import BLOCK, GradientFormat, segment_bytes
 
@@ -29,6 +31,7 @@ class GradientSettings:
         probe_interval: iterations between two measurements of the error; 0 measures none.
         bucket_size: numbers of a bucket; None takes Megatron's default. (Its own setting is gone by the time
             DDP is made, unless reductions overlap with backward.)
+        timeout_minutes: of process groups for the hops.
     """
 
     format: GradientFormat
@@ -36,6 +39,7 @@ class GradientSettings:
     node_size: int | None = None
     probe_interval: int = 0
     bucket_size: int | None = None
+    timeout_minutes: float = 10
 
     @property
     def bytes_per_parameter(self) -> float:
@@ -73,6 +77,7 @@ def settings_from_args(args) -> GradientSettings | None:
         args.agoq_grad_node_size,
         args.agoq_grad_probe_interval,
         args.ddp_bucket_size,
+        args.distributed_timeout_minutes,
     )
 
 
@@ -100,6 +105,14 @@ def node_layout(ranks: list[int], node_size: int) -> tuple[int, int] | None:
     return count, each
 
 
+def launched_on_a_node() -> int:
+    """Ranks of a node, as the launcher says; else as many as it has GPUs."""
+    for name in ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE"):
+        if os.environ.get(name, "").isdigit():
+            return int(os.environ[name])
+    return max(torch.cuda.device_count(), 1)
+
+
 _hops: dict[tuple[int, ...], Hops | None] = {}
 
 
@@ -116,7 +129,7 @@ def hops_for(group: dist.ProcessGroup, settings: GradientSettings) -> Hops | Non
         return _hops[mine]
     everyone: list = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
-    node_size = settings.node_size or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    node_size = settings.node_size or launched_on_a_node()
     layouts = {ranks: node_layout(list(ranks), node_size) for ranks in sorted(set(everyone))}
     fit = {ranks: layout for ranks, layout in layouts.items() if layout is not None and 1 not in layout}
     if settings.reduce == "two-hop" and len(fit) < len(layouts):
@@ -127,11 +140,14 @@ def hops_for(group: dist.ProcessGroup, settings: GradientSettings) -> Hops | Non
             f"{list(ranks)} do not lie evenly on several nodes, several on each. Use auto or flat, or say "
             "with --agoq-grad-node-size how many ranks a node has."
         )
-    hops = None
+    if dist.get_rank() == 0:
+        how = f"in two hops, {node_size} ranks a node" if mine in fit else "at once"
+        print(f"AGoQ: gradients are reduced over {len(mine)} data-parallel ranks {how}.", flush=True)
+    hops, timeout = None, timedelta(minutes=settings.timeout_minutes)
     for ranks, (_, each) in fit.items():
         rows = [list(ranks[i : i + each]) for i in range(0, len(ranks), each)]
-        within = [dist.new_group(row) for row in rows]
-        between = [dist.new_group([row[i] for row in rows]) for i in range(each)]
+        within = [dist.new_group(row, timeout=timeout) for row in rows]
+        between = [dist.new_group([row[i] for row in rows], timeout=timeout) for i in range(each)]
         if ranks == mine:
             place = mine.index(dist.get_rank())
             hops = Hops(within[place // each], between[place % each])

@@ -44,9 +44,14 @@ class ReadsQuantizedGradients(ReadsShards):
         if self.is_stub_optimizer:
             return super().step_with_ready_grads()
         self._written = set()
+        timers = self.config.timers
+        if timers is not None:  # the base class adds what is left for the inner optimizer
+            timers("optimizer-inner-step", log_level=1).start(barrier=self.config.barrier_with_L1_time)
         if type(self.optimizer) in (torch.optim.Adam, torch.optim.AdamW):
             self._adam_from_codes()
         self._step_from_codes()
+        if timers is not None:
+            timers("optimizer-inner-step").stop()
         try:
             return super().step_with_ready_grads()
         finally:

@@ -26,13 +26,7 @@ STEP_NUMEL = 2**25
 
 
 class GradientShard(ABC):
-    """Numbers of a gradient that belong to one main parameter.
-
-    Attributes:
-        norms: FP32 numbers whose L2 norm is that of the gradient. Unscaling multiplies them in place.
-    """
-
-    norms: Tensor
+    """Numbers of a gradient that belong to one main parameter."""
 
     def __init__(self):
         self._factor, self._multiplier = 1.0, None
@@ -40,6 +34,15 @@ class GradientShard(ABC):
     @property
     @abstractmethod
     def numel(self) -> int: ...
+
+    @functools.cached_property
+    def norms(self) -> Tensor:
+        """FP32 numbers whose L2 norm is that of the gradient, without this shard's factor. Unscaling
+        multiplies them in place. Taken when they are first asked for: without clipping nobody does."""
+        return self._norms()
+
+    @abstractmethod
+    def _norms(self) -> Tensor: ...
 
     @abstractmethod
     def _sources(self) -> Iterator[tuple[Gradient, int]]:
@@ -103,7 +106,9 @@ class CodeShard(GradientShard):
     def __init__(self, gradient: QuantizedGradient, start: int, end: int):
         super().__init__()
         self._gradient, self._start, self._end = gradient, start, end
-        self.norms = gradient.norms(start, end)
+
+    def _norms(self) -> Tensor:
+        return self._gradient.norms(self._start, self._end)
 
     @property
     def numel(self) -> int:
@@ -127,7 +132,9 @@ class NumberShard(GradientShard):
     def __init__(self, data: Tensor):
         super().__init__()
         self._data = data.detach()
-        self.norms = torch.linalg.vector_norm(self._data, dtype=torch.float32).view(1)
+
+    def _norms(self) -> Tensor:
+        return torch.linalg.vector_norm(self._data, dtype=torch.float32).view(1)
 
     @property
     def numel(self) -> int:

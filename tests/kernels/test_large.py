@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from agoq_kernels import cross_entropy, fused, ops
+from agoq_kernels import adam, cross_entropy, fused, gradients, ops
 from agoq_kernels.formats import Format
+from agoq_kernels.states import AdamStates
 
 LARGE = 2**31
 
@@ -91,6 +92,36 @@ def test_split_qkv(large):
     del qkv, packed, codes
     merged = fused.merge_qkv(*parts, tables, False)
     assert torch.equal(merged[-2:], fused.merge_qkv(*parts_, tail[1], False))
+
+
+def test_gradients_and_adam(large):
+    """More than 2^31 numbers in codes, in one segment: the last blocks are as they would be alone."""
+    grad = large(4096).view(-1)
+    n, fmt, tail = grad.numel(), gradients.GradientFormat(rounding="nearest"), 64 * 100
+    blocks = n // 64
+    bucket = torch.empty(gradients.segment_bytes(blocks), dtype=torch.uint8, device="cuda")
+    gradients.zero_(bucket, blocks)
+    gradients.accumulate(bucket, bucket.new_empty(0), blocks, 0, grad, fmt)
+    alone = torch.empty(gradients.segment_bytes(100), dtype=torch.uint8, device="cuda")
+    gradients.zero_(alone, 100)
+    gradients.accumulate(alone, alone.new_empty(0), 100, 0, grad[-tail:].clone(), fmt)
+    whole = gradients.sum_segments(
+        bucket.view(1, -1), blocks, blocks - 100, tail, 1.0, "int8", torch.float32
+    )
+    part = gradients.sum_segments(alone.view(1, -1), 100, 0, tail, 1.0, "int8", torch.float32)
+    assert torch.equal(whole, part)
+
+    weight = grad.mul_(0.1)
+    states = AdamStates.new(weight, 8, True)
+    tail_states, tail_weight = AdamStates.new(weight[-tail:].clone(), 8, True), weight[-tail:].clone()
+    settings = adam.AdamSettings(1e-3, 0.9, 0.95, 1e-8, 0.1, True)
+    correction = torch.tensor([1e-3, 1.0], device="cuda")
+    adam.adam_step(adam.Gradient(bucket.view(1, -1), blocks), states, weight, correction, settings)
+    adam.adam_step(adam.Gradient(alone.view(1, -1), 100), tail_states, tail_weight, correction, settings)
+    assert torch.equal(weight[-tail:], tail_weight)
+    end = states.part(slice(n - tail, n))
+    for name, tensor in tail_states.tensors.items():
+        assert torch.equal(end.tensors[name], tensor), name
 
 
 def test_cross_entropy(large):

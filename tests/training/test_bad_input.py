@@ -50,6 +50,19 @@ CASES = {
     ),
     "SwiGLU option with GELU": ("{gelu} --glu-linear-offset 1.0", ["--glu-linear-offset", "GELU"]),
     "FP16 on a CPU": ("{fp32} --fp16", ["--fp16", "--bf16"]),
+    "nodes for one hop": (
+        "--agoq-grad-bits 8 --agoq-grad-reduce flat --agoq-grad-node-size 2",
+        ["--agoq-grad-node-size", "flat"],
+    ),
+    "nodes of one rank": (
+        "--agoq-grad-bits 8 --agoq-grad-reduce two-hop --agoq-grad-node-size 1",
+        ["--agoq-grad-node-size 1", "2 or more"],
+    ),
+    "padded buckets": (
+        "--agoq-grad-bits 8 --use-distributed-optimizer --ddp-pad-buckets-for-high-nccl-busbw",
+        ["--ddp-pad-buckets-for-high-nccl-busbw with"],
+    ),
+    "no buckets": ("--agoq-grad-bits 8 --ddp-bucket-size 0", ["--ddp-bucket-size 0"]),
     "8-bit states of another optimizer": (
         "--agoq-optimizer-bits 8 --optimizer sgd",
         ["--optimizer with --agoq-optimizer-bits 8", "Adam"],

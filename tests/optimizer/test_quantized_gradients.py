@@ -93,9 +93,9 @@ class Pair:
         from megatron.core.optimizer import OptimizerConfig
         from megatron.core.transformer import TransformerConfig
 
-        from agoq_megatron.gradients import optimizer as ours
         from agoq_megatron.gradients.data_parallel import QuantizedGradientDDP
         from agoq_megatron.gradients.settings import GradientFormat, GradientSettings
+        from agoq_megatron.optimizer import quantized_gradients as ours
 
         bf16 = not kind.endswith("FP32 model")
         sharded = kind.startswith("distributed")
@@ -285,7 +285,7 @@ def nan(kind: str, seed: int) -> None:
 
 
 def a_few_at_a_time(kind: str, seed: int) -> None:
-    from agoq_megatron.gradients import optimizer as module
+    from agoq_megatron.optimizer import quantized_gradients as module
 
     whole = module.STEP_NUMEL
     for limit in (64, 18_000):
@@ -321,12 +321,12 @@ def a_few_at_a_time(kind: str, seed: int) -> None:
 
 def adam_makes_no_gradients(kind: str, seed: int) -> None:
     """torch's Adam steps from the codes: FP32 gradients are those of small parameters alone."""
-    from agoq_megatron.gradients import optimizer as module
+    from agoq_megatron.optimizer import shard as module
 
     def read(self):
         raise AssertionError("the numbers of a gradient were made")
 
-    stock_read, module.GradientShard.read = module.GradientShard.read, read
+    stock_read, module.GradientShard.numbers = module.GradientShard.numbers, read
     try:
         pair = Pair(kind, seed, optimizer="adam", clip_grad=1.0)
         stock_step, seen = pair.inner.optimizer.step, []
@@ -345,11 +345,11 @@ def adam_makes_no_gradients(kind: str, seed: int) -> None:
         steps = {float(state["step"]) for state in pair.inner.optimizer.state.values()}
         assert steps == {2.0}, steps
     finally:
-        module.GradientShard.read = stock_read
+        module.GradientShard.numbers = stock_read
 
 
 def counted(seed: int, in_tensor: bool) -> None:
-    from agoq_megatron.gradients import optimizer as module
+    from agoq_megatron.optimizer import quantized_gradients as module
 
     class Inner(Counted):
         def __init__(self, params, lr, **_):
@@ -390,7 +390,7 @@ def on_a_rank(rank: int, world: int, folder: str, seed: int) -> None:
     from megatron.core import parallel_state
 
     from agoq_megatron import compat
-    from agoq_megatron.gradients.optimizer import wrap_clipping, wrap_counting_zeros
+    from agoq_megatron.optimizer.shard import wrap_clipping, wrap_counting_zeros
 
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     with tempfile.TemporaryDirectory() as own:
