@@ -240,7 +240,7 @@ def test_refused(launcher, files, case):
         assert word in errors[0], errors[0]
 
 
-@pytest.mark.parametrize("node_size", [(), ("--agoq-grad-node-size", "1")], ids=["one node", "nodes of 1"])
+@pytest.mark.parametrize("node_size", [(), ("--agoq-grad-node-size", "3")], ids=["one node", "nodes of 3"])
 def test_two_hops_that_cannot_be(launcher, node_size):
     """Found once the ranks know each other; every rank says it, and none waits for another."""
     flags = ["--agoq-grad-bits", "8", "--agoq-grad-reduce", "two-hop", *node_size]
