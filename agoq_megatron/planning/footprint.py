@@ -1,0 +1,180 @@
+"""The peak of allocated memory of each pipeline stage, part by part, predicted from the flags.
+
+Weights, gradients and optimizer states follow from the number of parameters. Saved activations are the plan's
+bytes (``agoq_megatron.memory``) times what Megatron's schedule holds (:mod:`in_flight`). What lives for a
+moment is the largest of three moments, each in units of U, a hidden state, and F, an MLP's inner state, of one
+micro-batch: the loss (the logits and 5 U), the backward of an MLP (3 F and 4 U) and a layer that is recomputed
+(all it saves, 3 F and 1 U). These three were read off measured peaks of seven shapes, see docs/planner.md.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+
+from agoq_kernels.gradients import BLOCK, segment_bytes
+
+from agoq_megatron.memory import Plan
+from agoq_megatron.optimizer.settings import OptimizerSettings, optimizer_settings_from_args
+from agoq_megatron.planning.in_flight import Schedule
+from agoq_megatron.planning.parameters import Parameters, layers_of, parameters
+
+MIB = 2**20
+WORKSPACE = 64 * MIB
+"""Of cuBLAS and small tensors, in every run that was measured."""
+OUTSIDE = 1536 * MIB
+"""What a process holds beside PyTorch's allocator: CUDA's context, modules, NCCL's buffers."""
+FRAGMENTATION = 0.03
+"""Part of the peak that the allocator reserves and cannot use."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of one rank of a pipeline stage at its peak.
+
+    Attributes:
+        stage: from 0.
+        parts: bytes by name; their sum is the peak.
+        in_flight: micro-batches of all chunks that it holds at its peak.
+        parameters: on this rank.
+    """
+
+    stage: int
+    parts: dict[str, float] = field(hash=False)
+    in_flight: int
+    parameters: int
+
+    @property
+    def peak(self) -> float:
+        """What ``torch.cuda.max_memory_allocated`` will say, in bytes."""
+        return sum(self.parts.values())
+
+    @property
+    def needed(self) -> float:
+        """Bytes of the card that the run needs: with what PyTorch cannot use, and what is not its own."""
+        return self.peak * (1 + FRAGMENTATION) + OUTSIDE
+
+
+def micro_batches(args) -> int:
+    """Of a step, on one data-parallel rank."""
+    return args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
+
+
+def schedule_of(args) -> Schedule:
+    return Schedule(
+        args.pipeline_model_parallel_size,
+        micro_batches(args),
+        args.virtual_pipeline_model_parallel_size or 1,
+        args.microbatch_group_size_per_vp_stage,
+    )
+
+
+def gradient_bytes(args, count: Parameters) -> float:
+    """Held on a rank from the first micro-batch to the optimizer."""
+    if args.agoq_grad_bits == 8:
+        coded = segment_bytes(1) / BLOCK + args.agoq_grad_residual_bits / 8
+        return (count.matrices + count.embeddings) * coded + 4 * count.vectors
+    wide = 2 if args.grad_reduce_in_bf16 else 4
+    return wide * count.total
+
+
+def optimizer_bytes(args, count: Parameters) -> float:
+    """Moments and master weights (or remainders) on a rank."""
+    shards = args.data_parallel_size if args.use_distributed_optimizer else 1
+    if args.optimizer != "adam":
+        return 8 * count.total / shards  # a master and a momentum at most
+    settings = optimizer_settings_from_args(args)
+    if settings is None:
+        master = 4 if args.bf16 or args.fp16 else 0
+        return (8 + master) * count.total / shards
+    whole = OptimizerSettings(32, settings.split)
+    rest = count.embeddings + count.vectors
+    return (settings.bytes_per_parameter * count.matrices + whole.bytes_per_parameter * rest) / shards
+
+
+def reduction_bytes(args, count: Parameters) -> float:
+    """What arrives in a reduction of 8-bit gradients: a bucket at a time. Others are reduced in place."""
+    if args.agoq_grad_bits != 8 or args.data_parallel_size == 1:
+        return 0
+    bucket = args.ddp_bucket_size or max(40_000_000, 1_000_000 * args.data_parallel_size)
+    return segment_bytes(1) / BLOCK * min(bucket + count.largest, count.total)
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Bytes of tensors of one micro-batch on a rank.
+
+    Attributes:
+        u: a hidden state; ``su`` as sequence parallelism cuts it.
+        f: the inner state of an MLP, before or after its activation, of one half.
+        logits: those that exist at a time.
+    """
+
+    tokens: int
+    u: float
+    su: float
+    f: float
+    logits: float
+
+
+def _sizes(args, config) -> _Sizes:
+    itemsize, tp = config.params_dtype.itemsize, config.tensor_model_parallel_size
+    tokens = args.micro_batch_size * args.seq_length
+    u = tokens * config.hidden_size * itemsize
+    logits = tokens * args.padded_vocab_size / tp * itemsize / args.agoq_loss_chunks
+    if args.agoq_loss == "megatron":
+        logits += tokens * args.padded_vocab_size / tp * 8  # the softmax and its gradient in FP32
+    return _Sizes(
+        tokens, u, u / tp if config.sequence_parallel else u,
+        tokens * config.ffn_hidden_size / tp * itemsize, logits,
+    )  # fmt: skip
+
+
+def _momentary(args, config, plan: Plan, sizes: _Sizes, last: bool) -> tuple[float, float]:
+    """Bytes of the larger of loss and backward: (logits, everything else)."""
+    chunks = getattr(config, "mlp_chunks_for_training", 1) or 1
+    mlp = 3 * sizes.f / chunks + 4 * sizes.u
+    if config.recompute_granularity == "full":
+        exact = copy.copy(config)
+        exact.recompute_granularity = None
+        saved = Plan(exact).planned_bytes_per_token_layer * sizes.tokens
+        mlp = saved * config.recompute_num_layers + 3 * sizes.f / chunks + sizes.u
+    if last and sizes.logits + 5 * sizes.u > mlp:
+        return sizes.logits, 5 * sizes.u
+    return 0.0, mlp
+
+
+def footprints(args, config, plan: Plan | None = None) -> list[Footprint]:
+    """Of every stage.
+
+    Args:
+        args: Megatron's validated arguments with our flags.
+        config: ``transformer_config_from_args(args)``.
+        plan: of that config, if it is there.
+    """
+    plan = plan or Plan(config)
+    schedule, sizes = schedule_of(args), _sizes(args, config)
+    found = []
+    for stage in range(schedule.stages):
+        count = parameters(args, config, stage)
+        last = stage == schedule.stages - 1
+        chunks = [
+            plan.bytes_per_token_layer(numbers) * len(numbers) * sizes.tokens if numbers else 0.0
+            for numbers in layers_of(config, stage)
+        ]
+        held = schedule.peak(stage, chunks)
+        # A stage's input is held by the schedule; the first chunk of the first one reads tokens.
+        inputs = [0.0 if stage == 0 and i == 0 else sizes.su for i in range(len(chunks))]
+        logits, other = _momentary(args, config, plan, sizes, last)
+        parts = {
+            "weights": config.params_dtype.itemsize * count.total,
+            "gradients": gradient_bytes(args, count),
+            "optimizer": optimizer_bytes(args, count),
+            "saved activations": held,
+            "inputs of stages": schedule.peak(stage, inputs) if schedule.stages > 1 else 0.0,
+            "logits": logits,
+            "transients": other + WORKSPACE,
+            "reduction": reduction_bytes(args, count),
+        }
+        found.append(Footprint(stage, parts, schedule.counts(stage), count.total))
+    return found

@@ -1,0 +1,74 @@
+"""How many parameters each pipeline stage holds, from the config alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Of one pipeline stage, on one of its tensor-parallel ranks.
+
+    Attributes:
+        matrices: in weight matrices of layers and of an output layer of its own.
+        embeddings: in embeddings; an output layer tied to them counts here.
+        vectors: in norms and biases.
+        largest: in the largest matrix or embedding.
+    """
+
+    matrices: int
+    embeddings: int
+    vectors: int
+    largest: int
+
+    @property
+    def total(self) -> int:
+        return self.matrices + self.embeddings + self.vectors
+
+
+def layers_of(config, stage: int) -> list[list[int]]:
+    """Numbers (from 1) of the layers in each model chunk of a stage."""
+    virtual = config.virtual_pipeline_model_parallel_size
+    found = []
+    for chunk in range(virtual) if virtual else (None,):
+        count = get_num_layers_to_build(config, vp_stage=chunk, pp_rank=stage)
+        offset = get_transformer_layer_offset(config, vp_stage=chunk, pp_rank=stage)
+        found.append([offset + i + 1 for i in range(count)])
+    return found
+
+
+def parameters(args, config, stage: int) -> Parameters:
+    """Count them.
+
+    Args:
+        args: Megatron's validated arguments, with ``padded_vocab_size``.
+        config: the transformer config made from them.
+        stage: from 0.
+    """
+    h, f, tp = config.hidden_size, config.ffn_hidden_size, config.tensor_model_parallel_size
+    query = config.num_attention_heads * config.kv_channels
+    key = config.num_query_groups * config.kv_channels
+    wide = 2 * f if config.gated_linear_unit else f
+    layers = sum(map(len, layers_of(config, stage)))
+    sizes = [h * (query + 2 * key) // tp, h * query // tp, h * wide // tp, h * f // tp]
+    norm = 2 * h if config.normalization == "LayerNorm" else h
+    vectors = 2 * norm
+    if config.add_bias_linear or config.add_qkv_bias:
+        vectors += (query + 2 * key) // tp
+    if config.add_bias_linear:
+        vectors += h + wide // tp + h
+    first, last = stage == 0, stage == config.pipeline_model_parallel_size - 1
+    word = args.padded_vocab_size // tp * h
+    embeddings = word if first else 0
+    if first and args.position_embedding_type == "learned_absolute":
+        embeddings += args.max_position_embeddings * h
+    output = 0
+    if last and args.untie_embeddings_and_output_weights:
+        output = word
+    elif last and not first:
+        embeddings += word  # a copy of the first stage's
+    largest = max([*sizes, word] if first or last else sizes)
+    return Parameters(layers * sum(sizes) + output, embeddings, layers * vectors + norm * last, largest)

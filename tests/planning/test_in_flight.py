@@ -1,0 +1,458 @@
+"""What a pipeline stage holds: by hand, by invariants, and against Megatron's schedules as they run.
+
+Run as a script, this file trains on gloo ranks and writes down what they did; the tests read that. (One
+process imports Megatron and forks all ranks, and what makes Megatron run on a CPU changes a process for
+good.)
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter, deque
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from forked_ranks import ROOT, fork_ranks, import_megatron
+from gradient_grid import MODEL, train_rank
+from torch.overrides import TorchFunctionMode
+
+if __name__ != "__main__":  # it imports Megatron, before which import_megatron has something to do
+    from agoq_megatron.planning.in_flight import Schedule, paper_bits, stage_bits
+
+STEPS = 2  # the project's own meter saves tensors by hooks in the first one, and hides them from ours
+
+
+@dataclass(frozen=True)
+class Real:
+    """A run. ``layers`` are those of each stage; ``flags`` are more flags."""
+
+    stages: int
+    micro_batches: int
+    chunks: int
+    layers: tuple[int, ...]
+    group_size: int | None = None
+    flags: str = ""
+
+    def command(self) -> list[str]:
+        flags = [*MODEL, *"--optimizer sgd --lr 0.01 --untie-embeddings-and-output-weights".split()]
+        flags += ["--train-iters", str(STEPS), "--num-layers", str(sum(self.layers))]
+        flags += ["--global-batch-size", str(self.micro_batches)]
+        flags += ["--pipeline-model-parallel-size", str(self.stages)]
+        if self.chunks > 1:
+            flags += ["--num-virtual-stages-per-pipeline-rank", str(self.chunks)]
+        if self.group_size is not None:
+            flags += ["--microbatch-group-size-per-virtual-pipeline-stage", str(self.group_size)]
+        return [*flags, *self.flags.split()]
+
+
+NO_OVERLAP = "--no-overlap-p2p-communication"
+WARM_UP_FLUSH = "--overlap-p2p-communication-warmup-flush"
+REAL = {
+    "one stage": Real(1, 3, 1, (2,)),
+    "pp2": Real(2, 4, 1, (1, 1)),
+    "pp4": Real(4, 6, 1, (1, 1, 1, 1)),
+    "pp4, fewer micro-batches than stages": Real(4, 2, 1, (1, 1, 1, 1)),
+    "pp2, uneven": Real(2, 4, 1, (1, 3), flags="--decoder-first-pipeline-num-layers 1"),
+    "pp2 interleaved": Real(2, 4, 2, (2, 2)),
+    "pp2 interleaved, uneven": Real(2, 4, 2, (2, 4), flags="--decoder-first-pipeline-num-layers 2"),
+    "pp2 interleaved, groups of 3 and 2, flush": Real(2, 5, 2, (2, 2), 3, flags=WARM_UP_FLUSH),
+    "pp2 with 3 chunks": Real(2, 6, 3, (3, 3)),
+    "pp4 interleaved": Real(4, 8, 2, (2, 2, 2, 2)),
+    "pp4 interleaved, all warm-up, no overlap": Real(4, 4, 2, (2, 2, 2, 2), flags=NO_OVERLAP),
+}
+
+MOST = 9
+REFUSING = {"pp2 interleaved": 2, "pp4 interleaved": 4}
+"""Runs that also try every number of micro-batches and every group size up to ``MOST``, and their stages."""
+
+
+# --- On the ranks ---------------------------------------------------------------------------------
+
+
+class Kept:
+    """A tensor that autograd saved, in its count as long as anything refers to it."""
+
+    def __init__(self, tensor: torch.Tensor, alive: Counter, key: tuple[int, int]):
+        self.tensor, self._alive, self._key = tensor, alive, key
+        alive[key] += 1
+
+    def __del__(self):
+        self._alive[self._key] -= 1
+
+
+def watch(out: Path, refusals: bool) -> None:
+    """Before a training run: write down the last step of this rank.
+
+    Args:
+        refusals: after it, try which micro-batches and group sizes Megatron refuses.
+    """
+    from megatron.core.pipeline_parallel import schedules
+
+    from agoq_megatron import compat
+
+    rank = int(os.environ["RANK"])
+    alive: Counter = Counter()
+    found: dict = {}
+    forward_step, backward_step = schedules.forward_step, schedules.backward_step
+
+    def happened(is_forward: bool, chunk: int) -> None:
+        """An event is over: note it, and the micro-batches of which anything saved is still there."""
+        found["events"].append((is_forward, chunk))
+        held = Counter(number for (number, _), tensors in alive.items() if tensors)
+        found["held"].append([held[number] for number in range(len(found["layers"]))])
+
+    @functools.wraps(forward_step)
+    def forward(*args, current_microbatch=None, vp_stage=None, **kwargs):
+        key = (vp_stage or 0, current_microbatch)
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: Kept(tensor.detach(), alive, key), lambda kept: kept.tensor
+        ):
+            output, tokens = forward_step(
+                *args, current_microbatch=current_microbatch, vp_stage=vp_stage, **kwargs
+            )
+        # Backward is told the output alone: it carries the rest. (Without interleaving it is in a list.)
+        (output[0] if isinstance(output, list) else output).made_by = key
+        happened(True, key[0])
+        return output, tokens
+
+    @functools.wraps(backward_step)
+    def backward(input_tensor, output_tensor, *args, **kwargs):
+        output = output_tensor[0] if isinstance(output_tensor, list) else output_tensor
+        chunk, micro_batch = output.made_by
+        found["alive"].append(alive[chunk, micro_batch] > 0)
+        del output
+        result = backward_step(input_tensor, output_tensor, *args, **kwargs)
+        happened(False, chunk)
+        return result
+
+    def wrap(stock):
+        @functools.wraps(stock)
+        def train_step(step, data, model, *args, **kwargs):
+            layers = []
+            for chunk in model:
+                while not hasattr(chunk, "decoder"):
+                    chunk = chunk.module
+                layers.append(len(chunk.decoder.layers))
+            found.update(steps=found.get("steps", 0) + 1, events=[], held=[], alive=[], layers=layers)
+            result = stock(step, data, model, *args, **kwargs)
+            if refusals and found["steps"] == STEPS:
+                found["accepted"] = accepted(model, data)
+            (out / f"found{rank}.json").write_text(json.dumps(found))
+            return result
+
+        return train_step
+
+    schedules.forward_step, schedules.backward_step = forward, backward
+    compat.bind_training_loop("train_step", wrap)
+
+
+def accepted(model: list, data: list) -> list[tuple[int, int]]:
+    """(Micro-batches, group size) that the interleaved schedule does not refuse. It leaves the schedule
+    unusable: call it after the last step.
+    """
+    from megatron.core.pipeline_parallel import schedules
+    from megatron.core.utils import get_model_config
+
+    class Accepted(Exception):
+        pass
+
+    def accept(*args, **kwargs):
+        raise Accepted  # it is asked for right after the checks
+
+    schedules.get_pp_rank_microbatches = accept
+    config = get_model_config(model[0])
+    result = []
+    for micro_batches in range(1, MOST + 1):
+        for group_size in range(1, MOST + 1):
+            config.microbatch_group_size_per_vp_stage = group_size
+            try:
+                schedules.forward_backward_pipelining_with_interleaving(
+                    forward_step_func=None, data_iterator=data, model=model, num_microbatches=micro_batches,
+                    seq_length=32, micro_batch_size=1,
+                )  # fmt: skip
+            except Accepted:
+                result.append((micro_batches, group_size))
+            except (ValueError, RuntimeError):
+                pass
+    return result
+
+
+def collect(out: Path) -> None:
+    """All runs of this file."""
+    import_megatron()
+    found = {}
+    for name, real in REAL.items():
+        start = time.monotonic()
+        with tempfile.TemporaryDirectory() as folder:
+            prepare = functools.partial(watch, Path(folder), name in REFUSING)
+            task = functools.partial(train_rank, real.command(), Path(folder), prepare)
+            fork_ranks(real.stages, task, Path(folder))
+            found[name] = [
+                json.loads((Path(folder) / f"found{rank}.json").read_text()) for rank in range(real.stages)
+            ]
+        print(f"{name:50}{time.monotonic() - start:6.1f} s", flush=True)
+    out.write_text(json.dumps(found))
+
+
+# --- The tests ------------------------------------------------------------------------------------
+
+
+def whole_runs(test):
+    """Marks of a test that needs the training runs, which the first of them waits for."""
+    return pytest.mark.slow(pytest.mark.timeout(300)(test))
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> dict:
+    out = tmp_path_factory.mktemp("in_flight") / "found.json"
+    path = os.pathsep.join([str(ROOT), str(ROOT / "scripts")])
+    process = subprocess.run(
+        [sys.executable, __file__, str(out)], cwd=ROOT, env=os.environ | {"PYTHONPATH": path},
+        capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    print(process.stdout)
+    assert process.returncode == 0, process.stderr[-4000:]
+    return json.loads(out.read_text())
+
+
+@whole_runs
+@pytest.mark.parametrize("name", REAL)
+def test_megatron_runs_what_is_predicted(found, name):
+    real = REAL[name]
+    schedule = Schedule(real.stages, real.micro_batches, real.chunks, real.group_size)
+    assert len(found[name]) == real.stages
+    for stage, rank in enumerate(found[name]):
+        assert rank["steps"] == STEPS and sum(rank["layers"]) == real.layers[stage]
+        events = list(schedule.events(stage))
+        assert [tuple(event) for event in rank["events"]] == events
+        # What autograd really keeps, too: all of a micro-batch until its backward, nothing after it.
+        assert [tuple(numbers) for numbers in rank["held"]] == running(events, real.chunks)
+        assert rank["alive"] == [True] * (real.micro_batches * real.chunks)
+        assert max(map(sum, rank["held"])) == schedule.counts(stage)
+
+
+@whole_runs
+@pytest.mark.parametrize("name,stages", REFUSING.items())
+def test_megatron_refuses_what_is_refused(found, name, stages):
+    every = [[m, group] for m in range(1, MOST + 1) for group in range(1, MOST + 1)]
+    possible = [[m, group] for m, group in every if allowed(stages, m, 2, group)]
+    assert 0 < len(possible) < len(every)
+    assert all(rank["accepted"] == possible for rank in found[name])
+
+
+def running(events: list[tuple[bool, int]], chunks: int) -> list[tuple[int, ...]]:
+    """Micro-batches of each chunk after each event."""
+    numbers, result = [0] * chunks, []
+    for is_forward, chunk in events:
+        numbers[chunk] += 1 if is_forward else -1
+        result.append(tuple(numbers))
+    return result
+
+
+def allowed(*values: int | None) -> Schedule | None:
+    try:
+        return Schedule(*values)
+    except ValueError:
+        return None
+
+
+@functools.cache
+def every_schedule() -> list[Schedule]:
+    """All up to 5 stages, 12 micro-batches, 4 chunks."""
+    groups = {v: [None, *range(1, 13)] if v > 1 else [None] for v in range(1, 5)}
+    values = (
+        (p, m, v, group)
+        for p, m, v in itertools.product(range(1, 6), range(1, 13), groups)
+        for group in groups[v]
+    )
+    return [schedule for some in values if (schedule := allowed(*some))]
+
+
+def test_the_figures_of_the_paper():
+    schedule = Schedule(stages=4, micro_batches=8, chunks=2)
+    assert [schedule.counts(stage) for stage in range(4)] == [11, 9, 7, 5]
+    schedule = Schedule(stages=4, micro_batches=3)
+    assert [schedule.counts(stage) for stage in range(4)] == [3, 3, 2, 1]
+
+
+def test_counts_have_a_closed_form():
+    every = every_schedule()
+    assert len(every) > 300 and any(s.chunks == 4 and s.group > s.stages for s in every)
+    for s in every:
+        for stage in range(s.stages):
+            later = s.stages - stage - 1
+            expected = min(later + 1, s.micro_batches)
+            if s.chunks > 1:
+                expected = min(2 * later + (s.chunks - 1) * s.group + 1, s.micro_batches * s.chunks)
+            assert s.counts(stage) == expected, (s, stage)
+
+
+def test_each_forward_has_its_backward():
+    for s in every_schedule():
+        for stage in range(s.stages):
+            events = list(s.events(stage))
+            each = {(way, chunk): s.micro_batches for way in (True, False) for chunk in range(s.chunks)}
+            assert Counter(events) == each, (s, stage)
+            after = running(events, s.chunks)
+            assert events[0] == (True, 0) and events[-1] == (False, 0)
+            assert min(map(min, after)) == 0 and not any(after[-1]), (s, stage)
+
+
+def test_the_stages_can_run_together():
+    """Each waits for what it needs from the others, and all come to their end."""
+    for s in every_schedule():
+        last = s.stages * s.chunks - 1  # of the parts of the model, chunk by chunk of all stages
+        todo = [deque(s.events(stage)) for stage in range(s.stages)]
+        done: Counter = Counter()  # by (is it a forward, part)
+        moved = True
+        while moved:
+            moved = False
+            for stage, events in enumerate(todo):
+                while events:
+                    is_forward, chunk = events[0]
+                    part = chunk * s.stages + stage
+                    if is_forward:
+                        ready = part == 0 or done[True, part - 1] > done[True, part]
+                    else:
+                        ready = done[True, part] > done[False, part]
+                        ready &= part == last or done[False, part + 1] > done[False, part]
+                    if not ready:
+                        break
+                    events.popleft()
+                    done[is_forward, part] += 1
+                    moved = True
+        assert not any(todo), s
+
+
+def test_what_is_held_together():
+    # Two stages, two chunks, four micro-batches. Stage 0 runs 4 forwards first: f0 f0 f1 f1, then by turns
+    # f0 b1, f0 b1, f1 b0, f1 b0, then b1 b1 b0 b0.
+    schedule = Schedule(2, 4, 2)
+    order = [(True, 0)] * 2 + [(True, 1)] * 2
+    order += [(True, 0), (False, 1)] * 2 + [(True, 1), (False, 0)] * 2
+    order += [(False, 1)] * 2 + [(False, 0)] * 2
+    assert list(schedule.events(0)) == order
+    assert schedule.held(0) == ((3, 2), (4, 1)) and schedule.held(1) == ((2, 1), (3, 0))
+    assert schedule.peak(0, (10, 1)) == 41 and schedule.peak(0, (1, 10)) == 23
+    assert schedule.peak(0, [0.5, 0.5]) == 2.5 and schedule.peak(1, [0, 0]) == 0
+    assert Schedule(1, 7).held(0) == ((1,),) and Schedule(1, 7).peak(0, [3.0]) == 3.0
+
+
+def test_held_is_the_frontier(seed):
+    draw = random.Random(seed)
+    for s in every_schedule():
+        for stage in range(s.stages):
+            after, held = set(running(list(s.events(stage)), s.chunks)), set(s.held(stage))
+            frontier = {one for one in after if not any(one != o and covers(o, one) for o in after)}
+            assert held == frontier and len(s.held(stage)) == len(held), (s, stage)
+            sizes = [draw.random() for _ in range(s.chunks)]
+            most = max(sum(n * size for n, size in zip(one, sizes, strict=True)) for one in after)
+            assert s.peak(stage, sizes) == pytest.approx(most), (s, stage, sizes)
+
+
+def covers(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    return all(a >= b for a, b in zip(one, other, strict=True))
+
+
+def test_more_micro_batches_hold_more():
+    for s in every_schedule():
+        larger = allowed(s.stages, s.micro_batches + s.stages, s.chunks)
+        if s.group_size is not None or larger is None:
+            continue
+        for stage in range(s.stages):
+            assert all(any(covers(b, a) for b in larger.held(stage)) for a in s.held(stage)), (s, stage)
+    # Not so with groups that do not divide them, which is why the default group is all that is promised.
+    assert Schedule(2, 5, 2, 3).held(1)[0] == (2, 2) and Schedule(2, 6, 2, 3).held(1) == ((3, 1), (4, 0))
+
+
+def test_it_makes_no_tensor_and_no_process_group():
+    class Forbidden(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            raise AssertionError(func)
+
+    with Forbidden():
+        assert Schedule(3, 7, 2, 7).peak(2, [1, 2]) > 0
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("values,message", [
+    ((0, 4), "--pipeline-model-parallel-size 0"), ((2, 0), "--global-batch-size.* 0 micro-batches"),
+    ((2, 4, 0), "--num-virtual-stages-per-pipeline-rank.* 0 chunks"),
+    ((1, 4, 2), "raise --pipeline-model-parallel-size"),
+    ((4, 2, 2), "--global-batch-size.* fewer than the 4"),
+    ((4, 8, 2, 3), "-virtual-pipeline-stage 3: .* from 4, .* to 8"),
+    ((4, 8, 2, 9), "-virtual-pipeline-stage 9: .* from 4, .* to 8"),
+    ((4, 6, 2), "-virtual-pipeline-stage 4: .* would have 2.* set it to 6"),
+    ((4, 9, 2, 6), "-virtual-pipeline-stage 6: .* would have 3.* set it to 9"),
+])  # fmt: skip
+def test_what_cannot_run_is_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        Schedule(*values)
+
+
+def test_the_remedies_run():
+    assert Schedule(4, 6, 2, 6).counts(3) == 7 and Schedule(4, 9, 2, 9) and Schedule(4, 9, 2, 5)
+
+
+@pytest.mark.parametrize("group_size", [0, 1, 4, 9])
+def test_without_interleaving_there_are_no_groups(group_size):
+    plain, grouped = Schedule(4, 6), Schedule(4, 6, 1, group_size)
+    assert all(list(grouped.events(stage)) == list(plain.events(stage)) for stage in range(4))
+
+
+@pytest.mark.parametrize("stage", [-1, 2])
+def test_a_stage_that_there_is_not(stage):
+    with pytest.raises(ValueError, match=f"stage {stage}: there are 2"):
+        Schedule(2, 4).events(stage)  # at once, not when the first event is asked for
+
+
+@pytest.mark.parametrize("sizes", [[1.0], [1.0, 2.0, 3.0], [1.0, -1.0], [1.0, math.nan], [math.inf, 0.0]])
+def test_bytes_that_are_none(sizes):
+    with pytest.raises(ValueError, match="bytes of"):
+        Schedule(2, 4, 2).peak(0, sizes)
+
+
+def test_paper_bits():
+    counts = [11, 9, 7, 5]
+    bits = paper_bits(counts)
+    assert bits == [4, 5, 6, 8]
+    assert [b * n for b, n in zip(bits, counts, strict=True)] == [44, 45, 42, 40]  # 45 is over 44
+    assert paper_bits([8, 7]) == [4, 5] and paper_bits([9, 8]) == [4, 4]  # 4.57, and 4.5 between two
+    assert paper_bits([7, 4]) == [4, 6] and paper_bits([4, 5, 1]) == [4, 4, 8]  # 7 between 6 and 8
+    assert paper_bits([4, 2, 1], base=3) == [3, 6, 8]
+    with pytest.raises(ValueError, match="counts"):
+        paper_bits([])
+    with pytest.raises(ValueError, match="counts"):
+        paper_bits([3, 0])
+    with pytest.raises(ValueError, match="7 bits"):
+        paper_bits(counts, base=7)
+
+
+def test_stage_bits():
+    assert stage_bits(Schedule(4, 8, 2)) == [4, 4, 6, 8]
+    assert stage_bits(Schedule(4, 8)) == [4, 5, 8, 8]
+    assert stage_bits(Schedule(4, 8, 2), widths=(4, 5, 7)) == [4, 4, 5, 7]
+    assert stage_bits(Schedule(4, 8, 2), base=3) == [3, 3, 4, 6]
+    assert stage_bits(Schedule(1, 8)) == [4]
+    with pytest.raises(ValueError, match="7 bits"):
+        stage_bits(Schedule(4, 8), base=7)
+    for s in every_schedule():
+        counts = [s.counts(stage) for stage in range(s.stages)]
+        for bits, n in zip(stage_bits(s), counts, strict=True):
+            exact = max(4, 4 * counts[0] // n)
+            assert bits * n <= 4 * counts[0] and bits == max(b for b in (4, 5, 6, 8) if b <= exact), s
+
+
+if __name__ == "__main__":
+    collect(Path(sys.argv[1]))
