@@ -293,8 +293,9 @@ def _gather_one_by_one() -> None:
     buffers._coalescing_manager = manager
 
 
-def install() -> None:
-    """Make Megatron's loop run on the CPU, in this process, from here on. Says so once (rank 0).
+def install(quiet: bool = False) -> None:
+    """Make Megatron's loop run on the CPU, in this process, from here on. Says so once (rank 0), if not
+    ``quiet``.
 
     Raises:
         RuntimeError: there is a GPU.
@@ -310,5 +311,5 @@ def install() -> None:
     _gather_one_by_one()
     _mode = _CpuForCuda()
     _mode.__enter__()
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("RANK", "0") == "0" and not quiet:
         print("AGoQ: no GPU found; training on the CPU over gloo.", flush=True)

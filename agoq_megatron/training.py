@@ -261,18 +261,18 @@ def prepare(on_cpu: bool) -> tuple[argparse.Namespace, Plan]:
         keep_wandb_run(args)
         set_global_variables(args)
     except REFUSALS as problem:
-        _refuse(_paragraph(problem))
+        refuse(paragraph(problem))
     return args, plan
 
 
-def _refuse(paragraph: str) -> NoReturn:
+def refuse(paragraph: str) -> NoReturn:
     """Say what is wrong, on the first rank of each node, and leave."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"{Path(sys.argv[0]).name}: error: {paragraph}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
-def _paragraph(problem: Exception) -> str:
+def paragraph(problem: Exception) -> str:
     """The message; where Megatron gave none of its own, the condition that failed and its place."""
     if isinstance(problem, UsageError | PolicyError | compat.CompatibilityError):
         return str(problem)
@@ -335,10 +335,10 @@ def main(on_cpu: bool) -> None:
         observer.finish()  # Megatron leaves by sys.exit on a signal and at --exit-interval
         raise
     except LayoutError as problem:
-        _refuse(str(problem))
+        refuse(str(problem))
     except CheckpointException as problem:  # torch's, around Megatron's; no Exception
         if "Global shape mismatch" in str(problem) and "bucket_idx" in str(problem):
-            _refuse(OTHER_BUCKETS)
+            refuse(OTHER_BUCKETS)
         raise
     observer.finish()
     torch.distributed.destroy_process_group()
