@@ -5,8 +5,8 @@
         --pipeline-model-parallel-size 4 --global-batch-size 256 --agoq-grad-bits 8 --agoq-optimizer-bits 8
 
 prints what each pipeline stage holds at its peak, whether that fits and by how much not, the same for BF16,
-full recomputation, each part of AGoQ and FP8 as COAT has it, the largest micro-batch and sequence that fit, and
-the bytes and time of each collective.
+full recomputation, each part of AGoQ and FP8 as COAT has it, the largest micro-batch and sequence that fit,
+and the bytes and time of each collective.
 """
 
 from __future__ import annotations

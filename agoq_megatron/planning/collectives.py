@@ -46,8 +46,8 @@ class Collective:
 def collectives(args, config, network: Network) -> list[Collective]:
     """All kinds that the flags call for.
 
-    Tensor-parallel ranks lie next to each other, then data-parallel ones, then stages: Megatron's order. A group
-    that fits into a node is taken to be within one.
+    Tensor-parallel ranks lie next to each other, then data-parallel ones, then stages: Megatron's order. A
+    group that fits into a node is taken to be within one.
     """
     tp, pp = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
     dp, steps = args.data_parallel_size, micro_batches(args)

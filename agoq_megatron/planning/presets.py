@@ -1,4 +1,4 @@
-"""Flags of well-known models: (layers, h, ffn, heads, groups, vocabulary, tokens of a sequence, RoPE base)."""
+"""Flags of well-known models: layers, h, ffn, heads, groups, vocabulary, tokens of a sequence, RoPE base."""
 
 from __future__ import annotations
 
@@ -34,6 +34,6 @@ def preset_flags(name: str) -> list[str]:
     flags = [text for key, value in values.items() for text in (f"--{key}", str(value))]
     return flags + (
         "--group-query-attention --swiglu --normalization RMSNorm --position-embedding-type rope --bf16 "
-        "--disable-bias-linear --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 "
-        "--mock-data --tokenizer-type NullTokenizer --use-distributed-optimizer"
+        "--disable-bias-linear --untie-embeddings-and-output-weights --attention-dropout 0 "
+        "--hidden-dropout 0 --mock-data --tokenizer-type NullTokenizer --use-distributed-optimizer"
     ).split()
