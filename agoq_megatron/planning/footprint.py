@@ -1,10 +1,10 @@
 """The peak of allocated memory of each pipeline stage, part by part, predicted from the flags.
 
 Weights, gradients and optimizer states follow from the number of parameters. Saved activations are the
-plan's bytes (``agoq_megatron.memory``) times what Megatron's schedule holds (:mod:`in_flight`). What lives for
-a moment is the largest of three moments, each in units of U, a hidden state, and F, an MLP's inner state, of
-one micro-batch: the loss (the logits and 5 U), the backward of an MLP (3 F and 4 U) and a layer that is recomputed
-(all it saves, 3 F and 1 U). These three were read off measured peaks, see docs/planner.md.
+plan's bytes (``agoq_megatron.memory``) times what Megatron's schedule holds (:mod:`in_flight`). What lives
+for a moment is the largest of three moments, each in units of U, a hidden state, and F, an MLP's inner state,
+of one micro-batch: the loss (the logits and 5 U), the backward of an MLP (3 F and 4 U) and a layer that is
+recomputed (all it saves, 3 F and 1 U). These were read off measured peaks, see docs/planner.md.
 """
 
 from __future__ import annotations
