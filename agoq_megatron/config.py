@@ -15,8 +15,9 @@ class AGoQConfig:
 
     agoq_activations: str = "agoq"
     """What a layer keeps for its backward pass: 'off' (everything in the compute dtype, as Megatron
-    does), 'agoq' (the default: about 4 bits, attention at 8), 'uniform4' (an ablation: 4 bits
-    everywhere), or a YAML file with Megatron's quantization matchers."""
+    does), 'agoq' (the default: about 4 bits, attention at 8), 'stage' (the same, with more than 4 bits on
+    pipeline stages that hold fewer micro-batches), 'uniform4' (an ablation: 4 bits everywhere), or a YAML
+    file with Megatron's quantization matchers."""
 
     agoq_rounding: Literal["policy", "nearest", "stochastic"] = "policy"
     """Rounding of the saved activations: as the policy says tensor by tensor, or one for all.

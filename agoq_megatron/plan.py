@@ -157,6 +157,9 @@ def parse(argv: list[str]):
 
         vocabulary = args.vocab_size or build_tokenizer(args).vocab_size
         args.padded_vocab_size = vocab_size_with_padding(vocabulary, args, logging_enabled=False)
+    from agoq_megatron.planning.policies import compute_policy
+
+    compute_policy(args)
     return mine, args
 
 

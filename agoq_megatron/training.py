@@ -49,6 +49,7 @@ from agoq_megatron.optimizer.quantized_states import optimizer_of
 from agoq_megatron.optimizer.resumable import ResumableDistributedOptimizer
 from agoq_megatron.optimizer.settings import optimizer_settings_from_args
 from agoq_megatron.optimizer.shard import wrap_clipping, wrap_counting_zeros
+from agoq_megatron.planning.policies import compute_policy
 from agoq_megatron.policy.policy import PolicyError
 from agoq_megatron.report import LOSS, RunObserver
 from agoq_megatron.specs import agoq_layer_spec, transformer_config_from_args
@@ -253,6 +254,7 @@ def prepare(on_cpu: bool) -> tuple[argparse.Namespace, Plan]:
     try:
         compat.check_megatron()
         args = parse_arguments(on_cpu)
+        compute_policy(args)
         plan = plan_from_args(args)
         if args.rank == 0:
             plan.print()

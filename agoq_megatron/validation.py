@@ -13,7 +13,7 @@ from pathlib import Path
 from agoq_megatron.config import AGoQConfig
 from agoq_megatron.gradients.settings import settings_from_args
 from agoq_megatron.optimizer.settings import optimizer_settings_from_args
-from agoq_megatron.policy.policy import load_policy
+from agoq_megatron.policy.policy import COMPUTED, load_policy
 
 RECOMPUTE_MODULES = ("core_attn", "mlp", "layernorm")
 
@@ -202,7 +202,8 @@ def check(args: Namespace, on_cpu: bool = False) -> None:
         value = getattr(args, attribute, None)
         if value is not None and refused(value):
             raise UsageError(f"{flag}: {remedy}.")
-    load_policy(args.agoq_activations, args.agoq_rounding)
+    if args.agoq_activations not in COMPUTED:  # those are computed from flags that are valid
+        load_policy(args.agoq_activations, args.agoq_rounding)
     _check_shapes(args)
     _check_schedule(args)
     _check_recompute(args)

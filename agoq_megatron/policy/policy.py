@@ -24,6 +24,8 @@ from agoq_megatron.policy.sites import Site
 
 PRESETS = Path(__file__).parent / "presets"
 BUILT_IN = tuple(sorted(p.stem for p in PRESETS.glob("*.yaml")))
+COMPUTED = ("stage",)
+"""Names of policies that follow from the flags: ``planning/policies.py`` registers them."""
 
 KEEP_BITS = 16
 _FORMAT_KEYS = {f.name for f in fields(Format)}
@@ -96,6 +98,14 @@ class ActivationPolicy:
         return self
 
 
+_registered: dict[str, ActivationPolicy] = {}
+
+
+def register(name: str, policy) -> None:
+    """Let :func:`load_policy` find a computed policy."""
+    _registered[name] = policy
+
+
 def load_policy(spec: str, rounding: str = "policy") -> ActivationPolicy:
     """Read a built-in policy by name, or a policy file.
 
@@ -106,10 +116,13 @@ def load_policy(spec: str, rounding: str = "policy") -> ActivationPolicy:
     Raises:
         PolicyError: unknown name, unreadable file, or a config out of range.
     """
+    if spec in COMPUTED:
+        return _registered[spec]
     path = PRESETS / f"{spec}.yaml" if spec in BUILT_IN else Path(spec)
     if not path.is_file():
+        known = ", ".join((*BUILT_IN, *COMPUTED))
         raise PolicyError(
-            f"--agoq-activations {spec}: neither a built-in policy ({', '.join(BUILT_IN)}) nor an "
+            f"--agoq-activations {spec}: neither a built-in policy ({known}) nor an "
             "existing file. Name one of these or give the path of a YAML policy file."
         )
     where = f"--agoq-activations {spec}"

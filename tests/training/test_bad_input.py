@@ -19,7 +19,7 @@ matchers:
 
 # what is wrong: (flags, words that the error must hold)
 CASES = {
-    "unknown policy": ("--agoq-activations agoq9", ["--agoq-activations", "agoq, off, uniform4"]),
+    "unknown policy": ("--agoq-activations agoq9", ["--agoq-activations", "agoq, off, uniform4, stage"]),
     "missing policy file": ("--agoq-activations /no/such.yaml", ["--agoq-activations"]),
     "corrupt YAML": ("--agoq-activations {corrupt}", ["--agoq-activations", "YAML"]),
     "YAML of something else": ("--agoq-activations {other}", ["configs", "matchers"]),

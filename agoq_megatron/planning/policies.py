@@ -1,0 +1,74 @@
+"""Policies that follow from the pipeline's schedule, not from a file."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from dataclasses import replace
+
+from agoq_kernels.formats import Format
+
+from agoq_megatron.planning.footprint import schedule_of
+from agoq_megatron.planning.in_flight import stage_bits
+from agoq_megatron.planning.parameters import layers_of
+from agoq_megatron.policy.policy import COMPUTED, ActivationPolicy, Rule, load_policy, register
+from agoq_megatron.policy.sites import Site
+from agoq_megatron.specs import transformer_config_from_args
+
+WIDER = {
+    5: Format(5, "int", 64, 8),
+    6: Format(6, "int", 64, 8),
+    8: Format(8, "int", 64, 16),
+}
+"""What takes the place of 4 bits where a stage has room for more; docs/format-study.md has their errors."""
+
+
+class StagePolicy:
+    """``agoq``, but with more bits than 4 in the layers of stages that hold fewer micro-batches.
+
+    Args:
+        base: for everything else.
+        bits: of each layer (numbers from 1).
+    """
+
+    name = "stage"
+
+    def __init__(self, base: ActivationPolicy, bits: dict[int, int]):
+        self._base, self._bits = base, bits
+
+    @functools.cache  # noqa: B019 - one policy lives as long as the process
+    def rule(self, site: Site, layer_number: int) -> Rule:
+        """See :meth:`ActivationPolicy.rule`."""
+        rule, bits = self._base.rule(site, layer_number), self._bits[layer_number]
+        if rule.format is None or rule.format.bits >= bits:
+            return rule
+        return Rule(replace(WIDER[bits], rounding=rule.format.rounding))
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+def stage_policy(args) -> StagePolicy:
+    """The paper's rule: 4 bits on the first stage, and on a later one as many as its fewer micro-batches in
+    flight leave room for, never above the first one's peak.
+
+    Args:
+        args: Megatron's validated arguments.
+    """
+    plain = copy.copy(args)
+    plain.agoq_activations = "agoq"
+    config = transformer_config_from_args(plain)
+    bits = stage_bits(schedule_of(args))
+    of_layer = {
+        number: bits[stage]
+        for stage in range(config.pipeline_model_parallel_size)
+        for chunk in layers_of(config, stage)
+        for number in chunk
+    }
+    return StagePolicy(load_policy("agoq", args.agoq_rounding), of_layer)
+
+
+def compute_policy(args) -> None:
+    """Where the flags name a policy that is computed, compute it and let :func:`load_policy` find it."""
+    if args.agoq_activations in COMPUTED:
+        register(args.agoq_activations, stage_policy(args))
