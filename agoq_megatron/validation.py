@@ -479,6 +479,13 @@ def _check_recompute(args: Namespace) -> None:
                 f"--recompute-modules {' '.join(unknown)}: these belong to layers that are not "
                 f"carried; carried are {', '.join(RECOMPUTE_MODULES)}."
             )
+        if "mlp" in (args.recompute_modules or ()) and args.add_bias_linear:
+            # Megatron recomputes the MLP with its bias as a second output: a parameter, whose gradient then
+            # never ends.
+            raise UsageError(
+                "--recompute-modules mlp: an MLP with biases cannot be recomputed; add --disable-bias-linear or "
+                "leave mlp out."
+            )
 
 
 def _check_data(args: Namespace) -> None:

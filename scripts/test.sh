@@ -17,4 +17,5 @@ fi
 bin="$(dirname "$AGOQ_PYTHON")"
 "$bin/ruff" check .
 "$bin/lint-imports" --no-cache | sed -n '/^Contracts$/,$p'
-exec "$AGOQ_PYTHON" -m pytest
+# Two files of tests at a time: most of a run's ranks wait for each other most of the time.
+exec "$AGOQ_PYTHON" -m pytest -n 2 --dist loadfile

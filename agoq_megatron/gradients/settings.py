@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -142,7 +143,8 @@ def hops_for(group: dist.ProcessGroup, settings: GradientSettings) -> Hops | Non
         )
     if dist.get_rank() == 0:
         how = f"in two hops, {node_size} ranks a node" if mine in fit else "at once"
-        print(f"AGoQ: gradients are reduced over {len(mine)} data-parallel ranks {how}.", flush=True)
+        said = f"AGoQ: gradients are reduced over {len(mine)} data-parallel ranks {how}."
+        print(said, file=sys.stderr, flush=True)
     hops, timeout = None, timedelta(minutes=settings.timeout_minutes)
     for ranks, (_, each) in fit.items():
         rows = [list(ranks[i : i + each]) for i in range(0, len(ranks), each)]

@@ -50,6 +50,10 @@ CASES = {
     ),
     "SwiGLU option with GELU": ("{gelu} --glu-linear-offset 1.0", ["--glu-linear-offset", "GELU"]),
     "FP16 on a CPU": ("{fp32} --fp16", ["--fp16", "--bf16"]),
+    "recomputed MLP with biases": (
+        "{gelu} --recompute-granularity selective --recompute-modules mlp",
+        ["--recompute-modules mlp", "--disable-bias-linear"],
+    ),
     "nodes for one hop": (
         "--agoq-grad-bits 8 --agoq-grad-reduce flat --agoq-grad-node-size 2",
         ["--agoq-grad-node-size", "flat"],

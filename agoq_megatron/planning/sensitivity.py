@@ -1,0 +1,249 @@
+"""What each way of keeping a tensor costs the gradient, layer by layer: what is measured, and the file of it.
+
+``python -m agoq_megatron.calibrate`` measures (:mod:`agoq_megatron.planning.replay`) and writes. Later runs
+read the file by :func:`load_sensitivities`.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import math
+import os
+import statistics
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from agoq_kernels.formats import BIT_WIDTHS, CODES, GROUP_SIZES, SCALE_BITS, Format
+
+from agoq_megatron.memory import ATTENTION_SITES, HIDDEN_SITES, Plan
+from agoq_megatron.planning.replay import EXACT, OneTensor
+from agoq_megatron.policy.sites import Site
+from agoq_megatron.specs import AGoQTransformerConfig
+
+VERSION = 1
+
+SITES = (Site.NORM1_INPUT, *ATTENTION_SITES, Site.NORM2_INPUT, Site.FC1_OUTPUT)
+"""What a policy can quantize, without recomputation of whole layers."""
+
+BEST_FORMATS = {
+    2: Format(2, "int_asym", 32, 8),
+    3: Format(3, "int_asym", 32, 8),
+    4: Format(4, "nf4", 64, 8),
+    5: Format(5, "int", 64, 8),
+    6: Format(6, "int", 64, 8),
+    8: Format(8, "int", 64, 16),
+}
+"""The format of each width; docs/format-study.md says why."""
+
+_FORMATS = {
+    str(fmt): fmt
+    for bits, code, group, scale in itertools.product(BIT_WIDTHS, CODES, GROUP_SIZES, SCALE_BITS)
+    if bits == 4 or code.startswith("int")
+    for fmt in (Format(bits, code, group, scale),)
+}
+"""Every format by its name."""
+
+
+def format_for(width: int, features: int) -> Format | None:
+    """The format of that width for a tensor whose last axis has so many features on a rank.
+
+    Where the best format's group does not divide them it gets the largest smaller group that does; None where
+    no group does.
+    """
+    best = BEST_FORMATS[width]
+    groups = [group for group in GROUP_SIZES if group <= best.group and features % group == 0]
+    return replace(best, group=max(groups)) if groups else None
+
+
+def variants(config: AGoQTransformerConfig) -> list[OneTensor]:
+    """Every tensor in every width; the layers' inputs too if the run recomputes whole layers."""
+    exact = copy.copy(config)
+    exact.agoq, exact.recompute_granularity = EXACT, None
+    rows = next(iter(Plan(exact).layers.values()))
+    features = {row.name: int(row.features) for row in rows}
+    # Sequence parallelism cuts the sequence of these, not their last axis.
+    features |= {site.value: config.hidden_size for site in HIDDEN_SITES}
+    sites = (*SITES, Site.LAYER_INPUT) if config.recompute_granularity == "full" else SITES
+    formats = ((site, format_for(width, features[site.value])) for site in sites for width in BEST_FORMATS)
+    return [OneTensor(site, fmt) for site, fmt in formats if fmt is not None]
+
+
+# --- The file -------------------------------------------------------------------------------------
+
+
+def layer_entry(tried: Sequence[OneTensor], errors: Sequence[tuple[float, float]]) -> dict[str, dict]:
+    """A layer's part of the file: ``{site: {width: {"own", "flowing", "bits"}}}``, and "format" where it is
+    not the width's. What is not finite, as too few bits of Q and K may be, is left out."""
+    sites: dict[str, dict] = {}
+    for variant, (own, flowing) in zip(tried, errors, strict=True):
+        fmt = variant.format
+        site = sites.setdefault(variant.site.value, {})
+        if math.isfinite(own) and math.isfinite(flowing):
+            entry = {"own": own, "flowing": flowing, "bits": fmt.bits_per_element}
+            entry = {name: float(f"{number:.6g}") for name, number in entry.items()}
+            site[str(fmt.bits)] = entry if fmt == BEST_FORMATS[fmt.bits] else entry | {"format": str(fmt)}
+    return sites
+
+
+def table(layers: Mapping[str, dict]) -> Iterator[str]:
+    """Lines: own and flowing error of each tensor in each width, mean over the layers of a file."""
+    yield "Mean over the layers: error of the layer's own gradients / of the one that flows on"
+    yield f"{'':<38}" + "".join(f"{f'{width} bits':>19}" for width in BEST_FORMATS)
+    for site in next(iter(layers.values())):
+        line = f"{site:<38}"
+        for width in map(str, BEST_FORMATS):
+            found = [sites[site][width] for sites in layers.values() if width in sites[site]]
+            means = [statistics.fmean(e[name] for e in found) for name in ("own", "flowing") if found]
+            line += f"{' / '.join(f'{mean:.2g}' for mean in means) or '-':>19}"
+        yield line
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write the file whole, or leave what was there."""
+    handle, name = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+        os.chmod(name, 0o644)  # mkstemp lets nobody else read it
+        os.replace(name, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(name)
+        raise
+
+
+class Sensitivities:
+    """Measured errors; made by :func:`load_sensitivities`.
+
+    Attributes:
+        path: the file.
+        data: what is in it.
+    """
+
+    def __init__(self, path: Path, data: dict):
+        self.path, self.data = path, data
+
+    def require(self, **model: int) -> None:
+        """Refuse another model than the measured one: ``require(layers=32, hidden_size=4096)``.
+
+        Raises:
+            ValueError: a number differs from that under "model" in the file. Nothing is interpolated.
+        """
+        for name, value in model.items():
+            measured = self.data["model"].get(name)
+            if measured != value:
+                raise ValueError(
+                    f"{self.path}: measured on a model with {name} {measured}, but this one has {value}. "
+                    "Measure this model: python -m agoq_megatron.calibrate."
+                )
+
+    def widths(self, layer_number: int, site: Site | str) -> tuple[int, ...]:
+        """The widths in which the tensor was measured, ascending. One is missing where no group divides the
+        tensor, or where the error was not finite.
+
+        Raises:
+            ValueError: that tensor was not measured.
+        """
+        return tuple(sorted(map(int, self._site(layer_number, site))))
+
+    def cost(self, layer_number: int, site: Site | str, width: int) -> float:
+        """Sum of the squared relative errors of both gradients: ``own**2 + flowing**2``.
+
+        Costs add up: the errors of different tensors are independent, so their squares add.
+
+        Args:
+            layer_number: from 1.
+            site: the tensor, or its path below the layer.
+
+        Raises:
+            ValueError: it was not measured.
+        """
+        entry = self._entry(layer_number, site, width)
+        return entry["own"] ** 2 + entry["flowing"] ** 2
+
+    def format(self, layer_number: int, site: Site | str, width: int) -> Format:
+        """The format that was measured; ValueError as for :meth:`cost`."""
+        entry = self._entry(layer_number, site, width)
+        return _FORMATS[entry.get("format", self.data["formats"][str(width)])]
+
+    def _site(self, layer_number: int, site: Site | str) -> dict:
+        layers, name = self.data["layers"], Site(site).value
+        if str(layer_number) not in layers:
+            raise ValueError(f"{self.path}: it has layers 1 to {len(layers)}, and no layer {layer_number}.")
+        if name not in layers[str(layer_number)]:
+            known = ", ".join(layers[str(layer_number)])
+            raise ValueError(f"{self.path}: {name} of layer {layer_number} was not measured; were {known}.")
+        return layers[str(layer_number)][name]
+
+    def _entry(self, layer_number: int, site: Site | str, width: int) -> dict:
+        widths = self._site(layer_number, site)
+        if str(width) not in widths:
+            raise ValueError(
+                f"{self.path}: {Site(site).value} of layer {layer_number} was not measured in {width} bits; "
+                f"it was in {', '.join(widths) or 'none'}."
+            )
+        return widths[str(width)]
+
+
+def load_sensitivities(path: Path | str) -> Sensitivities:
+    """Read and check what ``python -m agoq_megatron.calibrate`` has written.
+
+    Raises:
+        ValueError: it cannot be read, or is not such a file; names the file and what is wrong.
+    """
+    path = Path(path)
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not a readable JSON file ({error}).") from error
+    problem = _problem(data)
+    if problem:
+        raise ValueError(f"{path}: {problem}. Write it again: python -m agoq_megatron.calibrate.")
+    return Sensitivities(path, data)
+
+
+def _problem(data) -> str | None:
+    """What is wrong with the content of a file, or None."""
+    if not isinstance(data, dict) or data.get("version") != VERSION:
+        found = data.get("version") if isinstance(data, dict) else None
+        return f"no sensitivities of version {VERSION} (its version: {found!r})"
+    for key in ("model", "formats", "layers"):
+        if not isinstance(data.get(key), dict):
+            return f"the mapping {key!r} is missing"
+    count = data["model"].get("layers")
+    if type(count) is not int or count < 1 or data["layers"].keys() != {str(n + 1) for n in range(count)}:
+        return f"its model has {count!r} layers, and measured are {', '.join(data['layers']) or 'none'}"
+    for width, name in data["formats"].items():
+        if not _is_format(name, width):
+            return f"format {name!r} of {width} bits is unknown"
+    for number, sites in data["layers"].items():
+        if not isinstance(sites, dict) or not sites or not all(isinstance(w, dict) for w in sites.values()):
+            return f"layer {number}: it must map tensors to widths and these to errors"
+        for site, widths in sites.items():
+            if site not in {s.value for s in Site}:
+                return f"layer {number}: tensor {site!r} is unknown"
+            for width, entry in widths.items():
+                problem = _entry_problem(data["formats"], width, entry)
+                if problem:
+                    return f"layer {number}, {site}, {width} bits: {problem}"
+    return None
+
+
+def _is_format(name, width: str) -> bool:
+    return isinstance(name, str) and name in _FORMATS and str(_FORMATS[name].bits) == width
+
+
+def _entry_problem(formats: dict[str, str], width: str, entry) -> str | None:
+    if width not in formats:
+        return "that width has no format"
+    numbers = [entry.get(key) for key in ("own", "flowing", "bits")] if isinstance(entry, dict) else [None]
+    if not all(type(x) in (int, float) and 0 <= x < math.inf for x in numbers):
+        return "own, flowing and bits must be finite numbers that are not negative"
+    if not _is_format(entry.get("format", formats[width]), width):
+        return f"format {entry['format']!r} is unknown"
+    return None
