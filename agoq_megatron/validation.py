@@ -483,8 +483,8 @@ def _check_recompute(args: Namespace) -> None:
             # Megatron recomputes the MLP with its bias as a second output: a parameter, whose gradient then
             # never ends.
             raise UsageError(
-                "--recompute-modules mlp: an MLP with biases cannot be recomputed; add --disable-bias-linear or "
-                "leave mlp out."
+                "--recompute-modules mlp: an MLP with biases cannot be recomputed; add --disable-bias-linear "
+                "or leave mlp out."
             )
 
 

@@ -17,6 +17,14 @@ matchers:
   rest: {config: four, type: glob, pattern: "*", enabled: true}
 """
 
+WITHOUT = {
+    "{real}": "--mock-data",
+    "{gelu}": "--swiglu",
+    "{fp32}": "--bf16",
+    "{bias}": "--disable-bias-linear",
+}
+"""Marks among the flags of a case: what the model's own flags lose."""
+
 # what is wrong: (flags, words that the error must hold)
 CASES = {
     "unknown policy": ("--agoq-activations agoq9", ["--agoq-activations", "agoq, off, uniform4, stage"]),
@@ -51,7 +59,7 @@ CASES = {
     "SwiGLU option with GELU": ("{gelu} --glu-linear-offset 1.0", ["--glu-linear-offset", "GELU"]),
     "FP16 on a CPU": ("{fp32} --fp16", ["--fp16", "--bf16"]),
     "recomputed MLP with biases": (
-        "{gelu} --recompute-granularity selective --recompute-modules mlp",
+        "{bias} --recompute-granularity selective --recompute-modules mlp",
         ["--recompute-modules mlp", "--disable-bias-linear"],
     ),
     "nodes for one hop": (
@@ -229,7 +237,7 @@ def test_refused(launcher, files, case):
     flags, words = CASES[case]
     flags = flags.replace("{eight}", "--agoq-grad-bits 8")
     model = list(TINY)
-    for mark, gone in (("{real}", "--mock-data"), ("{gelu}", "--swiglu"), ("{fp32}", "--bf16")):
+    for mark, gone in WITHOUT.items():
         if mark in flags:
             flags = flags.replace(mark, "")
             model.remove(gone)
