@@ -21,7 +21,7 @@ from agoq_megatron import compat
 from agoq_megatron.autograd import rounding
 from agoq_megatron.gradients.telemetry import GradientMeter
 from agoq_megatron.meter import Meter
-from agoq_megatron.optimizer.telemetry import state_bytes
+from agoq_megatron.optimizer.telemetry import state_bytes, stepped_parameters
 
 LOSS = "lm loss"
 WARM_UP_ITERATIONS = 3
@@ -46,7 +46,6 @@ class RunObserver:
         self._evaluation: int | None = None
         self._started = False
         self._optimizer = None
-        self._parameters = 0
 
     def watch(self) -> None:
         """Enter Megatron's loop; call once, before ``pretrain``."""
@@ -77,7 +76,6 @@ class RunObserver:
         if not self._started:
             self._started = True
             self.meter.attach(model)
-            self._parameters = sum(p.numel() for chunk in model for p in chunk.parameters())
             self.gradients.attach(model)
             seed = self._args.agoq_seed
             rounding.counter.seed(self._args.seed if seed is None else seed, mpu.get_data_parallel_rank())
@@ -114,8 +112,10 @@ class RunObserver:
         if due(self._args.agoq_grad_probe_interval):
             values |= self.gradients.values()
         if first:
-            values["agoq/optimizer-bytes"] = state_bytes(self._optimizer)
-            values["agoq/optimizer-bytes-per-parameter"] = state_bytes(self._optimizer) / self._parameters
+            held, count = state_bytes(self._optimizer), stepped_parameters(self._optimizer)
+            values["agoq/optimizer-bytes"] = held
+            if count:
+                values["agoq/optimizer-bytes-per-parameter"] = held / count
         writer, wandb_writer = get_tensorboard_writer(), get_wandb_writer()
         for name, value in values.items():
             if writer:

@@ -402,14 +402,14 @@ _NOT_WITH_OUR_STATES: tuple[_Check, ...] = (
         "optimizer",
         lambda name: name != "adam",
         "--optimizer",
-        "these are Adam's states",
+        "only Adam's states are kept in fewer bytes",
     ),
     ("bf16", lambda on: not on, "no --bf16", "the weights must be BF16"),
     (
         "use_distributed_optimizer",
         lambda on: not on,
         "no --use-distributed-optimizer",
-        "its states are the ones that are kept in fewer bytes, on one rank too",
+        "only the distributed optimizer keeps states in fewer bytes; it works on one rank too",
     ),
     (
         "num_distributed_optimizer_instances",
@@ -431,15 +431,20 @@ _NOT_WITH_OUR_STATES: tuple[_Check, ...] = (
         "it is not carried yet",
     ),
     ("optimizer_cuda_graph", _set, "--optimizer-cuda-graph", "a captured step would repeat its rounding"),
+    (
+        "ckpt_convert_update_legacy_dist_opt_format",
+        _set,
+        "--ckpt-convert-update-legacy-dist-opt-format",
+        "such a checkpoint is copied into the states as they lie",
+    ),
 )
 
 
 def _check_optimizer(args: Namespace) -> None:
+    rounding = args.agoq_optimizer_rounding != AGoQConfig().agoq_optimizer_rounding
+    if rounding and args.agoq_optimizer_bits == 32:
+        raise UsageError("--agoq-optimizer-rounding is for moments in 8 bits; add --agoq-optimizer-bits 8.")
     if optimizer_settings_from_args(args) is None:
-        if args.agoq_optimizer_rounding != AGoQConfig().agoq_optimizer_rounding:
-            raise UsageError(
-                "--agoq-optimizer-rounding is for moments in 8 bits; add --agoq-optimizer-bits 8."
-            )
         return
     ours = "--agoq-optimizer-bits 8" if args.agoq_optimizer_bits == 8 else "--agoq-master-weights split"
     for attribute, refused, flag, reason in _NOT_WITH_OUR_STATES:
@@ -448,7 +453,8 @@ def _check_optimizer(args: Namespace) -> None:
             continue
         if flag.startswith("no "):
             raise UsageError(f"{ours}: {reason}; add {flag.removeprefix('no ')}.")
-        raise UsageError(f"{flag} with {ours}: {reason}. Leave one of them out.")
+        given = f"{flag} {value}" if attribute == "optimizer" else flag
+        raise UsageError(f"{given} with {ours}: {reason}. Leave one of them out.")
 
 
 def _check_loss(args: Namespace) -> None:

@@ -4,14 +4,14 @@ Moments in 8 bits are in blocks of 64 with a BF16 scale each. A step divides the
 the second, so these two are what is kept:
 
 * the root, one byte without sign: a float that ends at the block's largest root, with 5 bits of mantissa
-  down to 1/16 of it and 4 bits below, down to 1/3800. What is not zero never becomes zero, so no step is
+  down to 1/16 of it and 4 bits below, down to 1/3641. What is not zero never becomes zero, so no step is
   divided by nothing;
 * the ratio of the first moment to that root, as INT8. It is bounded by the decay rates whatever the sizes of
   the gradients in a block are, and its error is the error of the step.
 
-Rounding of the root is stochastic by default: from one step to the next it changes by less than a code, and
-to the nearest it would stay where it is. Encoding what was decoded gives the same bytes (to the nearest), so
-that a checkpoint may hold FP32.
+Rounding of the root is stochastic by default, and so is that of its scale: from one step to the next both
+change by less than their formats can say, and to the nearest they would stay where they are. Encoding what was
+decoded gives the same bytes (to the nearest), so that a checkpoint may hold FP32.
 
 A BF16 weight is the upper half of its FP32 master, rounded; the lower half is kept beside it. To which side
 a master halfway between two weights was rounded is one bit more: with FP32 moments it is the sign of the
@@ -32,7 +32,7 @@ FINE, COARSE = 18, 19  # bits of an FP32 mantissa that are not kept, from 1/16 o
 SPLIT = 127  # the code of 1/16; 255 is that of 1, 0 is 0
 FINE_OFFSET = (127 << 23 - FINE) - 255  # what makes a code the upper bits of an FP32 number
 COARSE_OFFSET = (123 << 23 - COARSE) - SPLIT
-TOP = 1 - 2.0**-8  # from here on it is the largest root, however it is rounded
+SCALE_DRAWS = 1 << 40  # what stochastic rounding draws for scales: so far beyond what it draws for numbers
 MIN_SCALE = 2.0**-50  # of roots: their squares are no subnormal numbers
 ROUNDINGS = ("stochastic", "nearest")
 
@@ -71,7 +71,7 @@ class AdamStates:
         if split:
             states.remainder = weight.new_zeros(n, dtype=torch.int16)
         else:
-            states.master = weight.detach().float().clone()
+            states.master = weight.detach().to(torch.float32, copy=True)
         return states
 
     def part(self, here: slice) -> AdamStates:
@@ -155,11 +155,15 @@ def decode(ratios: Tensor, roots: Tensor, scales: Tensor) -> tuple[Tensor, Tenso
     return mean.flatten()[:n], (root * root).flatten()[:n]
 
 
-def _stored(scale: Tensor) -> tuple[Tensor, Tensor]:
-    """FP32 scales rounded to BF16, with NaN for all that is not finite; and their inverses, 0 where the scale
-    is 0 or NaN."""
-    scale = scale.bfloat16().float()
-    scale = torch.where(scale.isfinite(), scale, torch.nan)
+def _stored(scale: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """FP32 scales rounded to BF16 (stochastically with ``noise`` in [0, 1)), with NaN for all that is not
+    finite; and their inverses, 0 where the scale is 0 or NaN."""
+    if noise is None:
+        rounded = scale.bfloat16().float()
+    else:
+        bits = scale.view(torch.int32) + (noise * 65536).int()
+        rounded = (bits >> 16 << 16).view(torch.float32)
+    scale = torch.where(scale.isfinite() & rounded.isfinite(), rounded, torch.nan)
     return scale, torch.where(scale > 0, 1 / scale, 0.0)
 
 
@@ -170,19 +174,21 @@ def encode(
     n = exp_avg.numel()
     root = _blocks(exp_avg_sq).sqrt()
     largest = root.amax(-1)
-    root_scale, inverse = _stored(torch.where(largest > 0, largest.clamp(min=MIN_SCALE), largest))
+    largest = torch.where(largest > 0, largest.clamp(min=MIN_SCALE), largest)
+    drawn = None if key is None else uniform(SCALE_DRAWS, len(largest), key, largest.device)
+    root_scale, inverse = _stored(largest, drawn)
     y = torch.where(inverse[:, None] > 0, root * inverse[:, None], 0.0)
     noise = torch.full_like(y, 0.5)
     if key is not None:
-        # The largest root stays the largest, so that encoding it again gives the same scale.
-        noise = torch.where(y < TOP, uniform(0, y.numel(), key, y.device).view_as(y), noise)
+        noise = uniform(0, y.numel(), key, y.device).view_as(y)
     bits = y.view(torch.int32)
     fine, coarse = (
         (bits + (noise * (1 << shift)).int() >> shift) - offset
         for shift, offset in ((FINE, FINE_OFFSET), (COARSE, COARSE_OFFSET))
     )
     codes = torch.where(y < 2.0**-4, coarse, fine).clamp(1, 255)
-    codes = torch.where(y > 0, codes, 0)
+    # The largest root stays the largest, so that encoding it again gives the same scale.
+    codes = torch.where(y > 0, torch.where(root == largest[:, None], 255, codes), 0)
     kept = _roots(codes, root_scale)
 
     ratio = torch.where(kept > 0, _blocks(exp_avg) / kept, 0.0)

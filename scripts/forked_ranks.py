@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import random
 import signal
 import socket
 import sys
@@ -37,6 +38,16 @@ def import_megatron() -> None:
     import agoq_megatron.training  # noqa: F401
 
 
+def free_port() -> int:
+    """One that no connection is given by itself: gloo opens many, and one of them could take the port before
+    the ranks do."""
+    while True:
+        port = random.SystemRandom().randrange(15000, 30000)
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("localhost", port))
+            return port
+
+
 def fork_ranks(ranks: int, task: Callable[[], None], folder: Path, timeout: float = 180) -> None:
     """Run ``task`` in that many forked processes, set up as torchrun would; logs go to ``folder``.
 
@@ -44,9 +55,7 @@ def fork_ranks(ranks: int, task: Callable[[], None], folder: Path, timeout: floa
         RunFailed: one of them failed, or was not done in ``timeout`` seconds.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     sys.stdout.flush()
     pids = []
     for rank in range(ranks):

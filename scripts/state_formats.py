@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 from agoq_kernels.rng import uniform
+from agoq_kernels.states import AdamStates
 from torch import Tensor
 
 BLOCK = 128
@@ -108,7 +109,7 @@ def float_code(x: Tensor, mantissa: int, codes: int, noise: Tensor | None = None
 
 
 def tapered_code(x: Tensor, noise: Tensor | None = None) -> Tensor:
-    """As :func:`float_code`, with 5 bits of mantissa down to 1/16 and 4 bits below, down to 1/4096."""
+    """As :func:`float_code`, with 5 bits of mantissa down to 1/16 and 4 bits below, down to 1/3641."""
     fine = float_code(x, 5, 256, noise)
     coarse = float_code(x, 4, 128 + 64, noise)
     return torch.where(x < 2.0**-4, coarse, fine)
@@ -136,12 +137,22 @@ def root_and_ratio(
     return quantize
 
 
+def as_built(m: Tensor, v: Tensor, key: int) -> tuple[Tensor, Tensor]:
+    """What ``agoq_kernels.states`` keeps: the tapered one in blocks of 64, with BF16 scales, these rounded
+    stochastically too."""
+    states = AdamStates.new(torch.zeros(m.numel(), device=m.device), 8, False)
+    states.write_moments(m.flatten(), v.flatten(), key)
+    mean, square = states.moments()
+    return mean.view_as(m), square.view_as(v)
+
+
 def exact(m: Tensor, v: Tensor, key: int) -> tuple[Tensor, Tensor]:
     return m, v
 
 
 FORMATS: dict[str, Moments] = {
     "exact": exact,
+    "as built": as_built,
     "linear INT8, root INT8": linear,
     "dynamic, block 128": dynamic(128),
     "dynamic, block 256": dynamic(256),

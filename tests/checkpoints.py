@@ -48,6 +48,11 @@ def assert_same_tensors(one: Path, other: Path, iteration: int) -> None:
     assert not [name for name in a if not torch.equal(a[name], b[name])]
 
 
+def assert_killed(run) -> None:
+    """By SIGKILL. A rank may have ended by itself, as its neighbour was gone, before its own signal came."""
+    assert -signal.SIGKILL in run.codes and all(run.codes), (run.codes, run.log[-3000:])
+
+
 def assert_killed_and_resumed(launcher, whole, folder: Path, seed: int, ranks: int, flags) -> None:
     """A run that is killed at a random step and started again is the uninterrupted one, to the last bit."""
     expected, checkpoints = whole(ranks, *flags)
@@ -56,7 +61,7 @@ def assert_killed_and_resumed(launcher, whole, folder: Path, seed: int, ranks: i
     broken = [*train(*flags), "--save", folder, "--load", folder, "--save-interval", 4]
     at = random.Random(seed).randint(5, ITERATIONS - 1)
     killed = launcher.run(*broken, ranks=ranks, signal_at=(at, signal.SIGKILL))
-    assert killed.codes == [-signal.SIGKILL] * ranks
+    assert_killed(killed)
     start = saved_iteration(folder)
     assert 0 < start < ITERATIONS
 

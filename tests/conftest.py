@@ -11,8 +11,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
-from checkpoints import MIDDLE, train
-from launch import Launcher
+
+pytest.register_assert_rewrite("checkpoints")
+
+from checkpoints import MIDDLE, train  # noqa: E402
+from launch import Launcher  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is imported

@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import json
 import os
+import random
 import re
 import runpy
 import signal
@@ -72,9 +73,13 @@ class Run:
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return s.getsockname()[1]
+    """One that no connection is given by itself: gloo opens many, and one of them could take the port before
+    the ranks do."""
+    while True:
+        port = random.SystemRandom().randrange(15000, 30000)
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("localhost", port))
+            return port
 
 
 def _environment(extra: dict | None) -> dict:

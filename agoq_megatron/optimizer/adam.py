@@ -11,9 +11,11 @@ from torch import Tensor
 
 from agoq_megatron.autograd.rounding import counter
 from agoq_megatron.optimizer.settings import OptimizerSettings
-from agoq_megatron.optimizer.shard import shard_of
+from agoq_megatron.optimizer.shard import PIECE_NUMEL, shard_of
 
 STATE_NAMES = tuple(AdamStates.__dataclass_fields__)
+TENSORS = ("param", "exp_avg", "exp_avg_sq")
+"""Of a parameter in a checkpoint: master weight and moments."""
 
 
 class QuantizedAdam(torch.optim.Optimizer):
@@ -112,24 +114,38 @@ class QuantizedAdam(torch.optim.Optimizer):
     @torch.no_grad()
     def read(self, param: Tensor) -> dict[str, Tensor]:
         """Master weight and moments as Megatron's checkpoints have them: FP32, on the CPU, since together
-        they take several times the memory of the states."""
-        states = self.states(param)
-        exp_avg, exp_avg_sq = states.moments()
-        master = states.master_weight(self._weight(param))
-        return {"param": master.cpu(), "exp_avg": exp_avg.cpu(), "exp_avg_sq": exp_avg_sq.cpu()}
+        they take several times the memory of the states; a piece at a time, for the same reason."""
+        found = self.empty(param)
+        for here, states, weight in self._pieces(param):
+            exp_avg, exp_avg_sq = states.moments()
+            values = states.master_weight(weight), exp_avg, exp_avg_sq
+            for name, value in zip(TENSORS, values, strict=True):
+                found[name][here].copy_(value)
+        return found
+
+    @staticmethod
+    def empty(param: Tensor) -> dict[str, Tensor]:
+        """What :meth:`read` returns, without its numbers: where a checkpoint is loaded to."""
+        return {name: torch.zeros(param.numel(), dtype=torch.float32) for name in TENSORS}
+
+    def _pieces(self, param: Tensor) -> Iterator[tuple[slice, AdamStates, Tensor | None]]:
+        """A parameter's states and weight, some numbers at a time."""
+        states, weight, n = self.states(param), self._weight(param), param.numel()
+        for start in range(0, n, PIECE_NUMEL):
+            here = slice(start, min(start + PIECE_NUMEL, n))
+            yield here, states.part(here), None if weight is None else weight[here]
 
     @torch.no_grad()
     def write(self, param: Tensor, tensors: dict[str, Tensor]) -> None:
         """Take master weight and moments as :meth:`read` gives them, rounded to the nearest."""
-        names = "param", "exp_avg", "exp_avg_sq"
-        values = (tensors[name].to(param.device, torch.float32).view(-1) for name in names)
-        master, exp_avg, exp_avg_sq = values
-        states = self.states(param)
-        states.write_moments(exp_avg, exp_avg_sq)
-        states.write_master(master, self._weight(param))
+        for here, states, weight in self._pieces(param):
+            values = (tensors[name].view(-1)[here].to(param.device, torch.float32) for name in TENSORS)
+            master, exp_avg, exp_avg_sq = values
+            states.write_moments(exp_avg, exp_avg_sq)
+            states.write_master(master, weight)
 
     @torch.no_grad()
     def take_weights(self, param: Tensor, weight: Tensor) -> None:
         """Let the master weight be ``weight``, of the parameter's size and any type."""
-        master = weight.to(param.device, torch.float32, copy=True).view(-1)
-        self.states(param).write_master(master, self._weight(param))
+        for here, states, own in self._pieces(param):
+            states.write_master(weight.view(-1)[here].to(param.device, torch.float32, copy=True), own)

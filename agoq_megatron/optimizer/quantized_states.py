@@ -7,7 +7,6 @@ checkpoints the states are FP32, under the names and in the places of the stock 
 
 from __future__ import annotations
 
-import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from agoq_megatron.optimizer.adam import QuantizedAdam
@@ -33,7 +32,13 @@ class QuantizedStateOptimizer(ReadsShards, ResumableDistributedOptimizer):
 
     def _describe_parameters(self) -> None:
         names = {p: name for chunk in self.model_chunks for name, p in chunk.named_parameters()}
-        for model_param, param in self._pairs():
+        self._inner = dict(self._pairs())
+        for param in names:
+            # Where Megatron looks for an FP32 copy to log the norm of: there is none.
+            for attribute in ("main_param", "main_param_sharded"):
+                if hasattr(param, attribute):
+                    delattr(param, attribute)
+        for model_param, param in self._inner.items():
             name = names[model_param]
             self.optimizer.describe(param, name, self.settings.bits_of(name, model_param))
 
@@ -48,7 +53,7 @@ class QuantizedStateOptimizer(ReadsShards, ResumableDistributedOptimizer):
 
     def _copy_model_grads_to_main_grads(self):
         if not self.is_stub_optimizer:
-            for model_param, param in self._pairs():
+            for model_param, param in self._inner.items():
                 own = self._get_model_param_range_map(model_param)["param"]
                 give_shard(param, model_param.main_grad, own.start, own.end)
 
@@ -60,7 +65,7 @@ class QuantizedStateOptimizer(ReadsShards, ResumableDistributedOptimizer):
         if state_dict is not None:
             weights = self._build_model_param_to_state_dict_param_map(state_dict)
         self.optimizer.initialize()
-        for model_param, param in self._pairs():
+        for model_param, param in self._inner.items():
             own = self._get_model_param_range_map(model_param)["param"]
             source = model_param if weights is None else weights[model_param]
             self.optimizer.take_weights(param, source.detach().view(-1)[own.start : own.end])
@@ -81,15 +86,21 @@ class QuantizedStateOptimizer(ReadsShards, ResumableDistributedOptimizer):
     def _init_optimizer_states_with_dummy_values(self):
         self.optimizer.initialize()
 
+    def sharded_state_dict(self, model_sharded_state_dict, is_loading: bool = False, *args, **kwargs):
+        self._loading = is_loading
+        try:
+            return super().sharded_state_dict(model_sharded_state_dict, is_loading, *args, **kwargs)
+        finally:
+            self._loading = False
+
+    _loading = False  # what is asked for is where to load to, not what is there
+
     def _get_main_param_and_optimizer_states(self, model_param):
-        return self.optimizer.read(self._inner_param(model_param))
+        param = self._inner[model_param]
+        return self.optimizer.empty(param) if self._loading else self.optimizer.read(param)
 
     def _set_main_param_and_optimizer_states(self, model_param, tensors):
-        self.optimizer.write(self._inner_param(model_param), tensors)
-
-    def _inner_param(self, model_param) -> torch.Tensor:
-        group, order = self.model_param_group_index_map[model_param]
-        return self.optimizer.param_groups[group]["params"][order]
+        self.optimizer.write(self._inner[model_param], tensors)
 
 
 def optimizer_of(settings: OptimizerSettings) -> type[QuantizedStateOptimizer]:

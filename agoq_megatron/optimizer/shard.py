@@ -25,6 +25,10 @@ STEP_NUMEL = 2**25
 """Numbers whose gradients are in FP32 at a time, or one parameter's shard where that is larger."""
 
 
+PIECE_NUMEL = 2**22
+"""Numbers at a time where there is no kernel: torch's operations make several FP32 copies of them."""
+
+
 class GradientShard(ABC):
     """Numbers of a gradient that belong to one main parameter."""
 
@@ -79,7 +83,7 @@ class GradientShard(ABC):
     ) -> None:  # fmt: skip
         """Step with it; see :func:`agoq_kernels.adam.adam_step`."""
         done = 0
-        for source, count in self._sources():
+        for source, count in self._sources() if self.has_adam_step else self._read_sources():
             multiplier = source.multiplier
             if self._multiplier is not None:
                 multiplier = self._multiplier if multiplier is None else multiplier * self._multiplier
@@ -90,6 +94,12 @@ class GradientShard(ABC):
                 None if key is None else key ^ done,
             )  # fmt: skip
             done += count
+
+    def _read_sources(self) -> Iterator[tuple[Gradient, int]]:
+        """As :meth:`_sources`, a piece at a time in FP32."""
+        for start in range(0, self.numel, PIECE_NUMEL):
+            data = self.read(start, min(start + PIECE_NUMEL, self.numel))
+            yield Gradient(data), data.numel()
 
     def count_zeros(self) -> Tensor:
         """How many are zero, a tensor of one number."""

@@ -5,6 +5,15 @@ from __future__ import annotations
 from torch import Tensor
 
 
+def stepped_parameters(optimizer) -> int:
+    """Parameters, or parts of them, that the optimizer steps on this rank."""
+    chained = getattr(optimizer, "chained_optimizers", None)
+    if chained is not None:
+        return sum(map(stepped_parameters, chained))
+    groups = getattr(getattr(optimizer, "optimizer", None), "param_groups", [])
+    return sum(param.numel() for group in groups for param in group["params"])
+
+
 def state_bytes(optimizer) -> int:
     """Bytes that one of Megatron's optimizers holds on this rank beside the model's weights: moments, master
     weights or their remainders."""

@@ -18,7 +18,8 @@ SIZE = tl.constexpr(BLOCK)
 FINE, COARSE = tl.constexpr(kept.FINE), tl.constexpr(kept.COARSE)
 FINE_OFFSET, COARSE_OFFSET = tl.constexpr(kept.FINE_OFFSET), tl.constexpr(kept.COARSE_OFFSET)
 FINE_STEP, COARSE_STEP = tl.constexpr(float(1 << kept.FINE)), tl.constexpr(float(1 << kept.COARSE))
-SPLIT_CODE, TOP, SMALLEST = tl.constexpr(kept.SPLIT), tl.constexpr(kept.TOP), tl.constexpr(kept.MIN_SCALE)
+SPLIT_CODE, SMALLEST = tl.constexpr(kept.SPLIT), tl.constexpr(kept.MIN_SCALE)
+SCALE_DRAWS = tl.constexpr(kept.SCALE_DRAWS)
 
 
 @triton.jit
@@ -36,10 +37,15 @@ def _float_of_bf16(bits):
 
 
 @triton.jit
-def _stored(scale):
+def _to_nearest(scale):
+    """What makes the upper half of an FP32 number its nearest BF16 number, if it is added to it."""
+    return 0x7FFF + ((scale.to(tl.int32, bitcast=True) >> 16) & 1)
+
+
+@triton.jit
+def _stored(scale, extra):
     """A scale rounded to BF16, its bits, and its inverse: 0 where the scale is 0 or NaN."""
-    bits = scale.to(tl.int32, bitcast=True)
-    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    bits = (scale.to(tl.int32, bitcast=True) + extra) >> 16
     bits = tl.where((scale == scale) & (bits < 0x7F80), bits, 0x7FC0)  # not finite: NaN
     rounded = _float_of_bf16(bits)
     usable = rounded > 0
@@ -55,28 +61,31 @@ def _root(code, scale):
 
 
 @triton.jit
-def _encode(exp_avg, exp_avg_sq, at, key_a, key_b, STOCHASTIC: tl.constexpr):
+def _encode(exp_avg, exp_avg_sq, own, at, key_a, key_b, STOCHASTIC: tl.constexpr):
     """Ratios and roots [R, 64] as integers, and the bits of their scales [R]; see states.encode()."""
     root = tl.sqrt_rn(exp_avg_sq)
     largest = _row_max(root)
     largest = tl.where((largest > 0) & (largest < SMALLEST), SMALLEST, largest)
-    root_scale, root_bits, inverse = _stored(largest)
+    extra = _to_nearest(largest)
+    if STOCHASTIC:
+        extra = (_uniform(own + SCALE_DRAWS, key_a, key_b) * 65536.0).to(tl.int32)
+    root_scale, root_bits, inverse = _stored(largest, extra)
     inverse = inverse[:, None]
     y = tl.where(inverse > 0, root * inverse, 0.0)
     noise = tl.zeros_like(y) + 0.5
     if STOCHASTIC:
-        noise = tl.where(y < TOP, _uniform(at, key_a, key_b), noise)
+        noise = _uniform(at, key_a, key_b)
     bits = y.to(tl.int32, bitcast=True)
     fine = ((bits + (noise * FINE_STEP).to(tl.int32)) >> FINE) - FINE_OFFSET
     coarse = ((bits + (noise * COARSE_STEP).to(tl.int32)) >> COARSE) - COARSE_OFFSET
     code = tl.minimum(tl.maximum(tl.where(y < 0.0625, coarse, fine), 1), 255)
-    code = tl.where(y > 0, code, 0)
-    own = _root(code, root_scale[:, None])
+    code = tl.where(y > 0, tl.where(root == largest[:, None], 255, code), 0)
+    kept_root = _root(code, root_scale[:, None])
 
-    ratio = tl.where(own > 0, tl.div_rn(exp_avg, tl.where(own > 0, own, 1.0)), 0.0)
+    ratio = tl.where(kept_root > 0, tl.div_rn(exp_avg, tl.where(kept_root > 0, kept_root, 1.0)), 0.0)
     ratio_scale = _row_max(ratio) * 0.007874015718698502  # FP32 of 1 / 127
     ratio_scale = tl.where(ratio_scale < 1.1754943508222875e-38, 0.0, ratio_scale)
-    ratio_scale, ratio_bits, inverse = _stored(ratio_scale)
+    ratio_scale, ratio_bits, inverse = _stored(ratio_scale, _to_nearest(ratio_scale))
     inverse = inverse[:, None]
     z = tl.where(inverse > 0, ratio * inverse, 0.0)
     z = _clamp((z + ROUND) - ROUND, -127.0, 127.0)
@@ -162,7 +171,7 @@ def _adam_kernel(
         # What lies beyond the end is in no block.
         exp_avg = tl.where(mask, exp_avg, 0.0)
         exp_avg_sq = tl.where(mask, exp_avg_sq, 0.0)
-        ratio, code, ratio_bits, root_bits = _encode(exp_avg, exp_avg_sq, at, key_a, key_b, STOCHASTIC)
+        ratio, code, ratio_bits, root_bits = _encode(exp_avg, exp_avg_sq, own, at, key_a, key_b, STOCHASTIC)
         # The low byte of the integer in the low bits of 1.5 * 2^23 + q is q in two's complement.
         tl.store(exp_avg_ptr + at, (ratio + ROUND).to(tl.int32, bitcast=True).to(tl.int8), mask=mask)
         tl.store(exp_avg_sq_ptr + at, code.to(tl.uint8), mask=mask)

@@ -81,6 +81,23 @@ def test_slow_changes_are_not_lost(rng):
     assert found["nearest"] > 1.5 * exact
 
 
+def test_the_largest_of_a_block_decays_too(rng):
+    """As with beta2 = .999 after a spike, or when gradients shrink: roots change by a 2000th a step, also the
+    one that a block's scale is made of."""
+    square = (torch.rand(8 * 64, generator=rng) + 0.5).square()
+    square[::64] = 25.0
+    start = square.clone()
+    for step in range(4000):
+        square = square * 0.999
+        square = decode(*encoded(torch.zeros_like(square), square, step))[1]
+    ratio = (square / (start * 0.999**4000)).sqrt()
+    assert abs(ratio.mean() - 1) < 0.05
+    # Of what was the largest of its block, and of any: its size is drawn again in every step.
+    assert (ratio[::64] - 1).abs().max() < 0.6 and abs(ratio[::64].mean() - 1) < 0.25
+    largest = square.view(8, 64).amax(1).sqrt() / (25.0 * 0.999**4000) ** 0.5
+    assert largest.mean() < 1.3
+
+
 def test_zero_stays_zero_and_nothing_else_becomes_zero():
     exp_avg_sq = torch.tensor([1e12, 0.0, 1e-30, 1e-12] + [0.0] * 60)
     exp_avg = torch.tensor([1.0, 0.0, 1e-16, 1e-6] + [0.0] * 60)

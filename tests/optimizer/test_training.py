@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 from forked_ranks import ROOT, RunFailed, fork_ranks, import_megatron
 from gradient_grid import Configuration, compare, load_dumps, train_rank
 
@@ -115,6 +116,34 @@ def test_trains_as_stock(found, name):
     else:
         assert 0.001 < row["error"] < ADAM_BOUND and row["worst"] < 12 * ADAM_BOUND
     assert ("8 bits" in row["plan"]) == (EIGHT in case.flags)
+
+
+@pytest.mark.slow
+def test_rounding_is_what_the_flag_says(found):
+    """The same run with two roundings is two runs."""
+    assert found["8 bits"]["error"] != found["8 bits, to the nearest"]["error"]
+
+
+def keys(iteration: int, **settings) -> list:
+    """Of a matrix, of another and of an embedding."""
+    from agoq_megatron.autograd.rounding import counter
+    from agoq_megatron.optimizer.adam import QuantizedAdam
+    from agoq_megatron.optimizer.settings import OptimizerSettings
+
+    params = [torch.nn.Parameter(torch.zeros(70, 70, dtype=torch.bfloat16)) for _ in range(3)]
+    settings = OptimizerSettings(**settings)
+    adam = QuantizedAdam([{"params": params}], settings, True)
+    for param, name in zip(params, ("a.weight", "b.weight", "embedding.word_embeddings.weight"), strict=True):
+        adam.describe(param, name, settings.bits_of(name, param))
+    counter.begin_iteration(iteration)
+    return [adam._key(param) for param in params]
+
+
+def test_keys_of_stochastic_rounding():
+    one, two = keys(7), keys(8)
+    assert len({*one[:2], *two[:2]}) == 4
+    assert one[2] is None
+    assert keys(9, stochastic=False) == [None] * 3 == keys(10, bits=32)
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ CASES = {
     "no buckets": ("--agoq-grad-bits 8 --ddp-bucket-size 0", ["--ddp-bucket-size 0"]),
     "8-bit states of another optimizer": (
         "--agoq-optimizer-bits 8 --optimizer sgd",
-        ["--optimizer with --agoq-optimizer-bits 8", "Adam"],
+        ["--optimizer sgd with --agoq-optimizer-bits 8", "Adam"],
     ),
     "8-bit states in FP32": (
         "{fp32} --agoq-optimizer-bits 8 --use-distributed-optimizer",
@@ -92,6 +92,10 @@ CASES = {
         ["--agoq-master-weights split", "add --use-distributed-optimizer"],
     ),
     "rounding of states in 32 bits": ("--agoq-optimizer-rounding nearest", ["--agoq-optimizer-bits 8"]),
+    "rounding of split masters": (
+        "--agoq-master-weights split --use-distributed-optimizer --agoq-optimizer-rounding nearest",
+        ["--agoq-optimizer-bits 8"],
+    ),
     "8-bit states on the host": (
         "--agoq-optimizer-bits 8 --use-distributed-optimizer --optimizer-cpu-offload",
         ["--optimizer-cpu-offload with"],
