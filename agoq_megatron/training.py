@@ -51,9 +51,10 @@ from agoq_megatron.optimizer.settings import optimizer_settings_from_args
 from agoq_megatron.optimizer.shard import wrap_clipping, wrap_counting_zeros
 from agoq_megatron.planning.policies import compute_policy
 from agoq_megatron.policy.policy import PolicyError
+from agoq_megatron.refusals import UsageError
 from agoq_megatron.report import LOSS, RunObserver
 from agoq_megatron.specs import agoq_layer_spec, transformer_config_from_args
-from agoq_megatron.validation import UsageError, check
+from agoq_megatron.validation import check
 
 SPIKY_LOSS_FACTOR = 10
 """``--check-for-spiky-loss`` reports a loss this many times the largest seen before."""

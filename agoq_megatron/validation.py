@@ -7,34 +7,20 @@ paragraph: the flag, why, the remedy. Nothing is switched off silently.
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable
 from pathlib import Path
 
-from agoq_megatron.config import AGoQConfig
-from agoq_megatron.gradients.settings import settings_from_args
-from agoq_megatron.optimizer.settings import optimizer_settings_from_args
 from agoq_megatron.policy.policy import COMPUTED, load_policy
+from agoq_megatron.refusals import Check, UsageError, is_set
+from agoq_megatron.state_validation import check_gradients, check_optimizer
 
 RECOMPUTE_MODULES = ("core_attn", "mlp", "layernorm")
 
 
-class UsageError(ValueError):
-    """Flags that cannot work; the message names the flag and the remedy."""
-
-
-# attribute of Megatron's arguments -> (refused if, flag, what to do)
-_Check = tuple[str, Callable[[object], bool], str, str]
-
-
-def _set(value: object) -> bool:
-    return bool(value)
-
-
-_NOT_CARRIED: tuple[_Check, ...] = (
-    ("num_experts", _set, "--num-experts", "mixture-of-experts layers are not carried yet"),
+_NOT_CARRIED: tuple[Check, ...] = (
+    ("num_experts", is_set, "--num-experts", "mixture-of-experts layers are not carried yet"),
     (
         "multi_latent_attention",
-        _set,
+        is_set,
         "--multi-latent-attention",
         "multi-latent attention is not carried yet",
     ),
@@ -46,40 +32,40 @@ _NOT_CARRIED: tuple[_Check, ...] = (
         "sequence parallelism instead",
     ),
     ("cuda_graph_impl", lambda v: v != "none", "--cuda-graph-impl", "CUDA graphs are not carried yet"),
-    ("enable_cuda_graph", _set, "--enable-cuda-graph", "CUDA graphs are not carried yet"),
-    ("external_cuda_graph", _set, "--external-cuda-graph", "CUDA graphs are not carried yet"),
-    ("fp8", _set, "--fp8-format", "FP8 matrix products need Transformer Engine's own layers"),
-    ("fp4", _set, "--fp4-format", "FP4 matrix products need Transformer Engine's own layers"),
-    ("qk_layernorm", _set, "--qk-layernorm", "norms on query and key are not carried yet"),
-    ("qk_l2_norm", _set, "--qk-l2-norm", "norms on query and key are not carried yet"),
-    ("qk_clip", _set, "--qk-clip", "query-key clipping is not carried yet"),
-    ("mtp_num_layers", _set, "--mtp-num-layers", "multi-token prediction is not carried yet"),
+    ("enable_cuda_graph", is_set, "--enable-cuda-graph", "CUDA graphs are not carried yet"),
+    ("external_cuda_graph", is_set, "--external-cuda-graph", "CUDA graphs are not carried yet"),
+    ("fp8", is_set, "--fp8-format", "FP8 matrix products need Transformer Engine's own layers"),
+    ("fp4", is_set, "--fp4-format", "FP4 matrix products need Transformer Engine's own layers"),
+    ("qk_layernorm", is_set, "--qk-layernorm", "norms on query and key are not carried yet"),
+    ("qk_l2_norm", is_set, "--qk-l2-norm", "norms on query and key are not carried yet"),
+    ("qk_clip", is_set, "--qk-clip", "query-key clipping is not carried yet"),
+    ("mtp_num_layers", is_set, "--mtp-num-layers", "multi-token prediction is not carried yet"),
     (
         "heterogeneous_layers_config_path",
-        _set,
+        is_set,
         "--heterogeneous-layers-config-path",
         "heterogeneous layers are not carried yet",
     ),
     (
         "hybrid_layer_pattern",
-        _set,
+        is_set,
         "--hybrid-layer-pattern",
         "hybrid (Mamba) stacks are not carried yet",
     ),
     (
         "experimental_attention_variant",
-        _set,
+        is_set,
         "--experimental-attention-variant",
         "only causal softmax attention is carried",
     ),
-    ("window_size", _set, "--window-size", "sliding-window attention is not carried yet"),
+    ("window_size", is_set, "--window-size", "sliding-window attention is not carried yet"),
     (
         "softmax_type",
         lambda v: v != "vanilla",
         "--softmax-type",
         "only the vanilla softmax is carried",
     ),
-    ("attention_output_gate", _set, "--attention-output-gate", "gated attention is not carried yet"),
+    ("attention_output_gate", is_set, "--attention-output-gate", "gated attention is not carried yet"),
     (
         "attention_dropout",
         lambda p: p > 0,
@@ -88,91 +74,91 @@ _NOT_CARRIED: tuple[_Check, ...] = (
     ),
     (
         "layernorm_zero_centered_gamma",
-        _set,
+        is_set,
         "--apply-layernorm-1p",
         "zero-centred norm weights are not carried yet",
     ),
     (
         "fp32_residual_connection",
-        _set,
+        is_set,
         "--fp32-residual-connection",
         "the residual stream is kept in the compute dtype",
     ),
     (
         "apply_residual_connection_post_layernorm",
-        _set,
+        is_set,
         "--apply-residual-connection-post-layernorm",
         "the residual is taken before the norm, whose output is not kept",
     ),
-    ("squared_relu", _set, "--squared-relu", "the activations carried are SwiGLU and GELU"),
-    ("quick_geglu", _set, "--quick-geglu", "the activations carried are SwiGLU and GELU"),
-    ("use_megatron_fsdp", _set, "--use-megatron-fsdp", "use --use-distributed-optimizer instead"),
-    ("use_torch_fsdp2", _set, "--use-torch-fsdp2", "use --use-distributed-optimizer instead"),
+    ("squared_relu", is_set, "--squared-relu", "the activations carried are SwiGLU and GELU"),
+    ("quick_geglu", is_set, "--quick-geglu", "the activations carried are SwiGLU and GELU"),
+    ("use_megatron_fsdp", is_set, "--use-megatron-fsdp", "use --use-distributed-optimizer instead"),
+    ("use_torch_fsdp2", is_set, "--use-torch-fsdp2", "use --use-distributed-optimizer instead"),
     (
         "cpu_offloading_num_layers",
-        _set,
+        is_set,
         "--cpu-offloading-num-layers",
         "offloading needs Transformer Engine's own layers",
     ),
     (
         "fine_grained_activation_offloading",
-        _set,
+        is_set,
         "--fine-grained-activation-offloading",
         "the saved tensors are packed instead of offloaded",
     ),
     (
         "distribute_saved_activations",
-        _set,
+        is_set,
         "--distribute-saved-activations",
         "the kept layer input is packed instead; with --sequence-parallel it is sharded too",
     ),
     (
         "reset_attention_mask",
-        _set,
+        is_set,
         "--reset-attention-mask",
         "the fused attention is causal over the whole sequence and reads no mask",
     ),
     (
         "dataloader_inter_document_masking",
-        _set,
+        is_set,
         "--dataloader-inter-document-masking",
         "packed sequences are not carried yet",
     ),
-    ("fim_data", _set, "--fim-data", "fill-in-the-middle data sets are not carried yet"),
+    ("fim_data", is_set, "--fim-data", "fill-in-the-middle data sets are not carried yet"),
     (
         "pipeline_model_parallel_layout",
-        _set,
+        is_set,
         "--pipeline-model-parallel-layout",
         "layouts by string are not carried yet; use even stages, or "
         "--decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers",
     ),
-    ("freeze_all_layers", _set, "--freeze-all-layers", "all layers are trained here"),
-    ("logits_load_dir", _set, "--logits-load-dir", "distillation is not carried yet"),
-    ("logits_save_dir", _set, "--logits-save-dir", "distillation is not carried yet"),
-    ("inprocess_restart", _set, "--inprocess-restart", "restarts in a process are not carried yet"),
+    ("freeze_all_layers", is_set, "--freeze-all-layers", "all layers are trained here"),
+    ("logits_load_dir", is_set, "--logits-load-dir", "distillation is not carried yet"),
+    ("logits_save_dir", is_set, "--logits-save-dir", "distillation is not carried yet"),
+    ("inprocess_restart", is_set, "--inprocess-restart", "restarts in a process are not carried yet"),
     (
         "attention_backend",
         lambda v: v.name not in ("auto", "flash", "fused"),
         "--attention-backend",
         "attention always runs in torch's fused kernels; use auto",
     ),
-    ("sft", _set, "--sft", "packed fine-tuning sequences are not carried yet"),
-    ("tp_comm_overlap", _set, "--tp-comm-overlap", "it needs Transformer Engine's linear layers"),
-    ("delay_wgrad_compute", _set, "--delay-wgrad-compute", "it needs Transformer Engine's layers"),
+    ("sft", is_set, "--sft", "packed fine-tuning sequences are not carried yet"),
+    ("tp_comm_overlap", is_set, "--tp-comm-overlap", "it needs Transformer Engine's linear layers"),
+    ("delay_wgrad_compute", is_set, "--delay-wgrad-compute", "it needs Transformer Engine's layers"),
     (
         "te_precision_config_file",
-        _set,
+        is_set,
         "--te-precision-config-file",
         "it configures Transformer Engine's layers, which are replaced here",
     ),
-    ("use_kitchen_attention", _set, "--use-kitchen-attention", "Kitchen's layers are replaced here"),
+    ("use_kitchen_attention", is_set, "--use-kitchen-attention", "Kitchen's layers are replaced here"),
     (
         "spec",
-        _set,
+        is_set,
         "--spec",
         "this entry point supplies its own layer spec; use Megatron's entry for another one",
     ),
-    ("yaml_cfg", _set, "--yaml-cfg", "give the model by flags"),
+    ("yaml_cfg", is_set, "--yaml-cfg", "give the model by flags"),
     (
         "transformer_impl",
         lambda v: v == "inference_optimized",
@@ -208,8 +194,8 @@ def check(args: Namespace, on_cpu: bool = False) -> None:
     _check_schedule(args)
     _check_recompute(args)
     _check_data(args)
-    _check_gradients(args)
-    _check_optimizer(args)
+    check_gradients(args)
+    check_optimizer(args)
     if args.agoq_measure_interval < 0:
         raise UsageError(
             f"--agoq-measure-interval {args.agoq_measure_interval}: give a number of iterations, or "
@@ -284,177 +270,6 @@ def _check_schedule(args: Namespace) -> None:
             f"--lr-warmup-iters {args.lr_warmup_iters}: the warm-up must end before the schedule "
             f"does, after {decay} iterations (--lr-decay-iters, else --train-iters)."
         )
-
-
-_NOT_WITH_8_BIT_GRADIENTS: tuple[_Check, ...] = (
-    ("grad_reduce_in_bf16", _set, "--grad-reduce-in-bf16", "gradients are reduced as 8-bit codes"),
-    (
-        "accumulate_allreduce_grads_in_fp32",
-        _set,
-        "--accumulate-allreduce-grads-in-fp32",
-        "gradients are accumulated as 8-bit codes",
-    ),
-    (
-        "ddp_reduce_scatter_with_fp32_accumulation",
-        _set,
-        "--ddp-reduce-scatter-with-fp32-accumulation",
-        "8-bit gradients are summed in FP32 in any case",
-    ),
-    (
-        "num_distributed_optimizer_instances",
-        lambda n: n > 1,
-        "--num-distributed-optimizer-instances",
-        "the optimizer is sharded over all data-parallel ranks",
-    ),
-    (
-        "use_precision_aware_optimizer",
-        _set,
-        "--use-precision-aware-optimizer",
-        "it reads gradients by itself",
-    ),
-    ("optimizer_cpu_offload", _set, "--optimizer-cpu-offload", "it copies gradients by itself"),
-    (
-        "overlap_param_gather_with_optimizer_step",
-        _set,
-        "--overlap-param-gather-with-optimizer-step",
-        "it is not carried yet",
-    ),
-    ("nccl_ub", _set, "--use-nccl-ub", "user buffers are for reductions in 16 or 32 bits"),
-    (
-        "ddp_param_name_patterns_for_fp32_local_accumulation",
-        _set,
-        "--ddp-param-name-patterns-for-fp32-local-accumulation",
-        "gradients are accumulated in 8 bits",
-    ),
-    (
-        "ddp_pad_buckets_for_high_nccl_busbw",
-        _set,
-        "--ddp-pad-buckets-for-high-nccl-busbw",
-        "buckets are padded to whole blocks",
-    ),
-    ("save_wgrads_interval", _set, "--save-wgrads-interval", "there are no gradient tensors to save"),
-    (
-        "defer_embedding_wgrad_compute",
-        _set,
-        "--defer-embedding-wgrad-compute",
-        "it adds its product to a gradient tensor, of which there is none",
-    ),
-    (
-        "optimizer_cuda_graph",
-        _set,
-        "--optimizer-cuda-graph",
-        "a captured step would read the codes and factors of the step it was captured from",
-    ),
-    (
-        "optimizer",
-        lambda name: name not in ("adam", "sgd"),
-        "--optimizer",
-        "carried are adam and sgd",
-    ),
-)
-
-
-def _check_gradients(args: Namespace) -> None:
-    bits = args.agoq_grad_bits
-    if bits == 8:
-        for attribute, refused, flag, reason in _NOT_WITH_8_BIT_GRADIENTS:
-            value = getattr(args, attribute, None)
-            if value is not None and refused(value):
-                raise UsageError(f"{flag} with --agoq-grad-bits 8: {reason}. Leave one of them out.")
-        try:
-            settings_from_args(args)
-        except ValueError as problem:
-            raise UsageError(
-                f"--agoq-grad-code, -residual-bits, -rounding, -scale: {problem}. Leave one of them out."
-            ) from problem
-    else:
-        defaults = AGoQConfig()
-        for name in vars(defaults):
-            if name.startswith("agoq_grad_") and name != "agoq_grad_bits":
-                if getattr(args, name) != getattr(defaults, name):
-                    flag = "--" + name.replace("_", "-")
-                    raise UsageError(f"{flag} is for 8-bit gradients; add --agoq-grad-bits 8.")
-    if bits == 16 and not args.bf16:
-        raise UsageError("--agoq-grad-bits 16: it means --grad-reduce-in-bf16 and needs --bf16.")
-    if bits == 16 and args.accumulate_allreduce_grads_in_fp32:
-        raise UsageError(
-            "--accumulate-allreduce-grads-in-fp32 with --agoq-grad-bits 16: gradients are accumulated in "
-            "BF16. Leave one of them out."
-        )
-    nodes = args.agoq_grad_node_size
-    if nodes is not None and nodes < 2:
-        raise UsageError(f"--agoq-grad-node-size {nodes}: give the number of ranks of a node, 2 or more.")
-    if nodes is not None and args.agoq_grad_reduce == "flat":
-        raise UsageError(
-            "--agoq-grad-node-size with --agoq-grad-reduce flat: one hop knows no nodes. Leave one of them "
-            "out."
-        )
-    if args.ddp_bucket_size is not None and args.ddp_bucket_size < 1:
-        raise UsageError(f"--ddp-bucket-size {args.ddp_bucket_size}: give a number of parameters.")
-    if args.agoq_grad_probe_interval < 0:
-        raise UsageError(
-            f"--agoq-grad-probe-interval {args.agoq_grad_probe_interval}: give a number of iterations, or 0."
-        )
-
-
-_NOT_WITH_OUR_STATES: tuple[_Check, ...] = (
-    (
-        "optimizer",
-        lambda name: name != "adam",
-        "--optimizer",
-        "only Adam's states are kept in fewer bytes",
-    ),
-    ("bf16", lambda on: not on, "no --bf16", "the weights must be BF16"),
-    (
-        "use_distributed_optimizer",
-        lambda on: not on,
-        "no --use-distributed-optimizer",
-        "only the distributed optimizer keeps states in fewer bytes; it works on one rank too",
-    ),
-    (
-        "num_distributed_optimizer_instances",
-        lambda n: n > 1,
-        "--num-distributed-optimizer-instances",
-        "the optimizer is sharded over all data-parallel ranks",
-    ),
-    (
-        "use_precision_aware_optimizer",
-        _set,
-        "--use-precision-aware-optimizer",
-        "that is Transformer Engine's way to the same end",
-    ),
-    ("optimizer_cpu_offload", _set, "--optimizer-cpu-offload", "the states stay on the GPU"),
-    (
-        "overlap_param_gather_with_optimizer_step",
-        _set,
-        "--overlap-param-gather-with-optimizer-step",
-        "it is not carried yet",
-    ),
-    ("optimizer_cuda_graph", _set, "--optimizer-cuda-graph", "a captured step would repeat its rounding"),
-    (
-        "ckpt_convert_update_legacy_dist_opt_format",
-        _set,
-        "--ckpt-convert-update-legacy-dist-opt-format",
-        "such a checkpoint is copied into the states as they lie",
-    ),
-)
-
-
-def _check_optimizer(args: Namespace) -> None:
-    rounding = args.agoq_optimizer_rounding != AGoQConfig().agoq_optimizer_rounding
-    if rounding and args.agoq_optimizer_bits == 32:
-        raise UsageError("--agoq-optimizer-rounding is for moments in 8 bits; add --agoq-optimizer-bits 8.")
-    if optimizer_settings_from_args(args) is None:
-        return
-    ours = "--agoq-optimizer-bits 8" if args.agoq_optimizer_bits == 8 else "--agoq-master-weights split"
-    for attribute, refused, flag, reason in _NOT_WITH_OUR_STATES:
-        value = getattr(args, attribute, None)
-        if value is None or not refused(value):
-            continue
-        if flag.startswith("no "):
-            raise UsageError(f"{ours}: {reason}; add {flag.removeprefix('no ')}.")
-        given = f"{flag} {value}" if attribute == "optimizer" else flag
-        raise UsageError(f"{given} with {ours}: {reason}. Leave one of them out.")
 
 
 def _check_loss(args: Namespace) -> None:

@@ -34,7 +34,6 @@ FINE_OFFSET = (127 << 23 - FINE) - 255  # what makes a code the upper bits of an
 COARSE_OFFSET = (123 << 23 - COARSE) - SPLIT
 SCALE_DRAWS = 1 << 40  # what stochastic rounding draws for scales: so far beyond what it draws for numbers
 MIN_SCALE = 2.0**-50  # of roots: their squares are no subnormal numbers
-ROUNDINGS = ("stochastic", "nearest")
 
 
 @dataclass
@@ -85,10 +84,6 @@ class AdamStates:
     @property
     def tensors(self) -> dict[str, Tensor]:
         return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """Both in FP32 ``[n]``; new tensors, or these."""

@@ -11,11 +11,9 @@ import atexit
 import contextlib
 import json
 import os
-import random
 import re
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,6 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))  # this file is a script, too
+
+from forked_ranks import free_port  # noqa: E402
+
 ENTRY = ROOT / "pretrain_gpt_agoq.py"
 
 TINY = """
@@ -72,14 +74,16 @@ class Run:
         return {int(i): (loss, norm) for i, loss, norm in found}
 
 
-def free_port() -> int:
-    """One that no connection is given by itself: gloo opens many, and one of them could take the port before
-    the ranks do."""
-    while True:
-        port = random.SystemRandom().randrange(15000, 30000)
-        with socket.socket() as s, contextlib.suppress(OSError):
-            s.bind(("localhost", port))
-            return port
+def run_as_script(script: str, *arguments: object, timeout: float) -> None:
+    """Run a test file as a script, in a process of its own: what makes Megatron run on a CPU changes a
+    process for good. What it prints is printed."""
+    path = os.pathsep.join(str(place) for place in (ROOT, ROOT / "scripts", ROOT / "tests"))
+    process = subprocess.run(
+        [sys.executable, script, *map(str, arguments)], cwd=ROOT, env=os.environ | {"PYTHONPATH": path},
+        capture_output=True, text=True, timeout=timeout,
+    )  # fmt: skip
+    print(process.stdout)
+    assert process.returncode == 0, process.stderr[-4000:]
 
 
 def _environment(extra: dict | None) -> dict:

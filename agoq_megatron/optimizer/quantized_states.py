@@ -72,9 +72,6 @@ class QuantizedStateOptimizer(ReadsShards, ResumableDistributedOptimizer):
 
     # ------------------------------------------------------------ checkpoints
 
-    def _init_adam_state(self) -> None:
-        self.optimizer.initialize()
-
     def state_dict(self):
         self.optimizer.initialize()
         return DistributedOptimizer.state_dict(self)

@@ -10,7 +10,7 @@ recomputed (all it saves, 3 F and 1 U). These were read off measured peaks, see 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from agoq_kernels.gradients import BLOCK, segment_bytes
 
@@ -40,7 +40,7 @@ class Footprint:
     """
 
     stage: int
-    parts: dict[str, float] = field(hash=False)
+    parts: dict[str, float]
     in_flight: int
     parameters: int
 

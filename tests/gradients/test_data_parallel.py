@@ -11,7 +11,6 @@ import gc
 import json
 import math
 import os
-import subprocess
 import sys
 import tempfile
 import weakref
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked_ranks import ROOT, RunFailed, fork_ranks, import_megatron
+from forked_ranks import RunFailed, fork_ranks, import_megatron
 from gradient_grid import (
     MODEL,
     Comparison,
@@ -31,6 +30,7 @@ from gradient_grid import (
     run_all,
     train_rank,
 )
+from launch import run_as_script
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # Each value of each axis, and most pairs of them.
@@ -166,13 +166,7 @@ def whole_runs(test):
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict:
     out = tmp_path_factory.mktemp("grid") / "found.json"
-    path = os.pathsep.join([str(ROOT), str(ROOT / "scripts")])
-    process = subprocess.run(
-        [sys.executable, __file__, str(out)], cwd=ROOT, env=os.environ | {"PYTHONPATH": path},
-        capture_output=True, text=True, timeout=560,
-    )  # fmt: skip
-    print(process.stdout)
-    assert process.returncode == 0, process.stderr[-4000:]
+    run_as_script(__file__, out, timeout=560)
     return json.loads(out.read_text())
 
 

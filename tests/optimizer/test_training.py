@@ -8,16 +8,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 import torch
-from forked_ranks import ROOT, RunFailed, fork_ranks, import_megatron
+from forked_ranks import RunFailed, fork_ranks, import_megatron
 from gradient_grid import Configuration, compare, load_dumps, train_rank
+from launch import run_as_script
 
 SPLIT = "--agoq-master-weights split"
 EIGHT = "--agoq-optimizer-bits 8"
@@ -94,12 +93,7 @@ def run(case: Case) -> dict:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict:
     out = tmp_path_factory.mktemp("states") / "found.json"
-    path = os.pathsep.join([str(ROOT), str(ROOT / "scripts")])
-    process = subprocess.run(
-        [sys.executable, __file__, str(out)], cwd=ROOT, env=os.environ | {"PYTHONPATH": path},
-        capture_output=True, text=True, timeout=560,
-    )  # fmt: skip
-    assert process.returncode == 0, process.stderr[-4000:]
+    run_as_script(__file__, out, timeout=560)
     return json.loads(out.read_text())
 
 

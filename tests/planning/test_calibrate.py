@@ -10,8 +10,6 @@ import copy
 import functools
 import json
 import math
-import os
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -19,7 +17,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked_ranks import ROOT, RunFailed, fork_ranks, import_megatron
+from forked_ranks import RunFailed, fork_ranks, import_megatron
+from launch import run_as_script
 
 # In FP32, so that nothing but the quantizer differs. All formats' groups divide all tensors on two ranks. It
 # has biases: much of the gradient is then of parameters that all tensor-parallel ranks have.
@@ -213,13 +212,7 @@ def measured(folder: Path, name: str, batches: int, *flags: str) -> list[str]:
 def folder(tmp_path_factory) -> Path:
     """What all the runs have written."""
     folder = tmp_path_factory.mktemp("calibrate")
-    path = os.pathsep.join([str(ROOT), str(ROOT / "scripts")])
-    process = subprocess.run(
-        [sys.executable, __file__, str(folder)], cwd=ROOT, env=os.environ | {"PYTHONPATH": path},
-        capture_output=True, text=True, timeout=290,
-    )  # fmt: skip
-    print(process.stdout)
-    assert process.returncode == 0, process.stderr[-4000:]
+    run_as_script(__file__, folder, timeout=290)
     return folder
 
 

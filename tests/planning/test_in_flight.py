@@ -13,7 +13,6 @@ import json
 import math
 import os
 import random
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,8 +22,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked_ranks import ROOT, fork_ranks, import_megatron
+from forked_ranks import fork_ranks, import_megatron
 from gradient_grid import MODEL, train_rank
+from launch import run_as_script
 from torch.overrides import TorchFunctionMode
 
 if __name__ != "__main__":  # it imports Megatron, before which import_megatron has something to do
@@ -216,13 +216,7 @@ def whole_runs(test):
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict:
     out = tmp_path_factory.mktemp("in_flight") / "found.json"
-    path = os.pathsep.join([str(ROOT), str(ROOT / "scripts")])
-    process = subprocess.run(
-        [sys.executable, __file__, str(out)], cwd=ROOT, env=os.environ | {"PYTHONPATH": path},
-        capture_output=True, text=True, timeout=280,
-    )  # fmt: skip
-    print(process.stdout)
-    assert process.returncode == 0, process.stderr[-4000:]
+    run_as_script(__file__, out, timeout=280)
     return json.loads(out.read_text())
 
 

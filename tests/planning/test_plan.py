@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from launch import run_as_script
 
 ROOT = Path(__file__).resolve().parents[2]
 M = 2**20
@@ -98,12 +99,7 @@ def plan_all(tiny: list[str]) -> dict:
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory, launcher) -> dict:
     out = tmp_path_factory.mktemp("plan") / "plan.json"
-    path = os.pathsep.join([str(ROOT), str(ROOT / "scripts")])
-    process = subprocess.run(
-        [sys.executable, __file__, str(out), *map(str, launcher.tiny)], cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
-    assert process.returncode == 0, process.stderr[-4000:]
+    run_as_script(__file__, out, *launcher.tiny, timeout=200)
     return json.loads(out.read_text())
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from forked_ranks import ROOT, fork_ranks, import_megatron
+from forked_ranks import fork_ranks, import_megatron
+from launch import run_as_script
 
 ROUNDS, GATHERS, NUMEL = 1500, 8, 1000
 
@@ -43,12 +42,7 @@ def gather_often() -> None:
 
 @pytest.mark.timeout(180)
 def test_asynchronous_gathers_are_sound(tmp_path):
-    path = os.pathsep.join([str(ROOT), str(ROOT / "scripts")])
-    process = subprocess.run(
-        [sys.executable, __file__, str(tmp_path)], cwd=ROOT, env=os.environ | {"PYTHONPATH": path},
-        capture_output=True, text=True, timeout=170,
-    )  # fmt: skip
-    assert process.returncode == 0, process.stderr[-4000:]
+    run_as_script(__file__, tmp_path, timeout=170)
 
 
 if __name__ == "__main__":
