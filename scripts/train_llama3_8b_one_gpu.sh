@@ -21,7 +21,7 @@ exec "$AGOQ_PYTHON" -m torch.distributed.run --standalone --nproc-per-node 1 "$r
     --position-embedding-type rope --rotary-base 500000 --disable-bias-linear \
     --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.02 \
     --make-vocab-size-divisible-by 128256 --seq-length 4096 --max-position-embeddings 4096 --bf16 \
-    --micro-batch-size 1 --global-batch-size 4 --train-iters 20 --lr 3e-4 --lr-warmup-iters 5 \
+    --micro-batch-size 1 --global-batch-size 4 --train-iters 20 --lr 1e-4 --lr-warmup-iters 10 \
     --lr-decay-style constant --adam-beta2 0.95 --weight-decay 0.1 --clip-grad 1 \
     --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$out/corpus_tokenizer" \
     --train-data-path "$out/corpus_train_text_document" --valid-data-path "$out/corpus_valid_text_document" \

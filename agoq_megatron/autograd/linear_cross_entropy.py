@@ -95,11 +95,27 @@ class LinearCrossEntropy(torch.autograd.Function):
         if getattr(weight, "zero_out_wgrad", False) and in_buffer:
             grad_weight = torch.zeros_like(weight)  # another gradient of a tied weight is added to it
         if grad_weight is not None:
-            grad_weight = grad_weight.to(weight.dtype)
+            grad_weight = narrow_in_place(grad_weight, weight.dtype)
         reduce = reduce_scatter_sequence if spec.sequence_parallel else all_reduce
         grad_x, handle = reduce(grad_total.view(total.shape), spec.group)
         handle.wait()
         return grad_x, grad_weight, None, None
+
+
+def narrow_in_place(x: Tensor, dtype: torch.dtype, parts: int = 16) -> Tensor:
+    """``x`` ``[rows, columns]``, contiguous, in a type of no more bytes: in its own memory, ``x`` is lost.
+
+    The gradient of a large vocabulary's output layer is gigabytes in FP32; a whole copy beside it would be the
+    peak of a run.
+    """
+    if x.dtype == dtype:
+        return x
+    narrow = x.view(-1).view(dtype)[: x.numel()].view_as(x)
+    rows = max(1, -(-x.shape[0] // parts))
+    # A part's place in the narrow tensor never reaches beyond the same part of the wide one.
+    for wide_part, narrow_part in zip(x.split(rows), narrow.split(rows), strict=True):
+        narrow_part.copy_(wide_part.to(dtype))
+    return narrow
 
 
 def combine(stats: Tensor, group) -> tuple[Tensor, Tensor]:

@@ -2,8 +2,9 @@
 
 Weights, gradients and optimizer states follow from the number of parameters. Saved activations are the
 plan's bytes (``agoq_megatron.memory``) times what Megatron's schedule holds (:mod:`in_flight`). What lives
-for a moment is the largest of three moments, each in units of U, a hidden state, and F, an MLP's inner state,
-of one micro-batch: the loss (the logits and 5 U), the backward of an MLP (3 F and 4 U) and a layer that is
+for a moment is the largest of these moments, each in units of U, a hidden state, and F, an MLP's inner state,
+of one micro-batch: the loss (the logits and 5 U; where nothing holds the output layer's gradient in FP32 yet,
+then that gradient, the logits and 3 U), the backward of an MLP (3 F and 4 U) and a layer that is
 recomputed (all it saves, 3 F and 1 U). These were read off measured peaks, see docs/planner.md.
 """
 
@@ -108,6 +109,7 @@ class _Sizes:
         u: a hidden state; ``su`` as sequence parallelism cuts it.
         f: the inner state of an MLP, before or after its activation, of one half.
         logits: those that exist at a time.
+        output_gradient: of the output layer's weight, where it is made before it is added to a buffer.
     """
 
     tokens: int
@@ -115,6 +117,7 @@ class _Sizes:
     su: float
     f: float
     logits: float
+    output_gradient: float
 
 
 def _sizes(args, config) -> _Sizes:
@@ -124,9 +127,14 @@ def _sizes(args, config) -> _Sizes:
     logits = tokens * args.padded_vocab_size / tp * itemsize / args.agoq_loss_chunks
     if args.agoq_loss == "megatron":
         logits += tokens * args.padded_vocab_size / tp * 8  # the softmax and its gradient in FP32
+    output_gradient = 0.0
+    if args.agoq_grad_bits != 32 or not args.gradient_accumulation_fusion:
+        # In parts it is summed up in FP32, whatever its type.
+        width = itemsize if args.agoq_loss_chunks == 1 else 4
+        output_gradient = args.padded_vocab_size / tp * config.hidden_size * width
     return _Sizes(
         tokens, u, u / tp if config.sequence_parallel else u,
-        tokens * config.ffn_hidden_size / tp * itemsize, logits,
+        tokens * config.ffn_hidden_size / tp * itemsize, logits, output_gradient,
     )  # fmt: skip
 
 
@@ -139,9 +147,10 @@ def _momentary(args, config, plan: Plan, sizes: _Sizes, last: bool) -> tuple[flo
         exact.recompute_granularity = None
         saved = Plan(exact).planned_bytes_per_token_layer * sizes.tokens
         mlp = saved * config.recompute_num_layers + 3 * sizes.f / chunks + sizes.u
-    if last and sizes.logits + 5 * sizes.u > mlp:
-        return sizes.logits, 5 * sizes.u
-    return 0.0, mlp
+    if not last:
+        return 0.0, mlp
+    loss = max(5 * sizes.u, sizes.output_gradient + 3 * sizes.u)
+    return (sizes.logits, loss) if sizes.logits + loss > mlp else (0.0, mlp)
 
 
 def footprints(args, config, plan: Plan | None = None) -> list[Footprint]:

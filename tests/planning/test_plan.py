@@ -48,6 +48,7 @@ MEASURED = {
     "agoq": ("llama3-8b", "", 40088),
     "8-bit gradients": ("llama3-8b", "--agoq-grad-bits 8", 34406),
     "residual": ("llama3-8b", "--agoq-grad-bits 8 --agoq-grad-residual-bits 4", 35363),
+    "8-bit gradients and states": ("llama3-8b", "--agoq-grad-bits 8 --agoq-optimizer-bits 8", 19955),
     "7B, off": ("llama2-7b", "--agoq-activations off", 50457),
     "7B, agoq": ("llama2-7b", "", 38068),
     "13B, off": ("llama2-13b", "--agoq-activations off", 71673),
