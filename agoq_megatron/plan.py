@@ -177,10 +177,16 @@ def main(argv: list[str] | None = None) -> int:
     try:
         mine, args = parse(sys.argv[1:] if argv is None else argv)
         planner = Planner(args)
-        kinds = {name: planner.footprints(**changes) for name, changes in planner.kinds().items()}
+        changes = planner.kinds()
+        kinds = {"these flags": planner.footprints(**changes["these flags"])}
     except training.REFUSALS as problem:
         training.refuse(training.paragraph(problem))
-    found = {name: planner.largest(changes, mine.gpu_memory) for name, changes in planner.kinds().items()}
+    for name in [name for name in changes if name not in kinds]:
+        try:
+            kinds[name] = planner.footprints(**changes[name])
+        except training.REFUSALS as problem:
+            print(f"{name}: not compared. {training.paragraph(problem)}", file=sys.stderr)
+    found = {name: planner.largest(changes[name], mine.gpu_memory) for name in kinds}
     network = Network(mine.node_bandwidth * 1e9, mine.network_bandwidth * 1e9, mine.gpus_per_node)
     sent = collectives(args, transformer_config_from_args(args), network)
     print(table.text(kinds, mine.gpu_memory, found, sent))

@@ -6,14 +6,18 @@
     python scripts/bench_step.py --run 'four=--agoq-activations uniform4' -- --cross-entropy-loss-fusion
     python scripts/bench_step.py --longest off --longest agoq --out longest.json
 
-Every run is a fresh process that trains 10 iterations on made-up tokens; its step time is the median of
-iterations 4 to 9. Configurations take turns, so that a card that grows warm slows all of them alike. Each
-run prints one JSON line as it ends; a table of medians goes to stderr at the end:
+Every run is a fresh process that trains 10 iterations (--iterations) on made-up tokens, or on a corpus of
+prepare_corpus.py (--corpus); its step time is the median of iterations 4 to 9 (all from 4 but the last).
+Configurations take turns, so that a card that grows warm slows all of them alike. Each run prints one JSON
+line as it ends; a table of medians goes to stderr at the end:
 
     step_ms              milliseconds from one synchronized end of an iteration to the next
     tokens_per_s         of all ranks together
     peak_allocated_mib   torch.cuda.max_memory_allocated on the last rank; null on a CPU
     loss                 training loss of the last iteration
+    peaks_mib            with several ranks: the peak of each that Megatron's log tells, one a tensor- and
+                         pipeline-parallel rank
+    predicted_mib        with --predict: what `python -m agoq_megatron.plan` says, by pipeline stage
 
 A run that fails prints {"name", "error"} instead; the others are still made, and the exit status is 1.
 """
@@ -47,15 +51,17 @@ MODELS = {
 }
 # Divisible by 1: Megatron would pad the vocabulary to a multiple of 128 times the tensor-parallel size.
 # Log interval 1: before each of its lines Megatron waits for the device and for all ranks.
+MOCK_DATA = "--mock-data --tokenizer-type NullTokenizer --vocab-size 32000".split()
 COMMON_FLAGS = """
     --swiglu --normalization RMSNorm --position-embedding-type rope --group-query-attention --lr 1e-4
     --untie-embeddings-and-output-weights --disable-bias-linear --hidden-dropout 0 --attention-dropout 0
-    --mock-data --tokenizer-type NullTokenizer --vocab-size 32000 --make-vocab-size-divisible-by 1 --bf16
-    --use-distributed-optimizer --lr-decay-style constant --log-interval 1 --eval-iters 0 --eval-interval 99
+    --make-vocab-size-divisible-by 1 --bf16 --use-distributed-optimizer --lr-decay-style constant
+    --log-interval 1 --eval-iters 0 --eval-interval 999 --log-memory-interval 9
 """.split()
-TIMED = range(4, 10)  # iterations, counted from 1; iteration TIMED.stop is a run's last
+FIRST_TIMED = 4  # iteration, counted from 1; the last one is not timed
 DEFAULT_RUNS = ("off=--agoq-activations off", "agoq=--agoq-activations agoq")
 ITERATION = re.compile(r" iteration +(\d+)/ *\d+ \|.* elapsed time per iteration \(ms\): ([\d.]+) \|")
+RANK_PEAK = re.compile(r"\[Rank (\d+)\].* memory \(MB\) .*\| max allocated: ([\d.]+)")
 # NCCL takes memory of its own when a communicator is first used, and says no more than that CUDA failed.
 OUT_OF_MEMORY = re.compile(
     r"out of memory|can't allocate memory|ALLOC_FAILED|ncclUnhandledCudaError", re.IGNORECASE
@@ -80,6 +86,14 @@ def iteration_times(log: str) -> dict[int, float]:
     return times
 
 
+def rank_peaks(log: str) -> dict[int, float]:
+    """MiB at the peak of each rank that Megatron's log tells of."""
+    peaks: dict[int, float] = {}
+    for rank, mib in RANK_PEAK.findall(log):
+        peaks[int(rank)] = max(peaks.get(int(rank), 0.0), float(mib))
+    return dict(sorted(peaks.items()))
+
+
 def failure_reason(log: str) -> str:
     """The line of a failed run's log that says why: memory, else the last error, else a signal."""
     lines = [re.sub(r"^\s*(\[\w+\]:)?\s*", "", line).rstrip() for line in log.splitlines()]
@@ -97,12 +111,15 @@ def result(name: str, log: str, report: dict, timed: range) -> dict:
         return {"name": name, "error": f"the log tells no time of iterations {missing}"}
     step_ms = statistics.median(times[i] for i in timed)
     mib = report["peak_memory_bytes"] and round(report["peak_memory_bytes"] / 2**20, 1)
+    peaks = rank_peaks(log)
     return {
         "name": name,
         "step_ms": round(step_ms, 2),
         "tokens_per_s": round(report["tokens"] / report["iterations"] / step_ms * 1e3, 1),
         "peak_allocated_mib": mib,
         "loss": next((h["lm loss"] for h in report["train"] if h["iteration"] == timed.stop), None),
+        **({"peaks_mib": peaks} if len(peaks) > 1 else {}),
+        "losses": [h["lm loss"] for h in report["train"]],
         "iterations_ms": times,
     }
 
@@ -122,6 +139,7 @@ def summarize(runs: list[dict], names: list[str]) -> list[dict]:
             row["tokens_per_s"] = statistics.median(run["tokens_per_s"] for run in done)
             row["peak_allocated_mib"] = max(run["peak_allocated_mib"] or 0 for run in done) or None
             row["loss"] = done[-1]["loss"]
+            row |= {key: done[-1][key] for key in ("peaks_mib", "predicted_mib") if key in done[-1]}
         rows.append(row)
     return rows
 
@@ -150,6 +168,12 @@ def longest_sequence(fits: Callable[[int], bool], start: int, limit: int, step: 
     return good or None
 
 
+def corpus_flags(prefix: str) -> list[str]:
+    """To train on what ``prepare_corpus.py --output prefix`` wrote."""
+    tokenizer = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", f"{prefix}_tokenizer"]
+    return [*tokenizer, "--train-data-path", f"{prefix}_train_text_document", "--num-workers", "1"]
+
+
 def build_command(args: argparse.Namespace, name: str, label: str, shape: dict, iterations: int) -> list[str]:
     """The command that trains configuration ``name``; ``label`` names the files it writes."""
     more = [*args.runs[name], *args.megatron_flags]
@@ -161,7 +185,7 @@ def build_command(args: argparse.Namespace, name: str, label: str, shape: dict, 
         "train-iters": iterations,
         "agoq-report": args.logs / f"{label}.json",
     }
-    flags = list(COMMON_FLAGS)
+    flags = [*COMMON_FLAGS, *(corpus_flags(args.corpus) if args.corpus else MOCK_DATA)]
     if args.profile:
         # In two more iterations at the end: neither the trace nor its warm-up is in what is timed.
         flags += ["--profile", "--use-pytorch-profiler"]
@@ -170,6 +194,21 @@ def build_command(args: argparse.Namespace, name: str, label: str, shape: dict, 
     flags += [text for key, value in values.items() for text in (f"--{key}", str(value))]
     launcher = f"-m torch.distributed.run --standalone --nproc-per-node {args.nproc_per_node}".split()
     return [sys.executable, *launcher, str(ROOT / "pretrain_gpt_agoq.py"), *flags, *more]
+
+
+def predict(args: argparse.Namespace, command: list[str]) -> list[float] | None:
+    """MiB at the peak of each pipeline stage as the planner has it, of a command of ``build_command``; None
+    where it cannot say."""
+    flags = command[command.index(str(ROOT / "pretrain_gpt_agoq.py")) + 1 :]
+    with tempfile.TemporaryDirectory() as folder:
+        plan = Path(folder) / "plan.json"
+        planner = [sys.executable, "-m", "agoq_megatron.plan", "--gpus", str(args.nproc_per_node)]
+        planner += ["--plan-json", str(plan), *flags]
+        subprocess.run(planner, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+        if not plan.exists():
+            return None
+        stages = next(iter(json.loads(plan.read_text())["kinds"].values()))["stages"]
+        return [round(stage["peak"] / 2**20, 1) for stage in stages]
 
 
 def execute(command: list[str], log: Path, timeout: float) -> int | None:
@@ -201,6 +240,8 @@ def train(args: argparse.Namespace, name: str, label: str, shape: dict, timed: r
         run = {"name": name, "error": failure_reason(text)}
     else:
         run = result(name, text, json.loads(report.read_text()), timed)
+        if args.predict:
+            run["predicted_mib"] = predict(args, command)
     return run | {"command": shlex.join(command), "log": str(log)}
 
 
@@ -209,8 +250,8 @@ def time_runs(args: argparse.Namespace, write: Callable[..., None]) -> bool:
     runs, names = [], list(args.runs)
     for turn in range(1, args.repeat + 1):
         for name in names:
-            runs.append(train(args, name, f"{name}-{turn}", args.shape, TIMED))
-            hidden = ("iterations_ms", "command", "log")
+            runs.append(train(args, name, f"{name}-{turn}", args.shape, range(FIRST_TIMED, args.iterations)))
+            hidden = ("iterations_ms", "losses", "command", "log")
             print(json.dumps({k: v for k, v in runs[-1].items() if k not in hidden}), flush=True)
             write(medians=summarize(runs, names), runs=runs)
     failed = [run["log"] for run in runs if "error" in run]
@@ -273,12 +314,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--micro-batch-size", type=int, help="sequences, instead of the model's")
     add("--micro-batches", type=int, help="a step and data-parallel rank (default: 2; --longest: 1)")
     add("--run", action="append", metavar="NAME=FLAGS", help="a configuration (default: off and agoq)")
+    add("--iterations", type=int, default=10, help="of a run (default: 10)")
+    add("--corpus", metavar="PREFIX", help="train on what prepare_corpus.py --output PREFIX wrote")
     add("--repeat", type=int, default=3, help="runs of each configuration (default: 3)")
     add("--nproc-per-node", type=int, default=1, help="ranks (default: 1)")
     add("--timeout", type=float, default=1800, help="seconds a run (default: 1800)")
     add("--out", type=Path, metavar="FILE.json", help="write everything there")
     add("--logs", type=Path, metavar="DIR", help="keep the logs there (default: keep them if a run fails)")
     add("--profile", type=Path, metavar="DIR", help="trace one step of a run: DIR/NAME-N/torch_profile/")
+    add("--predict", action="store_true", help="the planner's peaks beside the measured ones")
     add("--longest", action="append", metavar="NAME", help="how long a sequence fits; times nothing")
     add("--longest-start", type=int, default=8192, help="tokens of the first trial (default: 8192)")
     add("--longest-limit", type=int, default=2**20, help="tokens of the longest (default: 1048576)")
@@ -291,6 +335,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--run: give NAME=FLAGS, each name once, and one that a file could have.")
     if unknown := set(args.longest or ()) - set(args.runs):
         parser.error(f"--longest {unknown.pop()}: there is no such configuration; see --run.")
+    if args.iterations <= FIRST_TIMED:
+        parser.error(
+            f"--iterations {args.iterations}: at least {FIRST_TIMED + 1}, as the first {FIRST_TIMED - 1} and "
+            "the last are not timed."
+        )
     args.shape = dict(zip(SHAPE, MODELS[args.model], strict=True))
     args.shape |= {key: value for key in SHAPE if (value := vars(args).get(key.replace("-", "_")))}
     args.micro_batches = args.micro_batches or (1 if args.longest else 2)

@@ -105,7 +105,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 def narrow_in_place(x: Tensor, dtype: torch.dtype, parts: int = 16) -> Tensor:
     """``x`` ``[rows, columns]``, contiguous, in a type of no more bytes: in its own memory, ``x`` is lost.
 
-    The gradient of a large vocabulary's output layer is gigabytes in FP32; a whole copy beside it would be the
+    The gradient of a large vocabulary's output layer is gigabytes in FP32; a copy beside it would be the
     peak of a run.
     """
     if x.dtype == dtype:

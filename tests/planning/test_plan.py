@@ -69,8 +69,8 @@ def measured_flags(model: str, more: str) -> list[str]:
     flags = [text for key, value in shape.items() for text in (f"--{key}", str(value))]
     batch = 1 if "micro-batch-size 1" in more else 4
     return [
-        *bench_step.COMMON_FLAGS, *flags, "--max-position-embeddings", "32768", "--train-iters", "10",
-        "--global-batch-size", str(2 * batch), *more.split(),
+        *bench_step.COMMON_FLAGS, *bench_step.MOCK_DATA, *flags, "--max-position-embeddings", "32768",
+        "--train-iters", "10", "--global-batch-size", str(2 * batch), *more.split(),
     ]  # fmt: skip
 
 

@@ -12,6 +12,7 @@ import bench_step as bench
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+TIMED = range(4, 10)
 KEYS = {"name", "step_ms", "tokens_per_s", "peak_allocated_mib", "loss"}
 
 
@@ -41,8 +42,9 @@ TIMES = [9000.0, 700.0, 600.0, 510.0, 500.0, 530.0, 520.0, 550.0, 540.0, 5000.0]
 
 def test_the_median_is_of_iterations_4_to_9():
     assert bench.iteration_times(make_log(TIMES)) == dict(enumerate(TIMES, start=1))
-    run = bench.result("off", make_log(TIMES), make_report(10, 3 * 2**29), bench.TIMED)
+    run = bench.result("off", make_log(TIMES), make_report(10, 3 * 2**29), TIMED)
     assert run.pop("iterations_ms") == dict(enumerate(TIMES, start=1))
+    assert run.pop("losses") == [11 - i / 10 for i in range(1, 11)]
     assert run == {
         "name": "off",
         "step_ms": 525.0,
@@ -54,14 +56,25 @@ def test_the_median_is_of_iterations_4_to_9():
 
 def test_iterations_added_for_a_trace_do_not_count():
     log = make_log([*TIMES, 9999.0, 9999.0])
-    run = bench.result("off", log, make_report(12, None), bench.TIMED)
+    run = bench.result("off", log, make_report(12, None), TIMED)
     assert run["step_ms"] == 525.0 and run["loss"] == 10.0
     assert run["tokens_per_s"] == pytest.approx(8 * 4096 / 0.525, abs=0.1)
     assert run["peak_allocated_mib"] is None
 
 
+def test_peaks_of_ranks():
+    line = (
+        "[Rank {}] (after 2 iterations) memory (MB) | allocated: 14.77 | max allocated: {:.2f} | reserved: 9"
+    )
+    log = "\n".join(line.format(*pair) for pair in ((3, 19.5), (0, 20.25), (3, 21.0), (3, 20.0), (0, 20.25)))
+    assert bench.rank_peaks(log) == {0: 20.25, 3: 21.0}
+    run = bench.result("off", make_log(TIMES) + "\n" + log, make_report(10, 3 * 2**29), TIMED)
+    assert run["peaks_mib"] == {0: 20.25, 3: 21.0}
+    assert bench.rank_peaks(make_log(TIMES)) == {}
+
+
 def test_a_log_without_all_times_is_a_failure():
-    run = bench.result("off", make_log(TIMES[:7]), make_report(7, None), bench.TIMED)
+    run = bench.result("off", make_log(TIMES[:7]), make_report(7, None), TIMED)
     assert run == {"name": "off", "error": "the log tells no time of iterations [8, 9]"}
 
 
@@ -268,11 +281,13 @@ def test_the_tiny_model_for_real(tmp_path):
     command = [sys.executable, str(ROOT / "scripts" / "bench_step.py"), "--model", "tiny", "--repeat", "1"]
     command += ["--run", "off=--agoq-activations off", "--run", "bad=--agoq-activations off --qk-layernorm"]
     command += ["--run", "agoq=--agoq-activations agoq", "--logs", str(tmp_path / "logs")]
-    command += ["--out", str(tmp_path / "out.json"), "--", "--lr", "1e-3"]
+    command += ["--out", str(tmp_path / "out.json"), "--predict", "--", "--lr", "1e-3"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 1, done.stderr
     off, bad, agoq = (json.loads(line) for line in done.stdout.splitlines())
-    assert set(off) == set(agoq) == KEYS, done.stdout
+    assert set(off) == set(agoq) == KEYS | {"predicted_mib"}, done.stdout
+    (off_peak,), (agoq_peak,) = off["predicted_mib"], agoq["predicted_mib"]
+    assert 0 < agoq_peak <= off_peak
     assert set(bad) == {"name", "error"} and "--qk-layernorm" in bad["error"]
     for run in (off, agoq):
         assert run["tokens_per_s"] == pytest.approx(2 * 2 * 64 / run["step_ms"] * 1e3, rel=0.01)
