@@ -10,7 +10,11 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 import torch.nn.functional as F
 
-from agoq_megatron.autograd.linear_cross_entropy import LinearCrossEntropy, LinearCrossEntropySpec
+from agoq_megatron.autograd.linear_cross_entropy import (
+    LinearCrossEntropy,
+    LinearCrossEntropySpec,
+    narrow_in_place,
+)
 
 S, B, H, V = 10, 3, 24, 70  # of which V on each rank
 
@@ -79,3 +83,14 @@ def test_no_logits_are_kept(rng):
         x, weight, target, LinearCrossEntropySpec(4, group, False, True)
     ).sum().backward()
     assert not weight.grad.any() and weight.main_grad.any()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 15, 16, 17, 70, 1001])
+@pytest.mark.parametrize("wide, narrow", [("float32", "bfloat16"), ("float64", "float16"), ("float32", "float32")])
+def test_narrow_in_place(rows, wide, narrow):
+    wide, narrow = getattr(torch, wide), getattr(torch, narrow)
+    x = torch.randn(rows, 24, dtype=wide)
+    wanted, place = x.to(narrow), x.data_ptr()
+    got = narrow_in_place(x, narrow)
+    assert got.dtype == narrow and torch.equal(got, wanted)
+    assert got.data_ptr() == place and got.is_contiguous()
