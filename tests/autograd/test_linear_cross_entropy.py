@@ -86,7 +86,9 @@ def test_no_logits_are_kept(rng):
 
 
 @pytest.mark.parametrize("rows", [1, 2, 15, 16, 17, 70, 1001])
-@pytest.mark.parametrize("wide, narrow", [("float32", "bfloat16"), ("float64", "float16"), ("float32", "float32")])
+@pytest.mark.parametrize(
+    "wide, narrow", [("float32", "bfloat16"), ("float64", "float16"), ("float32", "float32")]
+)
 def test_narrow_in_place(rows, wide, narrow):
     wide, narrow = getattr(torch, wide), getattr(torch, narrow)
     x = torch.randn(rows, 24, dtype=wide)
