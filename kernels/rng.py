@@ -25,11 +25,11 @@ def key_words(key: int) -> tuple[int, int]:
     return _mix_int(low ^ _mix_int(high)), _mix_int(high ^ _mix_int(low ^ _GOLDEN))
 
 
-def uniform(start: int, count: int, key: int, device: torch.device | str = "cpu") -> Tensor:
-    """FP32 [count] in [0, 1): the numbers of elements start .. start+count-1, multiples of 2^-24.
+def words(start: int, count: int, key: int, device: torch.device | str = "cpu") -> Tensor:
+    """int32 [count]: 32 random bits for each of the elements start .. start+count-1.
 
     For element i = high * 2^32 + low and key words a, b:
-        u = (mix(mix(low ^ a) ^ b ^ mix(high)) >> 8) * 2^-24
+        word = mix(mix(low ^ a) ^ b ^ mix(high))
     """
     first, second = key_words(key)
     if start >> 31 == (start + count) >> 31:  # one high word for all, no step over int32's range
@@ -42,7 +42,24 @@ def uniform(start: int, count: int, key: int, device: torch.device | str = "cpu"
         bits = _mix_(index.to(torch.int32).bitwise_xor_(_signed(first)))
         bits ^= _mix_((index >> 32).to(torch.int32))
         bits ^= _signed(second)
-    return (_mix_(bits) >> 8).bitwise_and_(0xFFFFFF).float().mul_(2.0**-24)
+    return _mix_(bits)
+
+
+def uniform(start: int, count: int, key: int, device: torch.device | str = "cpu") -> Tensor:
+    """FP32 [count] in [0, 1): the numbers of elements start .. start+count-1, multiples of 2^-24, the upper
+    24 bits of :func:`words`."""
+    return (words(start, count, key, device) >> 8).bitwise_and_(0xFFFFFF).float().mul_(2.0**-24)
+
+
+def halves(seeds: Tensor, count: int) -> Tensor:
+    """int32 [blocks, count] of 0..65535: as many numbers (an even one) from each seed, int32 [blocks].
+
+    A block's own word (:func:`words`) is its seed, and one mix of it gives two numbers:
+        number 2i: the lower half of mix(seed ^ i), number 2i + 1: the upper half
+    A fifth of the instructions of two rounds a number, where 16 bits are enough.
+    """
+    bits = _mix_(seeds[:, None] ^ torch.arange(count // 2, dtype=torch.int32, device=seeds.device))
+    return torch.stack((bits & 0xFFFF, bits >> 16 & 0xFFFF), -1).flatten(1)
 
 
 def _signed(word: int) -> int:

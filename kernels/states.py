@@ -24,15 +24,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from agoq_kernels.rng import uniform
+from agoq_kernels.rng import halves, words
 from torch import Tensor
 
 BLOCK = 64
-FINE, COARSE = 18, 19  # bits of an FP32 mantissa that are not kept, from 1/16 on and below
+FINE = 18  # bits of an FP32 mantissa that are not kept, from 1/16 on; one more below
 SPLIT = 127  # the code of 1/16; 255 is that of 1, 0 is 0
-FINE_OFFSET = (127 << 23 - FINE) - 255  # what makes a code the upper bits of an FP32 number
-COARSE_OFFSET = (123 << 23 - COARSE) - SPLIT
-SCALE_DRAWS = 1 << 40  # what stochastic rounding draws for scales: so far beyond what it draws for numbers
+SPLIT_BITS = 123 << 23  # FP32 bits of 1/16
 MIN_SCALE = 2.0**-50  # of roots: their squares are no subnormal numbers
 
 
@@ -135,9 +133,9 @@ def _blocks(x: Tensor) -> Tensor:
 
 def _roots(codes: Tensor, scales: Tensor) -> Tensor:
     """FP32 of codes ``[blocks, 64]`` and FP32 scales ``[blocks]``."""
-    codes = codes.int()
-    fine, coarse = (codes + FINE_OFFSET) << FINE, (codes + COARSE_OFFSET) << COARSE
-    numbers = torch.where(codes < SPLIT, coarse, fine).view(torch.float32)
+    steps = (codes.int() - SPLIT) << FINE
+    # Below 1/16 a code is twice as far from the next one, so the lower of the two lines is the one.
+    numbers = (SPLIT_BITS + torch.minimum(steps, 2 * steps)).view(torch.float32)
     return torch.where(codes == 0, 0.0, numbers) * scales[:, None]
 
 
@@ -151,13 +149,12 @@ def decode(ratios: Tensor, roots: Tensor, scales: Tensor) -> tuple[Tensor, Tenso
 
 
 def _stored(scale: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """FP32 scales rounded to BF16 (stochastically with ``noise`` in [0, 1)), with NaN for all that is not
+    """FP32 scales rounded to BF16 (stochastically with ``noise`` of 0..65535), with NaN for all that is not
     finite; and their inverses, 0 where the scale is 0 or NaN."""
     if noise is None:
         rounded = scale.bfloat16().float()
     else:
-        bits = scale.view(torch.int32) + (noise * 65536).int()
-        rounded = (bits >> 16 << 16).view(torch.float32)
+        rounded = (scale.view(torch.int32) + noise >> 16 << 16).view(torch.float32)
     scale = torch.where(scale.isfinite() & rounded.isfinite(), rounded, torch.nan)
     return scale, torch.where(scale > 0, 1 / scale, 0.0)
 
@@ -165,34 +162,40 @@ def _stored(scale: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]
 def encode(
     exp_avg: Tensor, exp_avg_sq: Tensor, ratios: Tensor, roots: Tensor, scales: Tensor, key: int | None
 ) -> None:
-    """Moments in FP32 ``[n]`` to codes and scales, in place. ``key`` None rounds to the nearest."""
+    """Moments in FP32 ``[n]`` to codes and scales, in place.
+
+    Args:
+        key: of stochastic rounding, which draws 16 bits a number; None rounds to the nearest.
+
+    The codes of a block whose scale is NaN say nothing.
+    """
     n = exp_avg.numel()
     root = _blocks(exp_avg_sq).sqrt()
     largest = root.amax(-1)
     largest = torch.where(largest > 0, largest.clamp(min=MIN_SCALE), largest)
-    drawn = None if key is None else uniform(SCALE_DRAWS, len(largest), key, largest.device)
-    root_scale, inverse = _stored(largest, drawn)
-    y = torch.where(inverse[:, None] > 0, root * inverse[:, None], 0.0)
-    noise = torch.full_like(y, 0.5)
-    if key is not None:
-        noise = uniform(0, y.numel(), key, y.device).view_as(y)
+    seeds = None if key is None else words(0, len(largest), key, largest.device)
+    root_scale, inverse = _stored(largest, None if key is None else seeds >> 16 & 0xFFFF)
+    # The largest root stays the largest, so that encoding it again gives the same scale; and none lies above
+    # a scale that was rounded down.
+    limit = torch.where(largest > 0, torch.where(root_scale < largest, root_scale, largest), 1.0)
+    y = torch.where(root < limit[:, None], root * inverse[:, None], 1.0)
     bits = y.view(torch.int32)
-    fine, coarse = (
-        (bits + (noise * (1 << shift)).int() >> shift) - offset
-        for shift, offset in ((FINE, FINE_OFFSET), (COARSE, COARSE_OFFSET))
-    )
-    codes = torch.where(y < 2.0**-4, coarse, fine).clamp(1, 255)
-    # The largest root stays the largest, so that encoding it again gives the same scale.
-    codes = torch.where(y > 0, torch.where(root == largest[:, None], 255, codes), 0)
+    steps = bits - SPLIT_BITS
+    steps = torch.maximum(steps, steps >> 1)  # half as many below 1/16
+    noise = 1 << 15 if key is None else halves(seeds, BLOCK)
+    codes = (steps + (noise << FINE - 16) >> FINE) + SPLIT
+    codes = torch.maximum(codes, bits.clamp(max=1))  # 0 for nothing but 0
     kept = _roots(codes, root_scale)
 
-    ratio = torch.where(kept > 0, _blocks(exp_avg) / kept, 0.0)
+    ratio = torch.where(codes > 0, _blocks(exp_avg) * (1 / kept), 0.0)
     # A root that is NaN makes its block NaN by its own scale.
     ratio_scale = ratio.abs().amax(-1) * (1 / 127)
     tiny = ratio_scale < torch.finfo(torch.float32).tiny
     ratio_scale, inverse = _stored(torch.where(tiny, 0.0, ratio_scale))
-    z = torch.where(inverse[:, None] > 0, ratio * inverse[:, None], 0.0)
-    ratios.copy_(z.round().clamp(-127, 127).flatten()[:n])
+    # Rounded once, as a fused multiply-add rounds: the product of two FP32 numbers is exact in FP64. A scale
+    # rounded to 8 bits leaves less than 127.5.
+    z = (ratio.double() * inverse.double()[:, None]).round()
+    ratios.copy_(torch.where(z.isnan(), 0.0, z).flatten()[:n])
     roots.copy_(codes.flatten()[:n])
     scales.copy_(torch.stack((ratio_scale, root_scale), 1))
 

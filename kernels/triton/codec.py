@@ -167,11 +167,26 @@ def _mix(x):
 
 
 @triton.jit
+def _word(index, key_a, key_b):
+    """uint32: 32 random bits of the elements at index (int64; or int32, of elements below 2^31)."""
+    word = _mix(index.to(tl.uint32) ^ key_a.to(tl.uint32)) ^ key_b.to(tl.uint32)
+    if index.dtype == tl.int64:
+        word ^= _mix((index >> 32).to(tl.uint32))
+    return _mix(word)
+
+
+@triton.jit
 def _uniform(index, key_a, key_b):
     """FP32 numbers in [0, 1) of the elements at index (int64)."""
-    word = _mix(index.to(tl.uint32) ^ key_a.to(tl.uint32))
-    word = word ^ key_b.to(tl.uint32) ^ _mix((index >> 32).to(tl.uint32))
-    return (_mix(word) >> 8).to(tl.float32) * 5.9604644775390625e-08  # 2^-24
+    return (_word(index, key_a, key_b) >> 8).to(tl.float32) * 5.9604644775390625e-08  # 2^-24
+
+
+@triton.jit
+def _halves(seeds, column):
+    """int32 of 0..65535 for numbers ``column`` of the blocks with these seeds. A thread that holds both
+    numbers of a pair draws once: the compiler sees that their words are the same."""
+    word = _mix(seeds ^ (column >> 1).to(tl.uint32))
+    return tl.where((column & 1) == 1, word >> 16, word & 0xFFFF).to(tl.int32)
 
 
 # --- Codes ----------------------------------------------------------------------------------------

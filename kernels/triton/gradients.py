@@ -116,20 +116,51 @@ def _accumulate_kernel(
 
 
 @triton.jit
+def load_rows(ptr, index, mask):
+    """int32 [R] of the int16 or int32 words at ``index`` [R], int32; 0 where ``mask`` [R] is False.
+
+    tl.load would have each word read by one thread, and carried through shared memory to those that hold the
+    numbers of its row; here each of them reads it.
+    """
+    if INTERPRET:
+        return tl.load(ptr + index, mask=mask, other=0).to(tl.int32)
+    elif ptr.dtype.element_ty == tl.int16:
+        return tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.b32 $0, 0; @p ld.global.s16 $0, [$1]; }",
+            "=&r,l,r", [(ptr + index).to(tl.int64), mask.to(tl.int32)],
+            dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.b32 $0, 0; @p ld.global.b32 $0, [$1]; }",
+            "=&r,l,r", [(ptr + index).to(tl.int64), mask.to(tl.int32)],
+            dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def _block_values(codes_ptr, scales_ptr, start, blocks, block, mask, R: tl.constexpr):
+    """FP32 [R, 64] of blocks ``block`` and on of the segment that begins at byte ``start``, both int64."""
+    row = tl.arange(0, R)
+    scale = load_rows(scales_ptr + ((start + blocks * (2 * HALF)) // 2 + block), row, mask) << 16
+    at = row[:, None] * (2 * HALF) + tl.arange(0, 2 * HALF)[None, :]
+    codes = tl.load(codes_ptr + (start + block * (2 * HALF)) + at, mask=mask[:, None], other=0)
+    # Where the scale is 0 the codes may be anything, but all of them are finite.
+    return codes.to(tl.float32) * scale.to(tl.float32, bitcast=True)[:, None]
+
+
+@triton.jit
 def sum_of_blocks(codes_ptr, scales_ptr, stride, blocks, block, mask, segments, R: tl.constexpr):
-    """FP32 [R, 64]: the sum over segments of blocks number ``block`` [R] of a segment, where ``mask`` [R]."""
-    column = tl.arange(0, 2 * HALF)[None, :]
-    total = tl.zeros([R, 2 * HALF], dtype=tl.float32)
+    """FP32 [R, 64]: the sum over segments of R blocks from number ``block`` (int64) of a segment on, where
+    ``mask`` [R]. What is zero may be a negative zero."""
     segment = tl.zeros([], dtype=tl.int64)
     blocks = segment + blocks  # a segment may have more than 2^31 bytes
-    while segment < segments:  # for takes no run-time bounds in the interpreter under NumPy 2.5
-        start = segment * stride
-        scale_at = (start + blocks * (2 * HALF)) // 2 + block
-        scale = _load_scales(scales_ptr + scale_at, mask)[:, None]
-        codes = codes_ptr + (start + block * (2 * HALF))[:, None] + column
-        x = tl.load(codes, mask=mask[:, None], other=0).to(tl.float32)
-        total += tl.where(scale == 0, 0.0, x * scale)
+    total = _block_values(codes_ptr, scales_ptr, segment, blocks, block, mask, R)
+    if segments != 1:  # known at compile time
         segment += 1
+        while segment < segments:  # for takes no run-time bounds in the interpreter under NumPy 2.5
+            total += _block_values(codes_ptr, scales_ptr, segment * stride, blocks, block, mask, R)
+            segment += 1
     return total
 
 
@@ -138,9 +169,10 @@ def _sum_kernel(
     codes_ptr, scales_ptr, out_ptr, stride, blocks, first, n, segments, factor,
     NORMS: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    own = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    begin = tl.program_id(0).to(tl.int64) * R
+    own = begin + tl.arange(0, R)
     mask = own * (2 * HALF) < n
-    total = sum_of_blocks(codes_ptr, scales_ptr, stride, blocks, first + own, mask, segments, R) * factor
+    total = sum_of_blocks(codes_ptr, scales_ptr, stride, blocks, first + begin, mask, segments, R) * factor
     at = (own * (2 * HALF))[:, None] + tl.arange(0, 2 * HALF)[None, :]
     if NORMS:
         total = tl.where(at < n, total, 0.0)
