@@ -3,7 +3,8 @@
 In one pass: the gradient, codes of one or more ranks that are summed or plain numbers, is scaled; both
 moments and the master weight are updated as they are kept (``states``); and the weight that the model
 computes with is written. The arithmetic is that of ``torch.optim.Adam`` and ``AdamW`` on a CPU
-(``foreach=False``), operation for operation in FP32.
+(``foreach=False``), operation for operation in FP32. With moments in 8 bits the GPU's kernel divides by
+approximate reciprocals, to 2^-21 of a step; what it keeps of the moments is the same.
 """
 
 from __future__ import annotations

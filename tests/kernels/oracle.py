@@ -66,12 +66,20 @@ def mix(x: int) -> int:
     return x ^ (x >> 16)
 
 
-def uniform(index: int, key: int) -> float:
+def word(index: int, key: int) -> int:
     low, high = key % 2**32, key // 2**32
     a = mix(low ^ mix(high))
     b = mix(high ^ mix(low ^ 0x9E3779B9))
-    word = mix(mix((index % 2**32) ^ a) ^ b ^ mix(index // 2**32))
-    return (word // 256) / 2**24
+    return mix(mix((index % 2**32) ^ a) ^ b ^ mix(index // 2**32))
+
+
+def uniform(index: int, key: int) -> float:
+    return (word(index, key) // 256) / 2**24
+
+
+def half(block: int, number: int, key: int) -> int:
+    """The 16 bits of a number of a block."""
+    return mix(word(block, key) ^ (number // 2)) // 65536 ** (number % 2) % 65536
 
 
 def encode(y: np.float32, u: float | None, fmt, zero: int) -> int:

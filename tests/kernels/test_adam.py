@@ -132,9 +132,11 @@ def test_triton_gives_the_same_step(rng, name, segments, dtype, kept):
         for a, b in zip(expected.moments(), got.moments(), strict=True):
             torch.testing.assert_close(b, a, **close)
     else:
-        # A last bit of the moment moves a few numbers to the next code.
+        # A last bit of the moment moves a few numbers to the next code. Where the scale is NaN codes say nothing.
+        says = ~expected.scales[:, 1].isnan().repeat_interleave(BLOCK)[:N]
+        assert says.float().mean() > 0.9
         for key in ("exp_avg", "exp_avg_sq"):
-            difference = (expected.tensors[key].int() - got.tensors[key].int()).abs()
+            difference = (expected.tensors[key].int() - got.tensors[key].int())[says].abs()
             assert difference.max() <= 1 and (difference > 0).float().mean() < 1e-3
         torch.testing.assert_close(got.scales, expected.scales, rtol=2**-7, atol=0, equal_nan=True)
     if dtype:  # the master weight's own rounding; Triton's interpreter truncates to BF16

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from agoq_kernels.rng import key_words, uniform
+from agoq_kernels.rng import halves, key_words, uniform, words
 
 from tests.kernels import oracle
 
@@ -20,6 +20,12 @@ def test_follows_the_rule(start, key):
     got = uniform(start, 100, key)
     assert got.dtype == torch.float32
     assert got.tolist() == [oracle.uniform(start + i, key) for i in range(100)]
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_halves_follow_the_rule(key):
+    got = halves(words(1000, 5, key), 64)
+    assert got.tolist() == [[oracle.half(1000 + b, i, key) for i in range(64)] for b in range(5)]
 
 
 def test_a_part_is_a_part_of_the_whole():
@@ -38,31 +44,39 @@ def test_words_of_keys_differ():
 SIGMAS = 6.0
 
 
-@pytest.fixture(params=["sequential keys", "random keys"])
-def streams(request, rng) -> torch.Tensor:
+@pytest.fixture(params=["sequential keys", "random keys", "halves"])
+def bits(request) -> int:
+    """Of a number of the streams."""
+    return 16 if request.param == "halves" else 24
+
+
+@pytest.fixture
+def streams(request, rng, bits) -> torch.Tensor:
     """Float64 [16, 65536]: sixteen streams. Keys in sequence are the hard case."""
     keys = range(16)
-    if request.param == "random keys":
+    if bits == 16:
+        return torch.stack([halves(words(0, 1024, k), 64).flatten() for k in keys]).double() / 65536
+    if request.node.callspec.params["bits"] == "random keys":
         keys = torch.randint(0, 2**63 - 1, (16,), generator=rng).tolist()
     return torch.stack([uniform(0, 65536, k) for k in keys]).double()
 
 
-def test_uniform_on_the_unit_interval(streams):
+def test_uniform_on_the_unit_interval(streams, bits):
     assert 0 <= streams.min() and streams.max() < 1
-    assert torch.equal(streams * 2**24, (streams * 2**24).round())
+    assert torch.equal(streams * 2**bits, (streams * 2**bits).round())
     n = streams.numel()
-    assert abs(streams.mean() - 0.5) < SIGMAS * (1 / 12 / n) ** 0.5
+    assert abs(streams.mean() - 0.5 + 0.5**bits / 2) < SIGMAS * (1 / 12 / n) ** 0.5
     for n_bins in (16, 256, 4096):
         counts = torch.bincount((streams * n_bins).long().flatten(), minlength=n_bins)
         chi2 = ((counts - n / n_bins) ** 2 / (n / n_bins)).sum()
         assert abs(chi2 - (n_bins - 1)) < SIGMAS * (2 * (n_bins - 1)) ** 0.5
 
 
-def test_each_bit_is_fair(streams):
-    words = (streams * 2**24).long()
-    for bit in range(24):
-        ones = ((words >> bit) & 1).double().mean()
-        assert abs(ones - 0.5) < SIGMAS * 0.5 / words.numel() ** 0.5, f"bit {bit}"
+def test_each_bit_is_fair(streams, bits):
+    numbers = (streams * 2**bits).long()
+    for bit in range(bits):
+        ones = ((numbers >> bit) & 1).double().mean()
+        assert abs(ones - 0.5) < SIGMAS * 0.5 / numbers.numel() ** 0.5, f"bit {bit}"
 
 
 def test_neighbours_and_keys_are_independent(streams):
