@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from agoq_kernels.rng import uniform
+from agoq_kernels.rng import halves, words
 from torch import Tensor
 
 BLOCK = 64
@@ -116,7 +116,8 @@ def _encode(x: Tensor, fmt: GradientFormat, first: int, key: int) -> tuple[Tenso
         return codes.view(torch.uint8), _stored(scale), torch.zeros_like(x)
     fine = 16.0 if fmt.residual_bits else 1.0
     if fmt.rounding == "stochastic":
-        t = torch.floor(y * fine + uniform(first * BLOCK, x.numel(), key, x.device).view_as(x))
+        drawn = halves(words(first, len(x), key, x.device), BLOCK)
+        t = (y * fine + ((drawn + 0.5) * 2.0**-16 - 0.5)).round()  # exact but for the sum with y
     else:
         t = (y * fine).round()
     t = t.clamp(-largest * fine, largest * fine)

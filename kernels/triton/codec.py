@@ -182,11 +182,26 @@ def _uniform(index, key_a, key_b):
 
 
 @triton.jit
+def _pair(seeds, column):
+    """uint32: the word that numbers ``column`` (2i and 2i + 1) of the blocks with these seeds share. A thread
+    that holds both draws once: the compiler sees that it is the same."""
+    return _mix(seeds ^ (column >> 1).to(tl.uint32))
+
+
+@triton.jit
 def _halves(seeds, column):
-    """int32 of 0..65535 for numbers ``column`` of the blocks with these seeds. A thread that holds both
-    numbers of a pair draws once: the compiler sees that their words are the same."""
-    word = _mix(seeds ^ (column >> 1).to(tl.uint32))
+    """int32 of 0..65535 for numbers ``column`` of the blocks with these seeds."""
+    word = _pair(seeds, column)
     return tl.where((column & 1) == 1, word >> 16, word & 0xFFFF).to(tl.int32)
+
+
+@triton.jit
+def _centred(seeds, column):
+    """(half + 0.5) / 65536 - 0.5 in FP32, of the same draws, exactly and without a conversion: between 64 and
+    128 the lower 17 bits of a number count 2^-17."""
+    word = _pair(seeds, column)
+    bits = tl.where((column & 1) == 1, word >> 15, word << 1) & 0x1FFFE
+    return (bits | 0x42800001).to(tl.float32, bitcast=True) - 64.5
 
 
 # --- Codes ----------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 from agoq_kernels.gradients import BLOCK, NORM_STRETCH, GradientFormat, segment_bytes
-from agoq_kernels.triton.codec import INTERPRET, MAGIC, ROUND, _clamp, _nan_max, _uniform, widen
+from agoq_kernels.triton.codec import INTERPRET, MAGIC, ROUND, _centred, _clamp, _nan_max, _word, widen
 from agoq_kernels.triton.quantize import signed_key
 from torch import Tensor
 
@@ -41,11 +41,10 @@ def _load_scales(ptr, mask):
 
 
 @triton.jit
-def _round(y, index, key_a, key_b, STOCHASTIC: tl.constexpr):
+def _round(y, seeds, column, STOCHASTIC: tl.constexpr):
     if STOCHASTIC:
-        return tl.floor(y + _uniform(index, key_a, key_b))
-    else:
-        return (y + ROUND) - ROUND
+        y += _centred(seeds, column)
+    return (y + ROUND) - ROUND
 
 
 @triton.jit(do_not_specialize=["first", "n", "key_a", "key_b"])
@@ -92,17 +91,17 @@ def _accumulate_kernel(
     inverse = tl.where(usable, tl.div_rn(1.0, tl.where(usable, new, 1.0)), 0.0)[:, None]
     y0 = tl.where(inverse > 0, x0 * inverse, 0.0)
     y1 = tl.where(inverse > 0, x1 * inverse, 0.0)
-    index = (block * (2 * HALF))[:, None] + column
+    seeds = _word(block.to(tl.int32), key_a, key_b)[:, None]
     if RESIDUAL:
-        t0 = _clamp(_round(y0 * 16.0, index, key_a, key_b, STOCHASTIC), -2032.0, 2032.0)
-        t1 = _clamp(_round(y1 * 16.0, index + HALF, key_a, key_b, STOCHASTIC), -2032.0, 2032.0)
+        t0 = _clamp(_round(y0 * 16.0, seeds, column, STOCHASTIC), -2032.0, 2032.0)
+        t1 = _clamp(_round(y1 * 16.0, seeds, column + HALF, STOCHASTIC), -2032.0, 2032.0)
         q0 = tl.floor((t0 + 8.0) * 0.0625)
         q1 = tl.floor((t1 + 8.0) * 0.0625)
         byte = (t0 - 16.0 * q0 + 8.0) + (t1 - 16.0 * q1 + 8.0) * 16.0
         tl.store(low, (byte + MAGIC).to(tl.int32, bitcast=True).to(tl.uint8), mask=mask[:, None])
     else:
-        q0 = _clamp(_round(y0, index, key_a, key_b, STOCHASTIC), -127.0, 127.0)
-        q1 = _clamp(_round(y1, index + HALF, key_a, key_b, STOCHASTIC), -127.0, 127.0)
+        q0 = _clamp(_round(y0, seeds, column, STOCHASTIC), -127.0, 127.0)
+        q1 = _clamp(_round(y1, seeds, column + HALF, STOCHASTIC), -127.0, 127.0)
     if LEAST_SQUARES:
         square = tl.sum(q0 * q0 + q1 * q1, 1)
         product = tl.sum(y0 * q0 + y1 * q1, 1)
