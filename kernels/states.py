@@ -10,8 +10,8 @@ the second, so these two are what is kept:
   the gradients in a block are, and its error is the error of the step.
 
 Rounding of the root is stochastic by default, with 16 random bits, and so is that of its scale: from one step
-to the next both change by less than their formats can say, and to the nearest they would stay where they are. Encoding what
-was decoded gives the same bytes (to the nearest), so that a checkpoint may hold FP32.
+to the next both change by less than their formats can say, and to the nearest they would stay where they are.
+Encoding what was decoded gives the same bytes (to the nearest), so that a checkpoint may hold FP32.
 
 A BF16 weight is the upper half of its FP32 master, rounded; the lower half is kept beside it. To which side
 a master halfway between two weights was rounded is one bit more: with FP32 moments it is the sign of the

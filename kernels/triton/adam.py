@@ -57,8 +57,8 @@ def _approximate_inverse(x):
 
 @triton.jit
 def _inverse(x):
-    """The nearest FP32 number to 1 / x, for x of 2^-126 to 2^126 with at most 14 bits of mantissa: for each of
-    these one step of Newton's, from a neighbour of it or the next one, ends there."""
+    """The nearest FP32 number to 1 / x, for x of 2^-126 to 2^126 whose mantissa has at most 14 bits: for all
+    of these (tried one by one) a step of Newton's ends there, be it begun two numbers beside it."""
     inverse = _approximate_inverse(x)
     if INTERPRET:
         return inverse

@@ -35,9 +35,26 @@ def _place(block, blocks, SEGMENT: tl.constexpr):
 
 
 @triton.jit
-def _load_scales(ptr, mask):
-    """FP32 of scales that are stored as the bits of BF16."""
-    return (tl.load(ptr, mask=mask, other=0).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+def load_rows(ptr, index, mask):
+    """int32 [R] of the int16 or int32 words at ``index`` [R]; 0 where ``mask`` [R] is False.
+
+    tl.load would have each word read by one thread, and carried through shared memory to those that hold the
+    numbers of its row; here each of them reads it.
+    """
+    if INTERPRET:
+        return tl.load(ptr + index, mask=mask, other=0).to(tl.int32)
+    elif ptr.dtype.element_ty == tl.int16:
+        return tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.b32 $0, 0; @p ld.global.s16 $0, [$1]; }",
+            "=&r,l,r", [(ptr + index).to(tl.int64), mask.to(tl.int32)],
+            dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.b32 $0, 0; @p ld.global.b32 $0, [$1]; }",
+            "=&r,l,r", [(ptr + index).to(tl.int64), mask.to(tl.int32)],
+            dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -51,7 +68,7 @@ def _round(y, seeds, column, STOCHASTIC: tl.constexpr):
 def _accumulate_kernel(
     codes_ptr, scales_ptr, residual_ptr, grad_ptr, blocks, first, n, key_a, key_b,
     RESIDUAL: tl.constexpr, STOCHASTIC: tl.constexpr, LEAST_SQUARES: tl.constexpr,
-    SEGMENT: tl.constexpr, R: tl.constexpr,
+    WHOLE: tl.constexpr, SEGMENT: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     own = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     mask = own * (2 * HALF) < n
@@ -60,9 +77,14 @@ def _accumulate_kernel(
     column = tl.arange(0, HALF)[None, :]
     codes = codes_ptr + code_at[:, None] + column
     grad = grad_ptr + (own * (2 * HALF))[:, None] + column
-    left = n - (own * (2 * HALF))[:, None] - column  # how many numbers from here on
+    here = mask[:, None]  # one test for all numbers that a thread reads at once
+    there = here
+    if not WHOLE:
+        left = n - (own * (2 * HALF))[:, None] - column  # how many numbers from here on
+        here = left > 0
+        there = left > HALF
 
-    scale = _load_scales(scales_ptr + scale_at, mask)
+    scale = (load_rows(scales_ptr, scale_at, mask) << 16).to(tl.float32, bitcast=True)
     x0 = tl.load(codes, mask=mask[:, None], other=0).to(tl.float32)
     x1 = tl.load(codes + HALF, mask=mask[:, None], other=0).to(tl.float32)
     unit = scale
@@ -77,10 +99,9 @@ def _accumulate_kernel(
     else:
         x0 = x0 * scale[:, None]
         x1 = x1 * scale[:, None]
-    # Not by the product alone: the codes of a block that was never written may be anything.
-    empty = (scale == 0)[:, None]
-    x0 = tl.where(empty, 0.0, x0) + widen(tl.load(grad, mask=left > 0, other=0.0))
-    x1 = tl.where(empty, 0.0, x1) + widen(tl.load(grad + HALF, mask=left > HALF, other=0.0))
+    # Where the scale is 0, codes and residual may be anything: all of them are finite.
+    x0 += widen(tl.load(grad, mask=here, other=0.0))
+    x1 += widen(tl.load(grad + HALF, mask=there, other=0.0))
 
     new = _largest(x0, x1) * 0.007874015718698502  # FP32 of 1 / 127
     bits = new.to(tl.int32, bitcast=True)
@@ -112,29 +133,6 @@ def _accumulate_kernel(
     # The low byte of the integer in the low bits of 1.5 * 2^23 + q is q in two's complement.
     tl.store(codes, (q0 + ROUND).to(tl.int32, bitcast=True).to(tl.int8), mask=mask[:, None])
     tl.store(codes + HALF, (q1 + ROUND).to(tl.int32, bitcast=True).to(tl.int8), mask=mask[:, None])
-
-
-@triton.jit
-def load_rows(ptr, index, mask):
-    """int32 [R] of the int16 or int32 words at ``index`` [R], int32; 0 where ``mask`` [R] is False.
-
-    tl.load would have each word read by one thread, and carried through shared memory to those that hold the
-    numbers of its row; here each of them reads it.
-    """
-    if INTERPRET:
-        return tl.load(ptr + index, mask=mask, other=0).to(tl.int32)
-    elif ptr.dtype.element_ty == tl.int16:
-        return tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.b32 $0, 0; @p ld.global.s16 $0, [$1]; }",
-            "=&r,l,r", [(ptr + index).to(tl.int64), mask.to(tl.int32)],
-            dtype=tl.int32, is_pure=True, pack=1,
-        )  # fmt: skip
-    else:
-        return tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.b32 $0, 0; @p ld.global.b32 $0, [$1]; }",
-            "=&r,l,r", [(ptr + index).to(tl.int64), mask.to(tl.int32)],
-            dtype=tl.int32, is_pure=True, pack=1,
-        )  # fmt: skip
 
 
 @triton.jit
@@ -190,8 +188,8 @@ def accumulate(
         _accumulate_kernel[(triton.cdiv(n, BLOCKS * BLOCK),)](
             bucket.view(torch.int8), bucket.view(torch.int16), residual, grad, blocks, first, n,
             *signed_key(key), RESIDUAL=fmt.residual_bits > 0, STOCHASTIC=fmt.rounding == "stochastic",
-            LEAST_SQUARES=fmt.scale == "least-squares", SEGMENT=segment_bytes(1), R=BLOCKS,
-            num_warps=4, enable_fp_fusion=False,
+            LEAST_SQUARES=fmt.scale == "least-squares", WHOLE=n % BLOCK == 0, SEGMENT=segment_bytes(1),
+            R=BLOCKS, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
 
 

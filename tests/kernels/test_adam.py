@@ -132,7 +132,7 @@ def test_triton_gives_the_same_step(rng, name, segments, dtype, kept):
         for a, b in zip(expected.moments(), got.moments(), strict=True):
             torch.testing.assert_close(b, a, **close)
     else:
-        # A last bit of the moment moves a few numbers to the next code. Where the scale is NaN codes say nothing.
+        # A last bit of the moment moves a few numbers to the next code. Codes say nothing under a NaN scale.
         says = ~expected.scales[:, 1].isnan().repeat_interleave(BLOCK)[:N]
         assert says.float().mean() > 0.9
         for key in ("exp_avg", "exp_avg_sq"):
@@ -174,3 +174,25 @@ def test_triton_encodes_the_same_bits(rng, kept, key):
         found.append(copy_of(states))
     for name, expected in found[0].tensors.items():
         assert torch.equal(expected, found[1].tensors[name]), name
+
+
+@pytest.mark.parametrize("segments", [1, 2])
+@pytest.mark.parametrize("kept", KEPT)
+def test_triton_steps_whole_blocks_alike(rng, kept, segments):
+    """Where no block is cut short the kernel tests less: the same bits as beside a block that is."""
+    kernel = pytest.importorskip("agoq_kernels.triton.adam")
+    bits, split = KEPT[kept]
+    source = in_codes(codes(rng, segments).to(DEVICE), 0.125)
+    weight = torch.randn(N, generator=rng).bfloat16()
+    first = AdamStates.new(weight, bits, split)
+    first.write_moments(torch.randn(N, generator=rng), torch.randn(N, generator=rng).square())
+    correction = corrections(torch.tensor(5.0), SETTINGS["adamw"]).to(DEVICE)
+    found = []
+    for n in (N, N - N % BLOCK):
+        assert n % BLOCK == 0 or n == N
+        states = copy_of(copy_of(first, DEVICE).part(slice(0, n)), DEVICE)
+        stepped = weight[:n].clone().to(DEVICE)
+        kernel.adam_step(source, states, stepped, correction, SETTINGS["adamw"], 77 if bits == 8 else None)
+        found.append({**states.tensors, "weight": stepped})
+    for name, whole in found[1].items():
+        assert torch.equal(whole, found[0][name][: len(whole)]), name
