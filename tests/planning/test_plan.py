@@ -59,6 +59,13 @@ MEASURED = {
     "32k, agoq, MLP in parts": (
         "llama3-8b", "--seq-length 32768 --micro-batch-size 1 --mlp-chunks-for-training 4", 44975,
     ),
+    "longest sequence": (
+        "llama3-8b", "--seq-length 125440 --max-position-embeddings 125440 --micro-batch-size 1", 77212,
+    ),
+    "LLaMA-3-8B whole, all in 8 bits": (
+        "llama3-8b", "--num-layers 32 --vocab-size 128256 --micro-batch-size 1 --agoq-loss-chunks 8 "
+        "--agoq-grad-bits 8 --agoq-optimizer-bits 8", 63306,
+    ),
 }  # fmt: skip
 
 
