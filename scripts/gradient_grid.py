@@ -21,11 +21,13 @@ import itertools
 import json
 import math
 import re
+import shlex
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -413,7 +415,9 @@ def main() -> int:
     start = time.monotonic()
     rows = list(run_all(chosen))
     if options.out:
-        options.out.write_text(json.dumps(rows, indent=1) + "\n")
+        head = {"date": datetime.now().astimezone().isoformat(timespec="seconds"), "card": "CPU"}
+        head |= {"torch": torch.__version__, "command": shlex.join(["python", *sys.argv])}
+        options.out.write_text(json.dumps(head | {"configurations": rows}, indent=1) + "\n")
     failed = sum(bool(row["faults"]) for row in rows)
     closest = max((row["error"] / row["bound"] for row in rows if "error" in row), default=math.nan)
     minutes = (time.monotonic() - start) / 60
