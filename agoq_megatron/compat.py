@@ -200,6 +200,26 @@ def other_product(layer, product: Callable) -> Iterator[None]:
         layer._forward_impl = stock
 
 
+def checkpoint_arguments(folder: str, args):
+    """The arguments in the checkpoint that will be loaded from ``folder``, or None. How a run was left must
+    be known before its memory is planned and its model built. Megatron reads them for --use-checkpoint-args,
+    but hands on only its own; this is the function by which it finds and reads them.
+    """
+    from megatron.training.checkpointing import _load_base_checkpoint
+
+    state = _load_base_checkpoint(folder, args, rank0=True)[0]
+    return None if state is None else state.get("args")
+
+
+def bind_checking_checkpoint(wrap: Callable[[Callable], Callable]) -> None:
+    """Replace the check of a loaded checkpoint's arguments by ``wrap(stock)``: no other function that could
+    be replaced gets to see them.
+    """
+    import megatron.training.checkpointing as checkpointing
+
+    checkpointing.check_checkpoint_args = wrap(checkpointing.check_checkpoint_args)
+
+
 def bind_training_loop(name: str, wrap: Callable[[Callable], Callable]) -> None:
     """Replace a function of Megatron's loop by ``wrap(stock)``: ``pretrain`` offers no callbacks,
     and the losses it computes reach nobody but the log, rounded.

@@ -85,6 +85,19 @@ class AGoQConfig:
     """Measure the bytes really kept between forward and backward every that many iterations, for
     TensorBoard and W&B. 0 measures once, in the first iteration after a start."""
 
+    agoq_probe_interval: int = 0
+    """Every that many iterations, of a new run from the first on, measure the relative L2 error of saved
+    activations in a few layers: the series agoq/saved-error. 0: never."""
+
+    agoq_probe_layers: int = 4
+    """Layers that are probed at a time, spaced evenly through the model. The next probe takes their
+    neighbours, so that all are seen in turn."""
+
+    agoq_max_error: float | None = None
+    """Give a tensor whose probed error exceeds this the next wider format (4, 5, 6, 8 bits, then 16: not
+    quantized) in that layer, from the next iteration on. Checkpoints hold the raised widths; a run that
+    resumes with --agoq-probe-interval takes them over."""
+
     agoq_report: str | None = None
     """Write a JSON file at the end of the run: losses, tokens, step time, planned and measured
     bytes of every saved tensor, peak memory."""

@@ -6,6 +6,7 @@ state, ``2 h`` bytes a token.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -14,7 +15,8 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from agoq_megatron.autograd.attention_linear import LSE
-from agoq_megatron.policy.policy import PolicyError, Rule
+from agoq_megatron.policy.policy import KEEP_BITS, PolicyError, Rule
+from agoq_megatron.policy.raised import RaisedPolicy
 from agoq_megatron.policy.sites import Site
 from agoq_megatron.specs import AGoQTransformerConfig, transformer_config_from_args
 
@@ -51,10 +53,27 @@ class Plan:
     """
 
     def __init__(self, config: AGoQTransformerConfig):
-        self.config = config
         self._itemsize = config.params_dtype.itemsize
         self._features = _features(config)
-        self.layers = {number: self._layer(number, i) for number, i in _positions(config)}
+        self._positions = list(_positions(config))
+        self.config = config
+        self.set_policy(config.agoq)
+
+    def set_policy(self, policy) -> None:
+        """Plan for another policy from now on.
+
+        Raises:
+            PolicyError: as for the first.
+        """
+        self.config.agoq = policy
+        self.layers = {number: self._layer(number, i) for number, i in self._positions}
+
+    def with_policy(self, policy) -> Plan:
+        """A plan for another policy; this one stays."""
+        other = copy.copy(self)
+        other.config = copy.copy(self.config)
+        other.set_policy(policy)
+        return other
 
     def _layer(self, number: int, index_in_chunk: int) -> tuple[Row, ...]:
         config = self.config
@@ -104,6 +123,10 @@ class Plan:
                 "--tensor-model-parallel-size."
             )
         return Row(site.value, str(rule.format), width, rule.format.bytes_for(axis) * width / axis)
+
+    def bytes_of(self, site: Site, number: int) -> float:
+        """Bytes a token of one tensor of layer ``number`` (from 1); 0 where it is not kept."""
+        return sum(row.bytes for row in self.layers[number] if row.name == site.value)
 
     def bytes_per_token_layer(self, layers: Iterable[int] | None = None) -> float:
         """Mean over the given layers (numbers from 1), by default over the whole model."""
@@ -155,6 +178,10 @@ class Plan:
 
     def _notes(self) -> Iterable[str]:
         config = self.config
+        if isinstance(config.agoq, RaisedPolicy):
+            for (site, bits), numbers in config.agoq.raised(self.layers).items():
+                now = "16 bits, not quantized" if bits == KEEP_BITS else f"{bits} bits"
+                yield f"  raised by --agoq-max-error: {site.value} to {now} in layers {_ranges(numbers)};"
         yield "  not quantized: log-sum-exp (FP32, the softmax's exact statistics);"
         yield ("    once a model, not a layer: embedding output, final norm's input, logits and loss;")
         if config.pipeline_model_parallel_size > 1:

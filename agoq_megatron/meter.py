@@ -59,6 +59,10 @@ class Meter:
         if first or (self._interval and iteration % self._interval == 0):
             self._due = set(range(len(self._decoders)))
 
+    def measure_again(self) -> None:
+        """Measure this iteration as well: what is kept has changed. Call after :meth:`begin_iteration`."""
+        self._due = set(range(len(self._decoders)))
+
     def _start(self, index: int) -> None:
         if index not in self._due or not torch.is_grad_enabled():
             return

@@ -143,7 +143,7 @@ class Planner:
 
 def parse(argv: list[str]):
     """(this command's flags, Megatron's validated arguments)."""
-    from agoq_megatron import training
+    from agoq_megatron import compat, training
     from agoq_megatron.planning.presets import preset_flags
 
     mine, rest = parser().parse_known_args(argv)
@@ -158,8 +158,10 @@ def parse(argv: list[str]):
         vocabulary = args.vocab_size or build_tokenizer(args).vocab_size
         args.padded_vocab_size = vocab_size_with_padding(vocabulary, args, logging_enabled=False)
     from agoq_megatron.planning.policies import compute_policy
+    from agoq_megatron.watching import restore_widths
 
     compute_policy(args)
+    restore_widths(args, compat.checkpoint_arguments)
     return mine, args
 
 

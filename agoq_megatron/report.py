@@ -6,6 +6,7 @@ loop computes is changed.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -22,6 +23,7 @@ from agoq_megatron.autograd import rounding
 from agoq_megatron.gradients.telemetry import GradientMeter
 from agoq_megatron.meter import Meter
 from agoq_megatron.optimizer.telemetry import state_bytes, stepped_parameters
+from agoq_megatron.watching import Watcher
 
 LOSS = "lm loss"
 WARM_UP_ITERATIONS = 3
@@ -40,6 +42,7 @@ class RunObserver:
         self._args = args
         self.meter = Meter(plan, args.agoq_measure_interval)
         self.gradients = GradientMeter(args.agoq_grad_probe_interval)
+        self.watcher = Watcher(args, plan)
         self._pending: list[tuple] = []
         self._history: list[dict] = []
         self._validations: list[dict] = []
@@ -63,6 +66,7 @@ class RunObserver:
             losses, skipped, grad_norm = result[0], result[1], result[5]
             seconds = time.perf_counter() - start
             self.gradients.end_iteration(iteration)
+            self.watcher.end_iteration(iteration)
             self._pending.append((iteration + 1, losses.get(LOSS), grad_norm, skipped, seconds))
             if len(self._pending) >= self._args.log_interval:
                 self._settle()
@@ -77,10 +81,13 @@ class RunObserver:
             self._started = True
             self.meter.attach(model)
             self.gradients.attach(model)
+            self.watcher.attach(model)
             seed = self._args.agoq_seed
             rounding.counter.seed(self._args.seed if seed is None else seed, mpu.get_data_parallel_rank())
         rounding.counter.begin_iteration(iteration)
         self.meter.begin_iteration(iteration)
+        if self.watcher.begin_iteration(iteration):
+            self.meter.measure_again()
         self.gradients.begin_iteration(iteration)
 
     def _settle(self) -> None:
@@ -98,8 +105,8 @@ class RunObserver:
         self._pending.clear()
 
     def _publish(self, iteration: int) -> None:
-        """Send new measurements of saved bytes and gradients to TensorBoard and W&B."""
-        values = {}
+        """Send new measurements of saved activations and gradients to TensorBoard and W&B."""
+        values = self.watcher.values(iteration)
         first = len(self._history) + len(self._pending) == 1
 
         def due(interval: int) -> bool:
@@ -176,6 +183,9 @@ class RunObserver:
             "saved_bytes_per_token_layer": self.meter.saved_bytes_per_token_layer,
             "planned_bytes_per_token_layer": self.meter.planned_bytes_per_token_layer,
             "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
+            "saved_errors": self.watcher.errors,
+            "raises": [dataclasses.asdict(it) for it in self.watcher.raises],
+            "raised_widths": getattr(args, "agoq_raised_widths", {}),
             "gradient_bits": args.agoq_grad_bits,
             "gradient_bytes": self.gradients.held_bytes,
             "gradient_bytes_per_parameter": self.gradients.bytes_per_parameter,

@@ -28,6 +28,7 @@ from agoq_megatron.modules.mlp import MLP
 from agoq_megatron.modules.norm import Norm
 from agoq_megatron.optimizer.settings import OptimizerSettings, optimizer_settings_from_args
 from agoq_megatron.policy.policy import ActivationPolicy, load_policy
+from agoq_megatron.policy.raised import RaisedPolicy
 
 
 @dataclass
@@ -48,6 +49,9 @@ def transformer_config_from_args(args) -> AGoQTransformerConfig:
     """
     config = core_transformer_config_from_args(args, AGoQTransformerConfig)
     config.agoq = load_policy(args.agoq_activations, args.agoq_rounding)
+    raised = getattr(args, "agoq_raised_widths", None)  # of the run so far: see watching.py
+    if raised:
+        config.agoq = RaisedPolicy(config.agoq, raised)
     config.agoq_gradients = settings_from_args(args)
     config.agoq_optimizer = optimizer_settings_from_args(args)
     if config.agoq_gradients is not None:

@@ -55,6 +55,7 @@ from agoq_megatron.refusals import UsageError
 from agoq_megatron.report import LOSS, RunObserver
 from agoq_megatron.specs import agoq_layer_spec, transformer_config_from_args
 from agoq_megatron.validation import check
+from agoq_megatron.watching import check_watched, restore_widths, wrap_checking_loaded
 
 SPIKY_LOSS_FACTOR = 10
 """``--check-for-spiky-loss`` reports a loss this many times the largest seen before."""
@@ -256,7 +257,9 @@ def prepare(on_cpu: bool) -> tuple[argparse.Namespace, Plan]:
         compat.check_megatron()
         args = parse_arguments(on_cpu)
         compute_policy(args)
+        restore_widths(args, compat.checkpoint_arguments)
         plan = plan_from_args(args)
+        check_watched(args, plan)
         if args.rank == 0:
             plan.print()
         if args.agoq_dry_run:
@@ -318,6 +321,7 @@ def main(on_cpu: bool) -> None:
     bind_gradients_and_optimizer(args)
     compat.bind_checkpoint(quantized_checkpoint)
     compat.bind_gradient_clipping()
+    compat.bind_checking_checkpoint(wrap_checking_loaded(args))
     if not on_cpu:
         compat.bind_weight_gradient_product(add_product)
     if args.agoq_loss == "in-place":

@@ -201,6 +201,7 @@ def check(args: Namespace, on_cpu: bool = False) -> None:
             f"--agoq-measure-interval {args.agoq_measure_interval}: give a number of iterations, or "
             "0 to measure once."
         )
+    _check_watching(args)
     if args.agoq_seed is not None and args.agoq_seed < 0:
         raise UsageError(f"--agoq-seed {args.agoq_seed}: give a number that is not negative.")
     if args.agoq_report is not None and Path(args.agoq_report).is_dir():
@@ -233,6 +234,31 @@ def check(args: Namespace, on_cpu: bool = False) -> None:
         raise UsageError(
             "--glu-linear-offset, --activation-func-clamp-value: these belong to gated activations, "
             "but the model has GELU. Add --swiglu or leave them out."
+        )
+
+
+def _check_watching(args: Namespace) -> None:
+    interval, limit = args.agoq_probe_interval, args.agoq_max_error
+    if interval < 0:
+        raise UsageError(
+            f"--agoq-probe-interval {interval}: give a number of iterations, or 0 to probe nothing."
+        )
+    if args.agoq_probe_layers < 1:
+        raise UsageError(f"--agoq-probe-layers {args.agoq_probe_layers}: give a number of layers, 1 or more.")
+    if limit is not None and not 0 < limit < 1:
+        raise UsageError(
+            f"--agoq-max-error {limit:g}: give a relative error between 0 and 1, such as 0.1 (4 bits have "
+            "about 0.09, 8 bits 0.006)."
+        )
+    if limit is not None and not interval:
+        raise UsageError(
+            f"--agoq-max-error {limit:g}: errors are known only where they are probed. Add "
+            "--agoq-probe-interval, say 100."
+        )
+    if interval and args.non_persistent_ckpt_type == "local":
+        raise UsageError(
+            "--non-persistent-ckpt-type local with --agoq-probe-interval: raised widths are read before such "
+            "checkpoints can be found; use global, or leave the probes out."
         )
 
 

@@ -53,8 +53,11 @@ def assert_killed(run) -> None:
     assert -signal.SIGKILL in run.codes and all(run.codes), (run.codes, run.log[-3000:])
 
 
-def assert_killed_and_resumed(launcher, whole, folder: Path, seed: int, ranks: int, flags) -> None:
-    """A run that is killed at a random step and started again is the uninterrupted one, to the last bit."""
+def assert_killed_and_resumed(launcher, whole, folder: Path, seed: int, ranks: int, flags):
+    """A run that is killed at a random step and started again is the uninterrupted one, to the last bit.
+
+    Returns the uninterrupted run and the resumed one.
+    """
     expected, checkpoints = whole(ranks, *flags)
     assert len(set(expected.losses().values())) == ITERATIONS
 
@@ -74,6 +77,7 @@ def assert_killed_and_resumed(launcher, whole, folder: Path, seed: int, ranks: i
     ):
         assert got == {i: right[i] for i in got}
     assert_same_tensors(checkpoints, folder, ITERATIONS)
+    return expected, resumed
 
 
 def assert_goes_on(launcher, whole, folder: Path, ranks: int, flags, to: tuple[int, tuple]) -> None:

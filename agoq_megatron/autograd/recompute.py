@@ -25,7 +25,7 @@ class _Region:
     def pack(self, x: Tensor):
         quantized = self.saved is not None and self.saved.rule.format is not None
         if quantized and x.data_ptr() == self.entry.data_ptr() and x.shape == self.entry.shape:
-            return self.saved, self.saved.pack(x), x.dtype
+            return self.saved, self.saved.pack(x, entry=True), x.dtype
         if self.saved is not None and x.data_ptr() == self.entry.data_ptr():
             self.saved.pack(x)  # announces what is kept as it is
         return None, x, None

@@ -4,23 +4,14 @@ from __future__ import annotations
 
 import copy
 import functools
-from dataclasses import replace
-
-from agoq_kernels.formats import Format
 
 from agoq_megatron.planning.footprint import schedule_of
 from agoq_megatron.planning.in_flight import stage_bits
 from agoq_megatron.planning.parameters import layers_of
 from agoq_megatron.policy.policy import COMPUTED, ActivationPolicy, Rule, load_policy, register
+from agoq_megatron.policy.raised import widened
 from agoq_megatron.policy.sites import Site
 from agoq_megatron.specs import transformer_config_from_args
-
-WIDER = {
-    5: Format(5, "int", 64, 8),
-    6: Format(6, "int", 64, 8),
-    8: Format(8, "int", 64, 16),
-}
-"""What takes the place of 4 bits where a stage has room for more; docs/format-study.md has their errors."""
 
 
 class StagePolicy:
@@ -39,10 +30,7 @@ class StagePolicy:
     @functools.cache  # noqa: B019 - one policy lives as long as the process
     def rule(self, site: Site, layer_number: int) -> Rule:
         """See :meth:`ActivationPolicy.rule`."""
-        rule, bits = self._base.rule(site, layer_number), self._bits[layer_number]
-        if rule.format is None or rule.format.bits >= bits:
-            return rule
-        return Rule(replace(WIDER[bits], rounding=rule.format.rounding))
+        return widened(self._base.rule(site, layer_number), self._bits[layer_number])
 
     def __deepcopy__(self, memo):
         return self

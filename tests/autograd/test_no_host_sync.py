@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from agoq_kernels.formats import Format
+from agoq_kernels.ops import dequantize, quantize
 
+from agoq_megatron.autograd import probing
 from agoq_megatron.autograd.cross_entropy import vocab_parallel_cross_entropy
+from agoq_megatron.autograd.saving import SavedTensor
+from agoq_megatron.policy.policy import Rule
+from agoq_megatron.policy.sites import Site
 from tests.autograd.test_layer_gradients import MIXED, OFF, our_layer, parameters
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -32,6 +38,25 @@ def test_layer(rng, no_sync, rules, kind, act, shape):
     torch.cuda.synchronize()
     no_sync()
     our_layer(x, p, rules, shape, kind, act).backward(grad)
+
+
+def test_probed_tensors(rng, no_sync):
+    fmt = Format(4, "nf4", 64, 8)
+    saved = SavedTensor(Site.KEY, 1, Rule(fmt))
+    x = torch.randn(11, 3, 64, generator=rng).to("cuda", torch.bfloat16)
+    tally = probing.ErrorTally([1], x.device)
+    probing.probe(tally)
+    try:
+        saved.pack(x)  # compiles
+        torch.cuda.synchronize()
+        no_sync()
+        saved.pack(x)
+    finally:
+        probing.probe(None)
+    torch.cuda.set_sync_debug_mode("default")
+    held = dequantize(*quantize(x, fmt), fmt, torch.float64)
+    error, square = tally.squares[0, probing.SITES.index(Site.KEY)].tolist()
+    assert (error / square) ** 0.5 == pytest.approx(((held - x).norm() / x.double().norm()).item(), rel=1e-5)
 
 
 def test_the_check_sees_a_wait(no_sync):

@@ -43,6 +43,23 @@ CASES = {
     "unknown rounding": ("--agoq-rounding up", ["--agoq-rounding"]),
     "negative seed": ("--agoq-seed -3", ["--agoq-seed"]),
     "negative interval": ("--agoq-measure-interval -1", ["--agoq-measure-interval"]),
+    "negative interval of probes": ("--agoq-probe-interval -1", ["--agoq-probe-interval -1", "0"]),
+    "probes of no layers": (
+        "--agoq-probe-interval 5 --agoq-probe-layers 0",
+        ["--agoq-probe-layers 0", "1 or more"],
+    ),
+    "error above one": (
+        "--agoq-probe-interval 5 --agoq-max-error 1.5",
+        ["--agoq-max-error 1.5", "between 0 and 1"],
+    ),
+    "no error at all": ("--agoq-probe-interval 5 --agoq-max-error 0", ["--agoq-max-error 0"]),
+    "error that nobody measures": (
+        "--agoq-max-error 0.1", ["--agoq-max-error 0.1", "Add --agoq-probe-interval"],
+    ),
+    "probes of what is not quantized": (
+        "--agoq-activations off --agoq-probe-interval 5",
+        ["--agoq-probe-interval 5", "--agoq-activations off quantizes nothing"],
+    ),
     "report in no folder": ("--agoq-report /no/such/folder/r.json", ["--agoq-report"]),
     "unknown flag": ("--agoq-activatoins off", ["--agoq-activatoins"]),
     "missing corpus": ("{real} --data-path /no/such/corpus", ["/no/such/corpus", ".bin", "prepare_corpus"]),

@@ -1,0 +1,246 @@
+"""Watching a run: how far saved activations are off, tensor by tensor, and more bits where that is too much.
+
+Every ``--agoq-probe-interval`` iterations the tensors of a few layers are probed: as each is quantized, what
+was kept of it is compared with it (``autograd/probing.py``). The sums stay on the device through the step; at
+its end they are added over all ranks and read. What is probed, and what follows from it, depends on the
+iteration's number alone, so that a resumed run does what the uninterrupted one would have done; and all
+ranks hold the same sums, so that all decide the same.
+
+A tensor of a layer whose error exceeds ``--agoq-max-error`` has more bits from the next iteration on, at its
+next probe again if it still does. Raised widths are kept in Megatron's arguments, which it writes into every
+checkpoint: ``agoq_raised_widths``, bits by the tensor's path. A path counts layers through the whole model,
+so a run that splits it otherwise finds them as well.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from argparse import Namespace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from agoq_megatron.autograd import probing
+from agoq_megatron.memory import Plan
+from agoq_megatron.policy.policy import KEEP_BITS
+from agoq_megatron.policy.raised import RaisedPolicy, next_width
+from agoq_megatron.policy.sites import Site
+from agoq_megatron.refusals import UsageError
+
+MIB = 2**20
+ERROR = "agoq/saved-error"
+
+
+def probed_layers(layers: int, at_a_time: int, turn: int) -> list[int]:
+    """Numbers (from 1) of the layers of the ``turn``-th probe: at most ``at_a_time``, evenly spaced through
+    the model. Every ``ceil(layers / at_a_time)`` turns all have been seen once."""
+    turns = math.ceil(layers / at_a_time)
+    return list(range(1 + turn % turns, layers + 1, turns))
+
+
+@dataclass(frozen=True)
+class Raise:
+    """A tensor that got more bits.
+
+    Attributes:
+        iteration: in which it was probed, from 1; the change holds from the next one on.
+        tensor: its path below the layer.
+        layer: from 1.
+        error: relative L2 error in that iteration.
+        old, new: bits; 16 is not quantized.
+        bytes: a token that it takes more, on each rank that holds the layer. 0 where it is recomputed and so
+            never waits for its backward pass.
+    """
+
+    iteration: int
+    tensor: str
+    layer: int
+    error: float
+    old: int
+    new: int
+    bytes: float
+
+
+class Watcher:
+    """Probes saved activations and raises widths, the same on every rank.
+
+    Args:
+        args: Megatron's validated arguments; ``agoq_raised_widths`` is replaced as widths are raised.
+        plan: of this run; follows the widths.
+
+    Attributes:
+        errors: of every probe since the start ``{"iteration", "errors": {tensor: {layer: error}}}``:
+            iterations and layers from 1, relative L2 errors over all ranks and micro-batches; None where not
+            finite.
+        raises: since the start.
+    """
+
+    def __init__(self, args: Namespace, plan: Plan):
+        self._args, self._plan = args, plan
+        self._interval = args.agoq_probe_interval
+        self._layers: list[nn.Module] = []
+        self._device: torch.device | None = None
+        self._tally: probing.ErrorTally | None = None
+        self._probed: list[int] = []
+        self._new_policy: RaisedPolicy | None = None
+        self.errors: list[dict] = []
+        self.raises: list[Raise] = []
+
+    def attach(self, model_chunks: Iterable[nn.Module]) -> None:
+        """Watch the layers of these model chunks (wrapped or not)."""
+        for chunk in model_chunks:
+            while not hasattr(chunk, "decoder"):
+                chunk = chunk.module
+            self._layers += chunk.decoder.layers
+            self._device = next(chunk.parameters()).device
+
+    def due(self, iteration: int) -> bool:
+        """Whether an iteration, counted from 0, is probed: every N-th, of a new run the first."""
+        return bool(self._interval) and iteration % self._interval == 0
+
+    def begin_iteration(self, iteration: int) -> bool:
+        """Before an iteration, counted from 0. Returns whether widths are other ones than in the last."""
+        changed, self._new_policy = self._new_policy, None
+        if changed is not None:
+            self._plan.set_policy(changed)
+            for layer in self._layers:
+                layer.set_policy(changed)
+        if self.due(iteration):
+            turn = iteration // self._interval
+            self._probed = probed_layers(self._args.num_layers, self._args.agoq_probe_layers, turn)
+            self._tally = probing.ErrorTally(self._probed, self._device)
+            probing.probe(self._tally)
+        return changed is not None
+
+    def end_iteration(self, iteration: int) -> None:
+        """After an iteration, counted from 0; every rank must call it."""
+        if self._tally is None:
+            return
+        squares, self._tally = self._tally.squares, None
+        probing.probe(None)
+        dist.all_reduce(squares)
+        found: dict[Site, dict[int, float]] = {}
+        for number, of_layer in zip(self._probed, squares.tolist(), strict=True):
+            for site, (error, square) in zip(probing.SITES, of_layer, strict=True):
+                if square != 0:  # else not packed anywhere, or nothing but zeros
+                    found.setdefault(site, {})[number] = math.sqrt(error / square)
+        self.errors.append({"iteration": iteration + 1, "errors": _as_report(found)})
+        if self._args.agoq_max_error is not None:
+            self._raise(iteration + 1, found)
+
+    def _raise(self, iteration: int, found: dict[Site, dict[int, float]]) -> None:
+        limit, policy, widths = self._args.agoq_max_error, self._plan.config.agoq, {}
+        raised = []
+        for site, of_layer in found.items():
+            for number, error in of_layer.items():
+                if error > limit:  # NaN does not: what is not finite would be so at any width
+                    old = policy.rule(site, number).format.bits
+                    widths[site.path(number)] = next_width(old)
+                    raised.append((site, number, error, old))
+        if not widths:
+            return
+        self._args.agoq_raised_widths = self._args.agoq_raised_widths | widths
+        base = policy.base if isinstance(policy, RaisedPolicy) else policy
+        self._new_policy = RaisedPolicy(base, self._args.agoq_raised_widths)
+        before, after = self._plan, self._plan.with_policy(self._new_policy)
+        for site, number, error, old in raised:
+            more = after.bytes_of(site, number) - before.bytes_of(site, number)
+            new = widths[site.path(number)]
+            self.raises.append(Raise(iteration, site.value, number, error, old, new, more))
+            if self._args.rank == self._args.world_size - 1:  # which prints Megatron's lines as well
+                print(self._line(self.raises[-1]), flush=True)
+
+    def _line(self, it: Raise) -> str:
+        tokens = self._args.micro_batch_size * self._args.seq_length
+        new = "16 bits, not quantized," if it.new == KEEP_BITS else f"{it.new} bits"
+        return (
+            f"AGoQ: iteration {it.iteration}: error {it.error:.4f} of {it.tensor} in layer {it.layer} "
+            f"exceeds --agoq-max-error {self._args.agoq_max_error:g}: from {it.old} to {new} from the next "
+            f"iteration on; costs {it.bytes:g} bytes a token, {it.bytes * tokens / MIB:.3g} MiB a "
+            "micro-batch in flight, on each rank that holds the layer"
+        )
+
+    def values(self, iteration: int) -> dict[str, float]:
+        """What goes to TensorBoard and W&B for an iteration, counted from 1; nothing unless it was probed.
+
+        ``agoq/saved-error/TENSOR`` is the largest of the layers probed, ``.../TENSOR/layer-N`` each of them.
+        """
+        if not self.errors or self.errors[-1]["iteration"] != iteration:
+            return {}
+        values = {}
+        for name, of_layer in self.errors[-1]["errors"].items():
+            finite = {number: error for number, error in of_layer.items() if error is not None}
+            if finite:
+                values[f"{ERROR}/{name}"] = max(finite.values())
+            values |= {f"{ERROR}/{name}/layer-{number}": error for number, error in finite.items()}
+        return values
+
+
+def _as_report(found: dict[Site, dict[int, float]]) -> dict[str, dict[int, float | None]]:
+    """By the tensor's name; JSON has no NaN."""
+    return {
+        site.value: {n: error if math.isfinite(error) else None for n, error in of_layer.items()}
+        for site, of_layer in found.items()
+    }
+
+
+def check_watched(args: Namespace, plan: Plan) -> None:
+    """Refuse to watch what is not quantized.
+
+    Raises:
+        UsageError: probes are asked for, but the policy keeps every tensor as it is.
+    """
+    if not args.agoq_probe_interval:
+        return
+    base = plan.config.agoq.base if isinstance(plan.config.agoq, RaisedPolicy) else plan.config.agoq
+    if not any(base.rule(site, number).format for site in Site for number in plan.layers):
+        raise UsageError(
+            f"--agoq-probe-interval {args.agoq_probe_interval}: --agoq-activations {base.name} quantizes "
+            "nothing, so there is no error to measure. Leave the probes out, or name a policy that quantizes."
+        )
+
+
+def restore_widths(args: Namespace, load: Callable[[str, Namespace], Namespace | None]) -> None:
+    """Take over the widths that the run had raised when it wrote the checkpoint that ``--load`` will load.
+
+    Only with ``--agoq-probe-interval``; with ``--finetune`` a new run begins, at its policy's widths.
+
+    Args:
+        args: Megatron's validated arguments; gets ``agoq_raised_widths``.
+        load: the arguments in the checkpoint of a folder, or None.
+    """
+    if not args.agoq_probe_interval:
+        return
+    args.agoq_raised_widths = {}
+    if args.load is not None and not args.finetune:
+        args.agoq_raised_widths = dict(getattr(load(args.load, args), "agoq_raised_widths", {}))
+
+
+def wrap_checking_loaded(args: Namespace) -> Callable[[Callable], Callable]:
+    """Wraps Megatron's check of a loaded checkpoint's arguments: are its widths those taken over?"""
+
+    def wrap(stock: Callable) -> Callable:
+        @functools.wraps(stock)
+        def check(loaded: Namespace, *more, **kwargs):
+            stock(loaded, *more, **kwargs)
+            widths = getattr(loaded, "agoq_raised_widths", {})
+            if not args.agoq_probe_interval:
+                if widths and args.rank == 0:
+                    print(
+                        f"AGoQ: this run had raised the widths of {len(widths)} tensors. Without "
+                        "--agoq-probe-interval they are those of the policy again.",
+                        flush=True,
+                    )
+            elif widths != args.agoq_raised_widths:
+                raise RuntimeError(
+                    f"--load {args.load}: the checkpoint has other raised widths than when this run started; "
+                    "another run writes into that folder. Start again."
+                )
+
+        return check
+
+    return wrap

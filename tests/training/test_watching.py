@@ -1,0 +1,274 @@
+"""Probes of a run, and widths that are raised: telemetry, the same on all ranks, kept by checkpoints."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from checkpoints import ITERATIONS, MIDDLE, assert_killed_and_resumed, train
+from test_parallel import LAYOUTS, MODEL, RECOMPUTE, TP2
+from test_report import series
+
+pytestmark = pytest.mark.slow
+
+ENTRY = Path(__file__).with_name("watched_entry.py")
+NORM1 = "self_attention.linear_qkv.norm_input"
+NORM2, FC1 = "mlp.linear_fc1.norm_input", "mlp.linear_fc1.output"
+FOUR_BITS = {NORM1, NORM2, FC1}
+EIGHT_BITS = {f"self_attention.core_attention.{name}" for name in ("query", "key", "value", "output")}
+EVERY = ["--agoq-probe-interval", 1, "--agoq-probe-layers", 1]
+RAISING = ["--agoq-probe-interval", 3, "--agoq-probe-layers", 1, "--agoq-max-error", 0.04]
+"""Of two layers: 5 bits have an error of .05, 6 of .025."""
+
+
+def errors(run) -> dict[int, dict[tuple[str, int], float]]:
+    """{iteration: {(tensor, layer): error}}."""
+    return {
+        probe["iteration"]: {
+            (name, int(layer)): error
+            for name, of_layer in probe["errors"].items()
+            for layer, error in of_layer.items()
+        }
+        for probe in run.report["saved_errors"]
+    }
+
+
+def raises(run) -> list[tuple]:
+    return [(r["iteration"], r["tensor"], r["layer"], r["old"], r["new"]) for r in run.report["raises"]]
+
+
+def assert_as_planned(run) -> None:
+    measured = run.report["saved_bytes_per_token_layer"]
+    assert measured == pytest.approx(run.report["planned_bytes_per_token_layer"], rel=0.01)
+
+
+def test_probes_change_nothing_and_are_reported(launcher, tmp_path):
+    """In turn over the layers, in report and TensorBoard; training is what it is without."""
+    flags = ["--train-iters", 5, "--tensorboard-dir", tmp_path]
+    probed = launcher.run(*flags, "--agoq-probe-interval", 2, "--agoq-probe-layers", 1)
+    plain = launcher.run("--train-iters", 5)
+    assert probed.ok and plain.ok, probed.log[-4000:]
+    assert probed.losses() == plain.losses() and probed.grad_norms() == plain.grad_norms()
+    assert plain.report["saved_errors"] == plain.report["raises"] == []
+    assert probed.report["raises"] == [] and probed.report["raised_widths"] == {}
+
+    found, tags = errors(probed), series(tmp_path)
+    assert list(found) == [1, 3, 5]
+    for iteration, layer in ((1, 1), (3, 2), (5, 1)):
+        assert found[iteration].keys() == {(name, layer) for name in FOUR_BITS | EIGHT_BITS}
+        for (name, _), error in found[iteration].items():
+            low, high = (0.07, 0.12) if name in FOUR_BITS else (0.004, 0.009)
+            assert low < error < high, (name, error)
+    for name in FOUR_BITS | EIGHT_BITS:
+        per_probe = [(i, pytest.approx(found[i][name, n])) for i, n in ((1, 1), (3, 2), (5, 1))]
+        assert tags[f"agoq/saved-error/{name}"] == per_probe
+        assert tags[f"agoq/saved-error/{name}/layer-1"] == [per_probe[0], per_probe[2]]
+        assert tags[f"agoq/saved-error/{name}/layer-2"] == [per_probe[1]]
+
+
+def test_the_series_of_a_tensor_is_its_worst_layer(launcher, tmp_path):
+    run = launcher.run("--train-iters", 1, "--tensorboard-dir", tmp_path, "--agoq-probe-interval", 1)
+    assert run.ok, run.log[-4000:]
+    found, tags = errors(run)[1], series(tmp_path)
+    for name in FOUR_BITS | EIGHT_BITS:
+        assert tags[f"agoq/saved-error/{name}"] == [(1, pytest.approx(max(found[name, 1], found[name, 2])))]
+
+
+def test_a_low_limit_raises_to_16_bits(launcher):
+    """A width a probe, each said in a line with what it costs; what is kept follows, and errors fall."""
+    flags = [
+        "--train-iters",
+        9,
+        "--agoq-probe-interval",
+        1,
+        "--agoq-max-error",
+        0.002,
+        "--agoq-loss-chunks",
+        2,
+    ]
+    run = launcher.run(*flags)
+    assert run.ok, run.log[-4000:]
+    for layer in (1, 2):
+        for name in FOUR_BITS:
+            steps = [(i, old, new) for i, tensor, n, old, new in raises(run) if (tensor, n) == (name, layer)]
+            assert steps == [(1, 4, 5), (2, 5, 6), (3, 6, 8), (4, 8, 16)]
+        for name in EIGHT_BITS:
+            steps = [(i, old, new) for i, tensor, n, old, new in raises(run) if (tensor, n) == (name, layer)]
+            assert steps == [(1, 8, 16)]
+    found = errors(run)
+    for name in FOUR_BITS:
+        fall = [found[i][name, 1] for i in range(1, 5)]
+        assert all(b < 0.7 * a for a, b in zip(fall, fall[1:], strict=False)), fall
+    assert found[5] == {}  # nothing is quantized any more
+    assert set(run.report["raised_widths"].values()) == {16}
+    off = launcher.run("--train-iters", 1, "--agoq-activations", "off")
+    assert_as_planned(run)
+    # Norm and activation outputs are recomputed all the same.
+    kept = {row["name"]: row["measured_bytes_per_token"] for row in run.report["tensors"]}
+    whole = {row["name"]: row["measured_bytes_per_token"] for row in off.report["tensors"]}
+    assert {name: kept[name] for name in FOUR_BITS | EIGHT_BITS} == {
+        name: whole[name] for name in FOUR_BITS | EIGHT_BITS
+    }
+
+    lines = re.findall(
+        r"^AGoQ: iteration (\d+): error (\S+) of (\S+) in layer (\d+) exceeds (.*)$", run.log, re.M
+    )
+    assert [(int(i), name, int(layer)) for i, _, name, layer, _ in lines] == [r[:3] for r in raises(run)]
+    for (_, error, *_, rest), it in zip(lines, run.report["raises"], strict=True):
+        assert float(error) == pytest.approx(it["error"], abs=1e-4)
+        new = "16 bits, not quantized," if it["new"] == 16 else f"{it['new']} bits"
+        assert rest.startswith(
+            f"--agoq-max-error 0.002: from {it['old']} to {new} from the next iteration on"
+        )
+        assert f"costs {it['bytes']:g} bytes a token" in rest
+    # 512 features of FC1's output: a bit more of each is 64 bytes.
+    assert [r["bytes"] for r in run.report["raises"] if (r["tensor"], r["layer"]) == (FC1, 1)][:2] == [64, 64]
+
+
+@pytest.fixture(scope="module")
+def common(launcher, tmp_path_factory):
+    """Runs of four layers from one checkpoint, in FP32, that raise 4 bits to 5 and go no further."""
+    start = tmp_path_factory.mktemp("start")
+    made = launcher.run(*MODEL, "--train-iters", 1, "--save", start, "--save-interval", 1, tiny=False)
+    assert made.ok, made.log[-4000:]
+
+    def run(*flags, ranks=1, **more):
+        done = launcher.run(
+            *MODEL, "--train-iters", 4, "--load", start, "--finetune", "--agoq-probe-interval", 1,
+            *("--agoq-probe-layers", 2, "--agoq-max-error", 0.07, *flags), ranks=ranks, tiny=False,
+            timeout=200, **more,
+        )  # fmt: skip
+        assert done.ok, done.log[-4000:]
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def one_rank(common):
+    return common()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_sees_the_same(common, one_rank, layout, tmp_path):
+    """Errors of one rank, whatever the split; and every rank keeps its layers in the raised widths."""
+    assert sorted(raises(one_rank)) == sorted(
+        (i, name, n, 4, 5) for i, layers in ((1, (1, 3)), (2, (2, 4))) for n in layers for name in FOUR_BITS
+    )
+    ranks, flags = LAYOUTS[layout]
+    run = common(*flags.split(), "--agoq-report", tmp_path / "r", ranks=ranks, entry=ENTRY)
+    import json
+
+    run.report = json.loads((tmp_path / "r").read_text())
+    assert raises(run) == raises(one_rank)
+    for iteration, expected in errors(one_rank).items():
+        got = errors(run)[iteration]
+        assert got.keys() == expected.keys()
+        worst = max(abs(got[key] / expected[key] - 1) for key in expected)
+        assert worst < 0.02, (iteration, worst)
+    assert_as_planned(run)
+    kept: dict[int, dict[str, int]] = {}
+    for rank, path, bits in re.findall(r"^rank (\d+) keeps (\S+) in (\d+)$", run.log, re.M):
+        kept.setdefault(int(rank), {})[path] = int(bits)
+    assert kept.keys() == set(range(ranks))
+    seen = {path for of_rank in kept.values() for path in of_rank}
+    assert {p for p in seen if any(p.endswith(name) for name in FOUR_BITS)} == set(
+        run.report["raised_widths"]
+    )
+    for of_rank in kept.values():
+        for path, bits in of_rank.items():
+            name = path.split(".", 3)[3]
+            assert bits == (5 if name in FOUR_BITS else 8 if name in EIGHT_BITS else 4), (path, bits)
+
+
+@pytest.mark.parametrize("layout", ["one rank", "PP2 interleaved", "TP2 SP"])
+@pytest.mark.parametrize("kind", RECOMPUTE)
+def test_under_recomputation(common, one_rank, kind, layout):
+    """Full: the layer's input is what waits, and what costs. Selective: a tensor that is packed twice, at the
+    entry of its region and in backward, has the error of the first."""
+    ranks, flags = LAYOUTS.get(layout, (1, ""))
+    run = common(*flags.split(), *RECOMPUTE[kind].split(), ranks=ranks)
+    assert_as_planned(run)
+    found, costs = errors(run)[1], {(r["tensor"], r["layer"]): r["bytes"] for r in run.report["raises"]}
+    if kind == "full":
+        assert {n for name, n in costs if name == "input"} == {1, 2, 3, 4}
+        assert all((cost > 0) == (name == "input") for (name, _), cost in costs.items())
+        assert 0.07 < found["input", 1] < 0.12
+    else:
+        assert raises(run) == raises(one_rank)
+        for key in [(name, layer) for name in FOUR_BITS for layer in (1, 3)]:
+            assert found[key] == pytest.approx(errors(one_rank)[1][key], rel=0.02)
+        assert (FC1, 1) in costs and costs[FC1, 1] == 0 < costs[NORM2, 1]
+
+
+CASES = {
+    "1 rank": (1, ()),
+    "DP 2, distributed optimizer, 8-bit gradients": (
+        2, ("--use-distributed-optimizer", "--overlap-grad-reduce", "--agoq-grad-bits", "8"),
+    ),
+    "PP 2": (2, ("--pipeline-model-parallel-size", "2")),
+    "TP 2": (2, ("--tensor-model-parallel-size", "2", "--sequence-parallel")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_killed_and_resumed(launcher, whole, tmp_path, seed, case):
+    """Widths that were raised before the checkpoint are there again; probes and raises after it are those of
+    the uninterrupted run."""
+    ranks, flags = CASES[case]
+    flags = (*RAISING, *flags)
+    expected, resumed = assert_killed_and_resumed(launcher, whole, tmp_path, seed, ranks, flags)
+    assert {(i, n, old, new) for i, _, n, old, new in raises(expected)} == {
+        (1, 1, 4, 5), (4, 2, 4, 5), (7, 1, 5, 6), (10, 2, 5, 6),
+    }  # fmt: skip
+    first = min(resumed.losses())
+    assert raises(resumed) == [it for it in raises(expected) if it[0] >= first]
+    assert errors(resumed) == {i: found for i, found in errors(expected).items() if i >= first}
+    assert resumed.report["raised_widths"] == expected.report["raised_widths"]
+    plan = resumed.log[resumed.log.index("AGoQ: saved activations") :]
+    assert "raised by --agoq-max-error: mlp.linear_fc1.output to 5 bits in layers" in plan
+    assert_as_planned(resumed)
+
+
+@pytest.mark.parametrize("ranks, flags", [
+    (2, ["--pipeline-model-parallel-size", "2"]), (2, TP2.split()),
+], ids=["PP 2", "TP 2"])  # fmt: skip
+def test_another_split_takes_the_widths_over(launcher, whole, ranks, flags):
+    _, checkpoints = whole(1, *RAISING)
+    more = [*train(*EVERY, *flags), "--load", checkpoints, "--ckpt-step", MIDDLE]
+    run = launcher.run(*more, "--exit-interval", MIDDLE + 1, ranks=ranks)
+    assert run.ok, run.log[-4000:]
+    widths = {f"decoder.layers.{n}.{name}": 5 for n in (0, 1) for name in FOUR_BITS}
+    assert run.report["raised_widths"] == widths
+    assert "raised by --agoq-max-error: mlp.linear_fc1.output to 5 bits in layers 1-2;" in run.log
+    assert_as_planned(run)
+    ((_, found),) = errors(run).items()
+    assert all(0.03 < error < 0.07 for (name, _), error in found.items() if name in FOUR_BITS)
+
+
+def test_without_probes_the_policy_holds_again(launcher, whole):
+    _, checkpoints = whole(1, *RAISING)
+    more = [*train(), "--load", checkpoints, "--ckpt-step", MIDDLE]
+    run = launcher.run(*more)
+    assert run.ok, run.log[-4000:]
+    assert "this run had raised the widths of 6 tensors. Without --agoq-probe-interval" in run.log
+    kept = {row["name"]: row["format"] for row in run.report["tensors"]}
+    assert all(kept[name].startswith("nf4") for name in FOUR_BITS)
+
+
+def test_a_new_run_from_old_weights_starts_anew(launcher, whole):
+    _, checkpoints = whole(1, *RAISING)
+    run = launcher.run("--load", checkpoints, "--finetune", "--train-iters", 1, *EVERY)
+    assert run.ok, run.log[-4000:]
+    assert run.report["raised_widths"] == {} and "raised by" not in run.log
+
+
+def test_a_dry_run_plans_the_raised_widths(launcher, whole):
+    _, checkpoints = whole(1, *RAISING)
+    more = [*train(*EVERY), "--load", checkpoints, "--agoq-dry-run"]
+    run = launcher.run(*more)
+    assert run.ok, run.log[-4000:]
+    assert "raised by --agoq-max-error: mlp.linear_fc1.output to 6 bits in layers 1-2;" in run.log
+    assert "int6 g64 s8" in run.log
+    assert ITERATIONS == 10  # the second layer was raised in the last iteration
