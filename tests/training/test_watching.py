@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 from checkpoints import ITERATIONS, MIDDLE, assert_killed_and_resumed, train
-from test_parallel import LAYOUTS, MODEL, RECOMPUTE, TP2
-from test_report import series
+
+from tests.training.test_parallel import LAYOUTS, MODEL, RECOMPUTE, TP2
+from tests.training.test_report import series
 
 pytestmark = pytest.mark.slow
 
 ENTRY = Path(__file__).with_name("watched_entry.py")
+PLANNER = Path(__file__).parents[2] / "agoq_megatron" / "plan.py"
 NORM1 = "self_attention.linear_qkv.norm_input"
 NORM2, FC1 = "mlp.linear_fc1.norm_input", "mlp.linear_fc1.output"
 FOUR_BITS = {NORM1, NORM2, FC1}
@@ -158,7 +161,6 @@ def test_every_layout_sees_the_same(common, one_rank, layout, tmp_path):
     )
     ranks, flags = LAYOUTS[layout]
     run = common(*flags.split(), "--agoq-report", tmp_path / "r", ranks=ranks, entry=ENTRY)
-    import json
 
     run.report = json.loads((tmp_path / "r").read_text())
     assert raises(run) == raises(one_rank)
@@ -272,3 +274,18 @@ def test_a_dry_run_plans_the_raised_widths(launcher, whole):
     assert "raised by --agoq-max-error: mlp.linear_fc1.output to 6 bits in layers 1-2;" in run.log
     assert "int6 g64 s8" in run.log
     assert ITERATIONS == 10  # the second layer was raised in the last iteration
+
+
+def test_the_planner_counts_them(launcher, whole, tmp_path):
+    """Those of the checkpoint that it is told of."""
+    _, checkpoints = whole(1, *RAISING)
+    held = []
+    for more in ([], EVERY):
+        file = tmp_path / f"plan{len(held)}.json"
+        flags = ["--train-iters", 1, "--load", checkpoints, "--ckpt-step", MIDDLE, "--plan-json", file, *more]
+        run = launcher.run(*flags, entry=PLANNER)
+        assert run.ok, run.log[-4000:]
+        plan = json.loads(file.read_text())["kinds"]["these flags"]
+        held.append(plan["stages"][0]["parts"]["saved activations"])
+    # Two layers, 64 tokens; a bit more of 128, 128 and 512 features.
+    assert held[1] - held[0] == 2 * 64 * (128 + 128 + 512) / 8
