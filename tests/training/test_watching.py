@@ -22,7 +22,7 @@ FOUR_BITS = {NORM1, NORM2, FC1}
 EIGHT_BITS = {f"self_attention.core_attention.{name}" for name in ("query", "key", "value", "output")}
 EVERY = ["--agoq-probe-interval", 1, "--agoq-probe-layers", 1]
 RAISING = ["--agoq-probe-interval", 3, "--agoq-probe-layers", 1, "--agoq-max-error", 0.04]
-"""Of two layers: 5 bits have an error of .05, 6 of .025."""
+"""Of two layers, rounded stochastically: 5 bits have an error of .07, 6 of .035."""
 
 
 def errors(run) -> dict[int, dict[tuple[str, int], float]]:
@@ -246,7 +246,8 @@ def test_another_split_takes_the_widths_over(launcher, whole, ranks, flags):
     assert "raised by --agoq-max-error: mlp.linear_fc1.output to 5 bits in layers 1-2;" in run.log
     assert_as_planned(run)
     ((_, found),) = errors(run).items()
-    assert all(0.03 < error < 0.07 for (name, _), error in found.items() if name in FOUR_BITS)
+    # Rounded stochastically, 5 bits have an error of .07, 4 have .13.
+    assert all(0.06 < error < 0.09 for (name, _), error in found.items() if name in FOUR_BITS)
 
 
 def test_without_probes_the_policy_holds_again(launcher, whole):
