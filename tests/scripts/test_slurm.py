@@ -1,0 +1,181 @@
+"""The batch scripts: what they refuse, what they start (with a stand-in for srun), and that presets fit.
+
+scripts/slurm/try_one_machine.sh tries them on a real SLURM; it takes a quarter of an hour.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SLURM = ROOT / "scripts" / "slurm"
+FLAGS = """
+# A model  # and a remark
+--num-layers 2   --data-path 'a path' # comment
+--name=a#b --lr 1e-3
+"""
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """SLURM's commands as scripts that note how they are called."""
+    commands = {
+        "scontrol": 'case "$1" in show) echo node1; echo node2;; *) echo "$@" >> $CALLS/scontrol;; esac',
+        "scancel": 'echo "$@" >> $CALLS/scancel; kill -USR1 $(cat $CALLS/task)',
+        # Options end where the task's own command begins.
+        "srun": 'while [ "${1#--}" != "$1" ]; do shift; done; SLURM_PROCID=3 SLURM_LOCALID=1 exec "$@"',
+        "sleep": "exit 0",
+    }
+    (tmp_path / "bin").mkdir()
+    for name, text in commands.items():
+        path = tmp_path / "bin" / name
+        path.write_text(f"#!/bin/bash\n{text}\n")
+        path.chmod(0o755)
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    return tmp_path
+
+
+def python(cluster: Path, text: str) -> None:
+    """What a rank runs instead of Python."""
+    path = cluster / "venv" / "bin" / "python"
+    path.write_text(f"#!{sys.executable}\nimport os, sys, time, signal\n{text}\n")
+    path.chmod(0o755)
+
+
+def batch(cluster: Path, script: str, *words: object, **more: str) -> subprocess.Popen:
+    (cluster / "tiny.flags").write_text(FLAGS)
+    environment = os.environ | {
+        "PATH": f"{cluster / 'bin'}:{os.environ['PATH']}", "CALLS": str(cluster), "SLURM_JOB_ID": "17",
+        "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NTASKS": "4",
+        "AGOQ_VENV": str(cluster / "venv"), **more,
+    }  # fmt: skip
+    return subprocess.Popen(
+        ["bash", str(SLURM / script), *map(str, words)], env=environment, cwd=cluster, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+NOTE = "open(os.environ['CALLS'] + '/argv', 'w').write(chr(10).join(sys.argv[1:]))\n"
+
+
+def test_a_job_that_ends_by_itself(cluster):
+    names = "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"
+    python(cluster, NOTE + f"print(*(os.environ[name] for name in {names}))")
+    job = batch(cluster, "train.sbatch", "tiny.flags", "--save", "ck pt", "--lr", "2e-3")
+    out, err = job.communicate(timeout=30)
+    assert job.returncode == 0, err
+    assert out.split() == ["3", "1", "4", "node1"]
+    script, *flags = (cluster / "argv").read_text().split("\n")
+    assert script == str(ROOT / "pretrain_gpt_agoq.py")
+    assert flags == [
+        "--num-layers", "2", "--data-path", "a path", "--name=a#b", "--lr", "1e-3", "--save", "ck pt",
+        "--lr", "2e-3", "--load", "ck pt", "--exit-signal-handler", "--exit-signal", "SIGUSR1",
+    ]  # fmt: skip
+    assert not (cluster / "scontrol").exists() and "ended with status 0" in err
+
+
+def test_a_job_that_fails_is_not_requeued(cluster):
+    python(cluster, "sys.exit(3)")
+    job = batch(cluster, "train.sbatch", "tiny.flags", "--save=x", "--load=y")
+    _, err = job.communicate(timeout=30)
+    assert job.returncode == 3 and not (cluster / "scontrol").exists(), err
+
+
+def test_a_job_near_its_limit_saves_and_is_requeued(cluster):
+    python(cluster, """
+left = []
+signal.signal(signal.SIGUSR1, lambda *_: left.append(1))
+open(os.environ["CALLS"] + "/task.new", "w").write(str(os.getpid()))
+os.rename(os.environ["CALLS"] + "/task.new", os.environ["CALLS"] + "/task")
+while not left: time.sleep(0.05)
+time.sleep(0.5)
+open(os.environ["CALLS"] + "/saved", "w").write("all of it")
+""")  # fmt: skip
+    job = batch(cluster, "train.sbatch", "tiny.flags", "--save", "x")
+    for _ in range(200):
+        if (cluster / "task").exists():
+            break
+        time.sleep(0.05)
+    job.send_signal(10)
+    _, err = job.communicate(timeout=30)
+    assert (cluster / "saved").read_text() == "all of it", err  # the script waited for it
+    assert (cluster / "scancel").read_text().split() == ["--signal=USR1", "17"]
+    assert (cluster / "scontrol").read_text().split() == ["requeue", "17"]
+    assert "cut with status 0; requeued" in err
+
+
+@pytest.mark.parametrize(
+    "words, more, said",
+    [
+        (["tiny.flags"], {}, "give --save DIR"),
+        (["missing.flags", "--save", "x"], {}, "must be a file of flags"),
+        ([], {}, "must be a file of flags"),
+        (["tiny.flags", "--save", "x"], {"AGOQ_ROOT": "/nowhere"}, "is not this repository"),
+        (["tiny.flags", "--save", "x"], {"AGOQ_VENV": "/nowhere"}, "run scripts/setup.sh first"),
+        (["tiny.flags", "--save", "x"], {"SLURM_JOB_ID": ""}, "this is a batch script"),
+    ],
+)
+def test_refusals(cluster, words, more, said):
+    job = batch(cluster, "train.sbatch", *words, **more)
+    _, err = job.communicate(timeout=30)
+    assert job.returncode == 2 and said in err
+
+
+@pytest.mark.parametrize("runtime", ["apptainer", "pyxis"])
+def test_containers(cluster, runtime):
+    (cluster / "bin" / "srun").write_text('#!/bin/bash\nprintf "%s\\n" "$@" > $CALLS/srun\n')
+    more = {"AGOQ_CONTAINER": "image.sif", "AGOQ_RUNTIME": runtime, "AGOQ_MOUNTS": "/data,/models"}
+    job = batch(cluster, "train.sbatch", "tiny.flags", "--save", "x", **more)
+    assert job.wait(30) == 0
+    words = (cluster / "srun").read_text().split("\n")
+    if runtime == "pyxis":
+        assert "--container-image=image.sif" in words
+        assert f"--container-mounts={ROOT}:{ROOT},/data:/data,/models:/models" in words
+    else:
+        at = words.index("apptainer")
+        paths = f"{ROOT},/data,/models"
+        assert words[at : at + 6] == ["apptainer", "exec", "--nv", "--bind", paths, "image.sif"]
+    assert words[words.index("rank") + 1 :][:2] == ["python3", str(ROOT / "pretrain_gpt_agoq.py")]
+
+
+def test_ablations(cluster):
+    python(cluster, NOTE)
+    (cluster / "table").write_text("# NAME FLAGS\none --lr 1\n\ntwo --lr 2 --opt 'b c' # the second\n")
+    words = ["table", "tiny.flags", "--save", "all", "--lr", "9"]
+    job = batch(cluster, "ablations.sbatch", *words, SLURM_ARRAY_TASK_ID="2")
+    _, err = job.communicate(timeout=30)
+    assert job.returncode == 0, err
+    flags = (cluster / "argv").read_text().split("\n")
+    assert flags[-13:-4] == ["--lr", "9", "--save", "all/two", "--lr", "2", "--opt", "b c", "--load"]
+    refused = ("3", words, "no line 3"), ("1", words[:2], "give --save"), ("1", words[:1], "TABLE")
+    for task, given, said in refused:
+        job = batch(cluster, "ablations.sbatch", *given, SLURM_ARRAY_TASK_ID=task)
+        _, err = job.communicate(timeout=30)
+        assert job.returncode == 2 and said in err
+
+
+@pytest.mark.parametrize("preset, gpus", [("llama3_8b", 8), ("llama3_70b", 64)])
+def test_presets_fit(preset, gpus):
+    text = re.sub(r"(^|\s)#.*", "", (SLURM / f"{preset}.flags").read_text(), flags=re.MULTILINE)
+    command = [sys.executable, "-m", "agoq_megatron.plan", "--gpus", str(gpus), "--gpu-memory", "80GiB"]
+    command += [*text.split(), "--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "128000"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    mine = re.search(r"^ +these flags +([\d.]+) .*? yes ", done.stdout, re.MULTILINE)
+    assert mine and float(mine[1]) < 75
+
+
+def test_shellcheck():
+    if not shutil.which("shellcheck"):
+        pytest.skip("shellcheck is not installed")
+    scripts = sorted(str(path) for path in SLURM.iterdir() if path.suffix in (".sbatch", ".sh"))
+    done = subprocess.run(["shellcheck", "-x", *scripts], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout
