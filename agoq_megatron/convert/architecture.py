@@ -1,0 +1,283 @@
+"""What a LLaMA is, as Megatron's arguments say it and as Hugging Face's ``config.json`` does.
+
+What one of the two cannot express is refused by name: a checkpoint that loads and computes something else
+would be worse than none.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from agoq_megatron.refusals import Check, UsageError, is_set
+
+LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+"""What Megatron's ``--use-rope-scaling`` holds fixed; only the factor is a flag."""
+
+
+def _other_than(*values: object):
+    return lambda value: value not in values
+
+
+_NOT_LLAMA: tuple[Check, ...] = (
+    ("normalization", _other_than("RMSNorm"), "--normalization", "LLaMA's norms are RMSNorm"),
+    ("swiglu", lambda v: not v, "--swiglu", "LLaMA's MLP is SwiGLU; this one is not"),
+    (
+        "position_embedding_type", _other_than("rope"), "--position-embedding-type",
+        "LLaMA has rotary positions (rope)",
+    ),
+    ("rope_type", _other_than("rope"), "--rope-type", "only plain rotary positions are converted"),
+    ("rotary_percent", _other_than(1.0), "--rotary-percent", "LLaMA rotates the whole head"),
+    ("rotary_interleaved", is_set, "--rotary-interleaved", "LLaMA rotates a head's halves, not pairs"),
+    (
+        "rotary_seq_len_interpolation_factor", _other_than(1), "--rotary-seq-len-interpolation-factor",
+        "interpolated positions are not converted",
+    ),
+    ("no_rope_freq", is_set, "--no-rope-freq", "every layer of LLaMA has rotary positions"),
+    ("layernorm_zero_centered_gamma", is_set, "--apply-layernorm-1p", "LLaMA's norms multiply by the weight"),
+    ("apply_layernorm_1p", is_set, "--apply-layernorm-1p", "LLaMA's norms multiply by the weight"),
+    ("qk_layernorm", is_set, "--qk-layernorm", "LLaMA has no norms on query and key"),
+    ("qk_l2_norm", is_set, "--qk-l2-norm", "LLaMA has no norms on query and key"),
+    (
+        "apply_residual_connection_post_layernorm", is_set, "--apply-residual-connection-post-layernorm",
+        "LLaMA takes the residual before the norm",
+    ),
+    ("num_experts", is_set, "--num-experts", "a mixture of experts is no LLaMA"),
+    ("multi_latent_attention", is_set, "--multi-latent-attention", "LLaMA's attention is another"),
+    ("attention_output_gate", is_set, "--attention-output-gate", "LLaMA's attention has no gate"),
+    ("softmax_type", _other_than("vanilla"), "--softmax-type", "LLaMA's softmax is the vanilla one"),
+    ("window_size", is_set, "--window-size", "LLaMA attends to the whole past"),
+    ("mtp_num_layers", is_set, "--mtp-num-layers", "LLaMA predicts one token"),
+    ("hybrid_layer_pattern", is_set, "--hybrid-layer-pattern", "LLaMA has transformer layers only"),
+    (
+        "heterogeneous_layers_config_path", is_set, "--heterogeneous-layers-config-path",
+        "LLaMA's layers are alike",
+    ),
+    ("use_mup", is_set, "--use-mup", "LLaMA has no multipliers"),
+    ("glu_linear_offset", is_set, "--glu-linear-offset", "LLaMA's MLP has no offset"),
+    ("activation_func_clamp_value", is_set, "--activation-func-clamp-value", "LLaMA's MLP is not clamped"),
+    ("squared_relu", is_set, "--squared-relu", "LLaMA's MLP is SwiGLU"),
+    ("quick_geglu", is_set, "--quick-geglu", "LLaMA's MLP is SwiGLU"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Llama:
+    """A LLaMA without its weights.
+
+    Attributes:
+        layers, hidden, ffn, heads, groups, head_dim: sizes; groups are the key/value heads.
+        vocabulary: rows of the embedding that stand for a token (without Megatron's padding).
+        positions: longest sequence that it is meant for.
+        epsilon: of the norms.
+        rope_base: base of the rotary frequencies.
+        rope_factor: LLaMA 3.1's scaling of long wavelengths, or None.
+        biases: every linear layer but the output has a bias.
+        tied: the output layer's weight is the embedding's.
+    """
+
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    groups: int
+    head_dim: int
+    vocabulary: int
+    positions: int
+    epsilon: float
+    rope_base: int
+    rope_factor: float | None
+    biases: bool
+    tied: bool
+
+    def megatron_args(self) -> dict:
+        """Megatron's arguments, by attribute."""
+        return {
+            "num_layers": self.layers,
+            "hidden_size": self.hidden,
+            "ffn_hidden_size": self.ffn,
+            "num_attention_heads": self.heads,
+            "group_query_attention": self.groups != self.heads,
+            "num_query_groups": self.groups,
+            "kv_channels": self.head_dim,
+            "max_position_embeddings": self.positions,
+            "position_embedding_type": "rope",
+            "add_position_embedding": True,
+            "use_rotary_position_embeddings": False,
+            "rotary_base": self.rope_base,
+            "rotary_percent": 1.0,
+            "rotary_interleaved": False,
+            "use_rope_scaling": self.rope_factor is not None,
+            "rope_scaling_factor": self.rope_factor or 8.0,
+            "add_bias_linear": self.biases,
+            "add_qkv_bias": False,
+            "swiglu": True,
+            "normalization": "RMSNorm",
+            "layernorm_epsilon": self.epsilon,
+            "untie_embeddings_and_output_weights": not self.tied,
+            "attention_dropout": 0.0,
+            "hidden_dropout": 0.0,
+        }
+
+    def flags(self) -> list[str]:
+        """The command line that makes Megatron build this model."""
+        values = {
+            "--num-layers": self.layers,
+            "--hidden-size": self.hidden,
+            "--ffn-hidden-size": self.ffn,
+            "--num-attention-heads": self.heads,
+            "--kv-channels": self.head_dim,
+            "--max-position-embeddings": self.positions,
+            "--normalization": "RMSNorm",
+            "--norm-epsilon": self.epsilon,
+            "--position-embedding-type": "rope",
+            "--rotary-base": self.rope_base,
+            "--attention-dropout": 0,
+            "--hidden-dropout": 0,
+        }
+        flags = [str(word) for pair in values.items() for word in pair] + ["--swiglu"]
+        if self.groups != self.heads:
+            flags += ["--group-query-attention", "--num-query-groups", str(self.groups)]
+        if self.rope_factor is not None:
+            flags += ["--use-rope-scaling", "--rope-scaling-factor", str(self.rope_factor)]
+        if not self.biases:
+            flags += ["--disable-bias-linear"]
+        if not self.tied:
+            flags += ["--untie-embeddings-and-output-weights"]
+        return flags
+
+    def hf_config(self, dtype: str, **tokens: int | list[int] | None) -> dict:
+        """``config.json`` for transformers 4.43 and newer.
+
+        Args:
+            dtype: "bfloat16", "float16" or "float32".
+            tokens: ``bos_token_id`` and others that the tokenizer knows.
+        """
+        scaling = None
+        if self.rope_factor is not None:
+            scaling = {"rope_type": "llama3", "factor": self.rope_factor, **LLAMA3_SCALING}
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "num_hidden_layers": self.layers,
+            "hidden_size": self.hidden,
+            "intermediate_size": self.ffn,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.groups,
+            "head_dim": self.head_dim,
+            "vocab_size": self.vocabulary,
+            "max_position_embeddings": self.positions,
+            "rms_norm_eps": self.epsilon,
+            # Under these names transformers 4 finds them and 5 translates them.
+            "rope_theta": float(self.rope_base),
+            "rope_scaling": scaling,
+            "torch_dtype": dtype,
+            "hidden_act": "silu",
+            "attention_bias": self.biases,
+            "mlp_bias": self.biases,
+            "attention_dropout": 0.0,
+            "tie_word_embeddings": self.tied,
+            "use_cache": True,
+            "bos_token_id": None,
+            "eos_token_id": None,
+        } | tokens
+
+
+def llama_from_args(args: Namespace, vocabulary: int) -> Llama:
+    """From the arguments that Megatron has saved in a checkpoint.
+
+    Raises:
+        UsageError: what ``LlamaForCausalLM`` cannot compute, by its flag.
+    """
+    for attribute, refused, flag, why in _NOT_LLAMA:
+        value = getattr(args, attribute, None)
+        if value is not None and refused(value):
+            raise UsageError(f"{flag}: {why}. LlamaForCausalLM cannot hold this model.")
+    if args.add_qkv_bias and not args.add_bias_linear:
+        raise UsageError(
+            "--add-qkv-bias: LlamaForCausalLM has biases on query, key, value and output together, "
+            "or on none. It cannot hold this model."
+        )
+    grouped = args.group_query_attention
+    return Llama(
+        layers=args.num_layers,
+        hidden=args.hidden_size,
+        ffn=args.ffn_hidden_size,
+        heads=args.num_attention_heads,
+        groups=args.num_query_groups if grouped else args.num_attention_heads,
+        head_dim=args.kv_channels,
+        vocabulary=vocabulary,
+        positions=args.max_position_embeddings,
+        epsilon=args.layernorm_epsilon,
+        rope_base=args.rotary_base,
+        rope_factor=args.rope_scaling_factor if args.use_rope_scaling else None,
+        biases=args.add_bias_linear,
+        tied=not args.untie_embeddings_and_output_weights,
+    )
+
+
+def llama_from_hf(config: Mapping) -> Llama:
+    """From Hugging Face's ``config.json``, of transformers 4 (``rope_theta``, ``rope_scaling``) or 5
+    (``rope_parameters``).
+
+    Raises:
+        UsageError: another architecture, or a variant that Megatron's flags cannot express, by its key.
+    """
+
+    def refuse_unless(holds: bool, key: str, why: str) -> None:
+        if not holds:
+            raise UsageError(f"config.json: {key} is {config.get(key)!r}; {why}.")
+
+    refuse_unless(config.get("model_type") == "llama", "model_type", "only LLaMA's class is converted")
+    refuse_unless(config.get("hidden_act", "silu") == "silu", "hidden_act", "Megatron's --swiglu is silu")
+    refuse_unless(
+        not config.get("quantization_config"), "quantization_config", "save the model in 16 or 32 bits first"
+    )
+    attention_bias, mlp_bias = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
+    refuse_unless(
+        attention_bias == mlp_bias, "attention_bias" if attention_bias else "mlp_bias",
+        "Megatron has biases in attention and MLP together, or in neither",
+    )  # fmt: skip
+    base, factor = _rope(config)
+    heads = config["num_attention_heads"]
+    return Llama(
+        layers=config["num_hidden_layers"],
+        hidden=config["hidden_size"],
+        ffn=config["intermediate_size"],
+        heads=heads,
+        groups=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        vocabulary=config["vocab_size"],
+        positions=config.get("max_position_embeddings", 2048),
+        epsilon=config.get("rms_norm_eps", 1e-6),
+        rope_base=base,
+        rope_factor=factor,
+        biases=attention_bias,
+        tied=bool(config.get("tie_word_embeddings", False)),
+    )
+
+
+def _rope(config: Mapping) -> tuple[int, float | None]:
+    """Base and LLaMA 3.1's factor (None: no scaling)."""
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    base = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+    if base != int(base):
+        raise UsageError(f"config.json: rope_theta is {base}; Megatron's --rotary-base is a whole number.")
+    part = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    if part != 1.0:
+        raise UsageError(f"config.json: partial_rotary_factor is {part}; LLaMA rotates the whole head.")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return int(base), None
+    if kind != "llama3":
+        raise UsageError(
+            f"config.json: rope_type is {kind!r}; Megatron's --use-rope-scaling is 'llama3', and without it "
+            "positions are not scaled."
+        )
+    for key, fixed in LLAMA3_SCALING.items():
+        if rope.get(key) != fixed:
+            raise UsageError(
+                f"config.json: {key} is {rope.get(key)}; Megatron's --use-rope-scaling has {fixed}."
+            )
+    return int(base), float(rope["factor"])
