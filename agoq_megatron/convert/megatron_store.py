@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from agoq_megatron.convert.weights import Weight
+from agoq_megatron.convert.weights import EMBEDDING, Weight
 from agoq_megatron.refusals import UsageError
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -104,6 +104,12 @@ class CheckpointReader:
     def names(self) -> set[str]:
         """Of all tensors but the optimizer's."""
         return set(self._tensors)
+
+    def embedding_rows(self) -> int:
+        """Size of the vocabulary as it is stored, with padding."""
+        if EMBEDDING not in self._tensors:
+            raise UsageError(f"--load: {self.folder} has no {EMBEDDING}: no model of Megatron's GPT.")
+        return self._tensors[EMBEDDING].size[0]
 
     def dtype(self, weight: Weight) -> torch.dtype:
         return self._tensors[self._place(weight)[0]].properties.dtype
@@ -243,7 +249,8 @@ def write_checkpoint(folder: Path, sources: Sequence[Source], layers: int, args:
 
 
 class _WritePlanner(SavePlanner):
-    """A plan from shapes alone: a tensor is made when the writer asks for it, and dropped when written."""
+    """A plan from shapes alone: a tensor is made when the writer asks for it. The writer keeps the last one
+    of each name, so a layer and the embeddings are in memory."""
 
     def __init__(self, sources: Sequence[Source], objects: dict[str, object], layers: int):
         self._make: dict[MetadataIndex, Callable[[], Tensor]] = {}

@@ -70,9 +70,10 @@ def quiet_imports() -> None:
 
 
 def run_command(main: Callable[[], None], name: str) -> None:
-    """Run ``main``; a :class:`UsageError` becomes one paragraph and exit status 2."""
+    """Run ``main``; a :class:`UsageError`, or a file that cannot be read or written, becomes one paragraph
+    and exit status 2."""
     try:
         main()
-    except UsageError as problem:
+    except (UsageError, OSError) as problem:
         print(f"{name}: error: {problem}", file=sys.stderr)
         sys.exit(2)

@@ -51,7 +51,7 @@ def convert(options: argparse.Namespace) -> None:
     reader = CheckpointReader(find_checkpoint(options.load, options.ckpt_step))
     tokenizer_folder = _tokenizer_folder(options, reader.args)
     tokenizer = None if tokenizer_folder is None else load_tokenizer(tokenizer_folder, "--tokenizer")
-    llama = llama_from_args(reader.args, _vocabulary(options, reader.args, tokenizer))
+    llama = llama_from_args(reader.args, _vocabulary(options, reader, tokenizer))
     weights = model_weights(llama)
     reader.check(weights)
     stored = reader.dtype(weights[0])
@@ -100,8 +100,9 @@ def _tokenizer_folder(options: argparse.Namespace, args: argparse.Namespace) -> 
     return folder
 
 
-def _vocabulary(options: argparse.Namespace, args: argparse.Namespace, tokenizer) -> int:
+def _vocabulary(options: argparse.Namespace, reader: CheckpointReader, tokenizer) -> int:
     """Rows of the embedding that stand for a token; Megatron pads them to a multiple."""
+    args, stored = reader.args, reader.embedding_rows()
     if options.vocab_size is not None:
         rows, whose = options.vocab_size, "--vocab-size"
     elif tokenizer is not None:
@@ -109,10 +110,10 @@ def _vocabulary(options: argparse.Namespace, args: argparse.Namespace, tokenizer
     elif args.tokenizer_type == "NullTokenizer":
         rows, whose = args.vocab_size, "the run's --vocab-size"
     else:
-        print(f"The padding of the vocabulary stays ({args.padded_vocab_size} rows): no tokenizer to count.")
-        rows, whose = args.padded_vocab_size, "the run"
-    if not 0 < rows <= args.padded_vocab_size:
-        raise UsageError(f"{whose}: {rows} tokens, but the model has {args.padded_vocab_size} rows for them.")
+        print(f"The padding of the vocabulary stays ({stored} rows): no tokenizer to count.")
+        rows, whose = stored, "the checkpoint"
+    if not 0 < rows <= stored:
+        raise UsageError(f"{whose}: {rows} tokens, but the model has {stored} rows for them.")
     return rows
 
 

@@ -21,6 +21,8 @@ from torch import Tensor
 
 from agoq_megatron.convert.architecture import Llama
 
+EMBEDDING = "embedding.word_embeddings.weight"
+
 
 @dataclass(frozen=True)
 class Weight:
@@ -72,9 +74,7 @@ def model_weights(llama: Llama) -> list[Weight]:
     def same(name: str, hf_name: str, *shape: int) -> Weight:
         return Weight(name, None, {hf_name: shape}, lambda t: (t,), lambda parts: parts[0])
 
-    weights = [
-        same("embedding.word_embeddings.weight", "model.embed_tokens.weight", llama.vocabulary, llama.hidden)
-    ]
+    weights = [same(EMBEDDING, "model.embed_tokens.weight", llama.vocabulary, llama.hidden)]
     for layer in range(llama.layers):
         weights += _layer_weights(llama, layer)
     weights.append(same("decoder.final_layernorm.weight", "model.norm.weight", llama.hidden))
