@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Evaluate a checkpoint with lm-eval (EleutherAI's harness, used as a library).
 
-    evaluate.py CKPT [--tasks hellaswag,piqa] [--output FILE]
+    evaluate_checkpoint.py CKPT [--tasks hellaswag,piqa] [--output FILE]
 
 CKPT is a run's checkpoint folder, which is exported to Hugging Face's format first, or a folder in that
 format. The tasks' data come from Hugging Face's hub, or from its cache. A task whose data cannot be had is
-named with the reason, and the others are run.
+named with the reason, and the others are run. (This file is not called evaluate.py: lm-eval imports a package
+of that name.)
 """
 
 from __future__ import annotations
@@ -111,26 +112,38 @@ def task_of(name_or_file: str | Path) -> str | dict:
     return task
 
 
-def evaluate(folder: Path, tasks: Sequence[str | Path], options: argparse.Namespace) -> list[Outcome]:
-    """Run the tasks one after the other on the model in ``folder``."""
-    from lm_eval.models.huggingface import HFLM
+def task_manager(tasks: Sequence[str | dict]):
+    """lm-eval's register of tasks.
+
+    Raises:
+        UsageError: one of the tasks is not in it.
+    """
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager()
+    for task in tasks:
+        if isinstance(task, str) and task not in manager.all_tasks:
+            raise UsageError(f"--tasks: lm-eval has no task {task}.")
+    return manager
+
+
+def evaluate(
+    folder: Path, manager, tasks: Sequence[str | dict], options: argparse.Namespace
+) -> list[Outcome]:
+    """Run the tasks one after the other on the model in ``folder``."""
+    from lm_eval.models.huggingface import HFLM
+
     model = HFLM(pretrained=str(folder), dtype="auto", device=options.device, batch_size=options.batch_size)
     return [run_task(model, manager, task, options) for task in tasks]
 
 
-def run_task(model, manager, name: str | Path, options: argparse.Namespace) -> Outcome:
+def run_task(model, manager, task: str | dict, options: argparse.Namespace) -> Outcome:
     """One task, or group of tasks."""
     from lm_eval import simple_evaluate
 
-    task = task_of(name)
     label = task if isinstance(task, str) else task["task"]
     fewshot = FEWSHOT.get(label, 0) if options.num_fewshot is None else options.num_fewshot
     outcome = Outcome(label, fewshot)
-    if isinstance(task, str) and task not in manager.all_tasks:
-        raise UsageError(f"--tasks: lm-eval has no task {task}.")
     try:
         # Loaded here first, so that missing data is told from a fault of the evaluation.
         manager.load([task])
@@ -174,16 +187,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     quiet_imports()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     options = parse(argv)
-    tasks: list[str | Path] = [name for name in (options.tasks or "").split(",") if name] + options.task_file
+    asked = [name for name in (options.tasks or "").split(",") if name] + options.task_file
+    tasks = [task_of(one) for one in asked or TASKS]
+    manager = task_manager(tasks)
     with tempfile.TemporaryDirectory() as scratch:
         folder = exported(options, options.export or Path(scratch) / "model")
-        outcomes = evaluate(folder, tasks or TASKS, options)
+        outcomes = evaluate(folder, manager, tasks, options)
     print(table(outcomes))
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps([vars(one) for one in outcomes], indent=2) + "\n")
     missing = [one for one in outcomes if one.skipped]
-    if missing and (tasks or len(missing) == len(outcomes)):
+    if missing and (asked or len(missing) == len(outcomes)):
         sys.exit(1)
 
 
