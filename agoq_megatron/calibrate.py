@@ -47,7 +47,8 @@ from agoq_megatron.autograd.recompute import quantized_checkpoint  # noqa: E402
 from agoq_megatron.data import datasets_provider  # noqa: E402
 from agoq_megatron.planning import replay, sensitivity  # noqa: E402
 from agoq_megatron.refusals import UsageError  # noqa: E402
-from agoq_megatron.specs import agoq_layer_spec, transformer_config_from_args  # noqa: E402
+from agoq_megatron.specs import agoq_layer_spec  # noqa: E402
+from agoq_megatron.transformer_config import transformer_config_from_args  # noqa: E402
 
 SETTLED = [
     *"--hidden-dropout 0 --agoq-activations off --agoq-rounding policy --no-load-optim --no-load-rng".split(),

@@ -18,7 +18,7 @@ from agoq_megatron.autograd.attention_linear import LSE
 from agoq_megatron.policy.policy import KEEP_BITS, PolicyError, Rule
 from agoq_megatron.policy.raised import RaisedPolicy
 from agoq_megatron.policy.sites import Site
-from agoq_megatron.specs import AGoQTransformerConfig, transformer_config_from_args
+from agoq_megatron.transformer_config import AGoQTransformerConfig, transformer_config_from_args
 
 ATTENTION_SITES = (Site.QUERY, Site.KEY, Site.VALUE, Site.ATTENTION_OUTPUT)
 MLP_SITES = (Site.NORM2_INPUT, Site.NORM2_OUTPUT, Site.FC1_OUTPUT, Site.FC2_INPUT)

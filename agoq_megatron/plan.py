@@ -102,7 +102,7 @@ class Planner:
     def footprints(self, **changes):
         """With other values of Megatron's arguments. The micro-batches of a step stay as many."""
         from agoq_megatron.planning.footprint import footprints
-        from agoq_megatron.specs import transformer_config_from_args
+        from agoq_megatron.transformer_config import transformer_config_from_args
 
         coat = changes.pop("coat", False)
         args = copy.copy(self._args)
@@ -174,7 +174,7 @@ def main(argv: list[str] | None = None) -> int:
     from agoq_megatron import training
     from agoq_megatron.planning import table
     from agoq_megatron.planning.collectives import Network, collectives
-    from agoq_megatron.specs import transformer_config_from_args
+    from agoq_megatron.transformer_config import transformer_config_from_args
 
     try:
         mine, args = parse(sys.argv[1:] if argv is None else argv)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
 
 
 class UsageError(ValueError):
@@ -15,3 +19,10 @@ Check = tuple[str, Callable[[object], bool], str, str]
 
 def is_set(value: object) -> bool:
     return bool(value)
+
+
+def refuse(paragraph: str) -> NoReturn:
+    """Say what is wrong, on the first rank of each node, and leave."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"{Path(sys.argv[0]).name}: error: {paragraph}", file=sys.stderr, flush=True)
+    sys.exit(2)

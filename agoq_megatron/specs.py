@@ -1,11 +1,10 @@
-"""How the layers enter Megatron: a backend's spec provider, a layer spec, a transformer config."""
+"""How the layers enter Megatron: a backend's spec provider and a layer spec, for our entry point and, by
+``--spec agoq_megatron.specs agoq_layer_spec``, for Megatron-LM's own."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 
-import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.transformer.attention import SelfAttentionSubmodules
@@ -16,51 +15,14 @@ from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
 )
-from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
-from megatron.training.argument_utils import core_transformer_config_from_args
 
-from agoq_megatron.gradients.settings import GradientSettings, settings_from_args
 from agoq_megatron.modules.attention import CoreAttention, SelfAttention
 from agoq_megatron.modules.layer import TransformerLayer
 from agoq_megatron.modules.linear import FusedRowParallelLinear, LayerNormColumnParallelLinear
 from agoq_megatron.modules.mlp import MLP
 from agoq_megatron.modules.norm import Norm
-from agoq_megatron.optimizer.settings import OptimizerSettings, optimizer_settings_from_args
-from agoq_megatron.policy.policy import ActivationPolicy, load_policy
-from agoq_megatron.policy.raised import RaisedPolicy
-
-
-@dataclass
-class AGoQTransformerConfig(TransformerConfig):
-    """Megatron's transformer config, the policy of saved activations, and how gradients and the optimizer's
-    states are kept (None: as Megatron does)."""
-
-    agoq: ActivationPolicy | None = None
-    agoq_gradients: GradientSettings | None = None
-    agoq_optimizer: OptimizerSettings | None = None
-
-
-def transformer_config_from_args(args) -> AGoQTransformerConfig:
-    """Build the config from Megatron's arguments and load the policy that they name.
-
-    Raises:
-        PolicyError: the policy cannot be used.
-    """
-    config = core_transformer_config_from_args(args, AGoQTransformerConfig)
-    config.agoq = load_policy(args.agoq_activations, args.agoq_rounding)
-    raised = getattr(args, "agoq_raised_widths", None)  # of the run so far: see watching.py
-    if raised:
-        config.agoq = RaisedPolicy(config.agoq, raised)
-    config.agoq_gradients = settings_from_args(args)
-    config.agoq_optimizer = optimizer_settings_from_args(args)
-    if config.agoq_gradients is not None:
-        # There is no buffer to add products to: DDP adds each micro-batch's gradient to the codes.
-        config.gradient_accumulation_fusion = False
-    if not torch.cuda.is_available():
-        # A CPU has no product of 16-bit factors into an FP32 buffer: DDP adds the gradients there.
-        config.gradient_accumulation_fusion = False
-    return config
+from agoq_megatron.stock import prepare_stock
 
 
 class AGoQSpecProvider(BackendSpecProvider):
@@ -123,9 +85,15 @@ def agoq_layer_spec(config, vp_stage: int | None = None) -> TransformerBlockSubm
     """The decoder's layers on this pipeline stage, for ``GPTModelConfig.transformer_layer_spec``.
 
     Args:
-        config: Megatron's ``GPTModelConfig`` around an :class:`AGoQTransformerConfig`.
+        config: Megatron's ``GPTModelConfig``. Around an :class:`AGoQTransformerConfig`, whose policy is in
+            force; around any other, the run is stock Megatron's and the policy comes from its environment.
         vp_stage: virtual pipeline stage, or None.
+
+    Raises:
+        SystemExit: in a stock run, flags that cannot work.
     """
+    if getattr(config.transformer, "agoq", None) is None:
+        prepare_stock(config.transformer)
     provider = AGoQSpecProvider()
     layers = get_num_layers_to_build(config.transformer, vp_stage=vp_stage)
     return TransformerBlockSubmodules(

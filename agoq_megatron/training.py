@@ -13,7 +13,6 @@ import sys
 import traceback
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from megatron.core.enums import ModelType
@@ -51,9 +50,10 @@ from agoq_megatron.optimizer.settings import optimizer_settings_from_args
 from agoq_megatron.optimizer.shard import wrap_clipping, wrap_counting_zeros
 from agoq_megatron.planning.policies import compute_policy
 from agoq_megatron.policy.policy import PolicyError
-from agoq_megatron.refusals import UsageError
+from agoq_megatron.refusals import UsageError, refuse
 from agoq_megatron.report import LOSS, RunObserver
-from agoq_megatron.specs import agoq_layer_spec, transformer_config_from_args
+from agoq_megatron.specs import agoq_layer_spec
+from agoq_megatron.transformer_config import transformer_config_from_args
 from agoq_megatron.validation import check
 from agoq_megatron.watching import check_watched, restore_widths, wrap_checking_loaded
 
@@ -269,13 +269,6 @@ def prepare(on_cpu: bool) -> tuple[argparse.Namespace, Plan]:
     except REFUSALS as problem:
         refuse(paragraph(problem))
     return args, plan
-
-
-def refuse(paragraph: str) -> NoReturn:
-    """Say what is wrong, on the first rank of each node, and leave."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"{Path(sys.argv[0]).name}: error: {paragraph}", file=sys.stderr, flush=True)
-    sys.exit(2)
 
 
 def paragraph(problem: Exception) -> str:

@@ -47,7 +47,8 @@ from agoq_megatron.data import datasets_provider  # noqa: E402
 from agoq_megatron.memory import Plan  # noqa: E402
 from agoq_megatron.policy.policy import BUILT_IN, ActivationPolicy, Rule, load_policy  # noqa: E402
 from agoq_megatron.policy.sites import Site  # noqa: E402
-from agoq_megatron.specs import agoq_layer_spec, transformer_config_from_args  # noqa: E402
+from agoq_megatron.specs import agoq_layer_spec  # noqa: E402
+from agoq_megatron.transformer_config import transformer_config_from_args  # noqa: E402
 
 TENSORS = {
     "norm inputs": (Site.NORM1_INPUT, Site.NORM2_INPUT),

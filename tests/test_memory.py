@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from agoq_megatron.memory import Plan
 from agoq_megatron.policy.policy import PolicyError, load_policy
-from agoq_megatron.specs import AGoQTransformerConfig
+from agoq_megatron.transformer_config import AGoQTransformerConfig
 
 
 def config(policy="agoq", **changes):

@@ -12,6 +12,7 @@ or their replicated norm weights would drift apart.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 _MASK = (1 << 64) - 1
 
@@ -31,6 +32,7 @@ class RoundingCounter:
         self._seed = self._rank = 0
         self._iteration = -1
         self._uses: Counter = Counter()
+        self._clock: Callable[[], int] | None = None
 
     def seed(self, seed: int, data_parallel_rank: int = 0) -> None:
         """Set the run's seed; call once after the process groups exist."""
@@ -42,8 +44,14 @@ class RoundingCounter:
             self._iteration = iteration
             self._uses.clear()
 
+    def follow(self, clock: Callable[[], int]) -> None:
+        """Ask ``clock`` for the iteration at every key, in a loop that does not tell it."""
+        self._clock = clock
+
     def key(self, layer_number: int, site: str) -> int:
         """Next key of this tensor in the current iteration."""
+        if self._clock is not None:
+            self.begin_iteration(self._clock())
         use = self._uses[layer_number, site]
         self._uses[layer_number, site] = use + 1
         state = int.from_bytes(site.encode(), "little") % _MASK

@@ -11,7 +11,7 @@ from agoq_megatron.planning.parameters import layers_of
 from agoq_megatron.policy.policy import COMPUTED, ActivationPolicy, Rule, load_policy, register
 from agoq_megatron.policy.raised import widened
 from agoq_megatron.policy.sites import Site
-from agoq_megatron.specs import transformer_config_from_args
+from agoq_megatron.transformer_config import transformer_config_from_args
 
 
 class StagePolicy:

@@ -23,7 +23,7 @@ from agoq_kernels.formats import BIT_WIDTHS, CODES, GROUP_SIZES, SCALE_BITS, For
 from agoq_megatron.memory import ATTENTION_SITES, HIDDEN_SITES, Plan
 from agoq_megatron.planning.replay import EXACT, OneTensor
 from agoq_megatron.policy.sites import Site
-from agoq_megatron.specs import AGoQTransformerConfig
+from agoq_megatron.transformer_config import AGoQTransformerConfig
 
 VERSION = 1
 

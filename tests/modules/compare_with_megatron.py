@@ -22,7 +22,8 @@ from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
 
 from agoq_megatron.policy.policy import load_policy  # noqa: E402
-from agoq_megatron.specs import AGoQTransformerConfig, agoq_layer_spec  # noqa: E402
+from agoq_megatron.specs import agoq_layer_spec  # noqa: E402
+from agoq_megatron.transformer_config import AGoQTransformerConfig  # noqa: E402
 
 LLAMA = dict(
     num_query_groups=2, gated_linear_unit=True, activation_func=F.silu, add_bias_linear=False,

@@ -198,7 +198,8 @@ def run_study(output: Path) -> None:
     from megatron.core.models.gpt import GPTModel
 
     from agoq_megatron.policy.policy import load_policy
-    from agoq_megatron.specs import AGoQTransformerConfig, agoq_layer_spec
+    from agoq_megatron.specs import agoq_layer_spec
+    from agoq_megatron.transformer_config import AGoQTransformerConfig
 
     sys.argv[1:] = ["--num-layers", "2", "--study-output", str(output), "--study-tables", "formats"]
     flags = format_study.study_arguments()

@@ -1,6 +1,6 @@
 """Megatron's own GPT, layers, loss and optimizer, as far from this project's as its wheel allows:
 the reference of the tests. Only the batches come from here, and the facade that lets it run on a
-CPU.
+CPU. (And the layers, if ``--spec`` says so: everything else then follows Megatron-LM's pretrain_gpt.py.)
 
 Writes ``{"iteration": [loss, gradient norm]}`` to the file that STOCK_REPORT names.
 """
@@ -42,7 +42,8 @@ def main():
 
     def recording_train_step(*args, iteration, **kwargs):
         result = train_step(*args, iteration=iteration, **kwargs)
-        history[iteration + 1] = [float(result[0]["lm loss"]), float(result[5])]
+        if "lm loss" in result[0]:  # the last pipeline stage holds it
+            history[iteration + 1] = [float(result[0]["lm loss"]), float(result[5])]
         return result
 
     loop.train_step = recording_train_step
@@ -61,8 +62,9 @@ def main():
     args = parse_and_validate_args(flags)
     config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
     pretrain(config, datasets_provider, ModelType.encoder_or_decoder, step)
-    with open(os.environ["STOCK_REPORT"], "w") as f:
-        json.dump(history, f)
+    if args.rank == args.world_size - 1:
+        with open(os.environ["STOCK_REPORT"], "w") as f:
+            json.dump(history, f)
 
 
 if __name__ == "__main__":

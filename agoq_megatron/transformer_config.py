@@ -1,0 +1,46 @@
+"""Megatron's transformer config with what this project adds to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.training.argument_utils import core_transformer_config_from_args
+
+from agoq_megatron.gradients.settings import GradientSettings, settings_from_args
+from agoq_megatron.optimizer.settings import OptimizerSettings, optimizer_settings_from_args
+from agoq_megatron.policy.policy import ActivationPolicy, load_policy
+from agoq_megatron.policy.raised import RaisedPolicy
+
+
+@dataclass
+class AGoQTransformerConfig(TransformerConfig):
+    """Megatron's transformer config, the policy of saved activations, and how gradients and the optimizer's
+    states are kept (None: as Megatron does)."""
+
+    agoq: ActivationPolicy | None = None
+    agoq_gradients: GradientSettings | None = None
+    agoq_optimizer: OptimizerSettings | None = None
+
+
+def transformer_config_from_args(args) -> AGoQTransformerConfig:
+    """Build the config from Megatron's arguments and load the policy that they name.
+
+    Raises:
+        PolicyError: the policy cannot be used.
+    """
+    config = core_transformer_config_from_args(args, AGoQTransformerConfig)
+    config.agoq = load_policy(args.agoq_activations, args.agoq_rounding)
+    raised = getattr(args, "agoq_raised_widths", None)  # of the run so far: see watching.py
+    if raised:
+        config.agoq = RaisedPolicy(config.agoq, raised)
+    config.agoq_gradients = settings_from_args(args)
+    config.agoq_optimizer = optimizer_settings_from_args(args)
+    if config.agoq_gradients is not None:
+        # There is no buffer to add products to: DDP adds each micro-batch's gradient to the codes.
+        config.gradient_accumulation_fusion = False
+    if not torch.cuda.is_available():
+        # A CPU has no product of 16-bit factors into an FP32 buffer: DDP adds the gradients there.
+        config.gradient_accumulation_fusion = False
+    return config

@@ -1,0 +1,117 @@
+"""``--spec agoq_megatron.specs agoq_layer_spec`` in Megatron's own flow: the same training as through our
+entry point, with what only that can do refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from checkpoints import assert_same_tensors
+from launch import TINY
+
+pytestmark = pytest.mark.slow
+
+STOCK = Path(__file__).with_name("stock_entry.py")
+SPEC = "--spec agoq_megatron.specs agoq_layer_spec".split()
+STEPS, MIDDLE = 6, 3
+
+SP = "--tensor-model-parallel-size 2 --sequence-parallel"
+PP = "--pipeline-model-parallel-size 2 --num-layers 4"
+FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+# what is run: (ranks, Megatron's flags, ours)
+RUNS = {
+    "one rank": (1, "", "--agoq-activations agoq"),
+    "one rank, rounded stochastically": (1, "", "--agoq-rounding stochastic --agoq-seed 5"),
+    "one rank, full recomputation": (1, FULL, "--agoq-rounding stochastic"),
+    "TP2 SP": (2, SP, "--agoq-rounding stochastic"),
+    "PP2": (2, PP, "--agoq-activations stage"),
+    "PP2 interleaved": (
+        2, f"{PP} --num-layers-per-virtual-pipeline-stage 1", "--agoq-rounding stochastic",
+    ),
+    "DP2": (2, "", "--agoq-rounding stochastic"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def stock(launcher, tmp_path):
+    """Runs Megatron's own flow with the spec; returns the run and {iteration: (loss, gradient norm)}."""
+
+    def run(*flags, ours: str = "", ranks: int = 1):
+        report = tmp_path / "stock.json"
+        run = launcher.run(
+            *TINY, *SPEC, "--train-iters", STEPS, *flags, tiny=False, ranks=ranks, entry=STOCK,
+            env={"STOCK_REPORT": str(report), "AGOQ_FLAGS": ours},
+        )  # fmt: skip
+        history = json.loads(report.read_text()) if run.ok else {}
+        return run, {int(i): tuple(v) for i, v in history.items()}
+
+    return run
+
+
+@pytest.mark.parametrize("case", RUNS)
+def test_trains_as_our_entry_point_does(launcher, stock, tmp_path, seed, case):
+    """Losses, gradient norms, and in the end weights, masters and moments."""
+    ranks, flags, ours = RUNS[case]
+    flags = [*flags.split(), "--seed", seed % 10000 + 1, "--save-interval", STEPS]
+    theirs, here = tmp_path / "stock", tmp_path / "entry"
+    run, history = stock(*flags, "--save", theirs, ours=ours, ranks=ranks)
+    assert run.ok, run.log[-4000:]
+    reference = launcher.run(
+        *TINY, "--train-iters", STEPS, *flags, *ours.split(), "--agoq-loss", "megatron",
+        *("--save", here), tiny=False, ranks=ranks,
+    )  # fmt: skip
+    assert reference.ok, reference.log[-4000:]
+    assert {i: loss for i, (loss, _) in history.items()} == reference.losses()
+    for iteration, norm in reference.grad_norms().items():
+        assert history[iteration][1] == pytest.approx(norm, rel=1e-5)
+    assert_same_tensors(theirs, here, STEPS)
+    # The plan is printed, and it is the entry point's.
+    plan = reference.log[reference.log.index("AGoQ: saved activations") :].split("not quantized")[0]
+    assert plan in run.log
+
+
+def test_a_policy_is_in_force(stock, seed):
+    """The comparison above would hold if both ignored theirs."""
+    flags = ["--seed", seed % 10000 + 1]
+    losses = {}
+    for ours in ("--agoq-activations off", "--agoq-activations uniform4", "", "--agoq-rounding stochastic"):
+        run, losses[ours] = stock(*flags, ours=ours)
+        assert run.ok, run.log[-4000:]
+    assert len(set(map(str, losses.values()))) == len(losses)
+
+
+def test_a_resumed_run_draws_what_the_uninterrupted_one_drew(stock, tmp_path, seed):
+    flags = ["--seed", seed % 10000 + 1, "--save", tmp_path, "--save-interval", MIDDLE]
+    ours = "--agoq-rounding stochastic"
+    run, whole = stock(*flags, ours=ours)
+    assert run.ok, run.log[-4000:]
+    run, rest = stock(*flags, "--load", tmp_path, "--ckpt-step", MIDDLE, ours=ours)
+    assert run.ok, run.log[-4000:]
+    assert rest == {i: whole[i] for i in range(MIDDLE + 1, STEPS + 1)}
+
+
+# what is wrong: (Megatron's flags, ours, words that the error must hold)
+REFUSED = {
+    "a flag of gradients": ("", "--agoq-grad-bits 8", ["AGOQ_FLAGS", "--agoq-grad-bits", "pretrain_gpt_agoq.py"]),
+    "a report": ("", "--agoq-report r.json", ["--agoq-report", "pretrain_gpt_agoq.py"]),
+    "an unknown flag": ("", "--agoq-activatoins off", ["AGOQ_FLAGS", "--agoq-activatoins"]),
+    "an unknown value": ("", "--agoq-rounding up", ["AGOQ_FLAGS", "--agoq-rounding"]),
+    "an open quote": ("", "--agoq-activations 'off", ["AGOQ_FLAGS", "quotation"]),
+    "an unknown policy": ("", "--agoq-activations agoq9", ["--agoq-activations agoq9", "uniform4"]),
+    "a negative seed": ("", "--agoq-seed -3", ["--agoq-seed"]),
+    "a width that no group divides": ("--hidden-size 144", "", ["144 features"]),
+    "attention dropout": ("--attention-dropout 0.1", "", ["--attention-dropout 0"]),
+    "norms on query and key": ("--qk-layernorm", "", ["--qk-layernorm"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(stock, case):
+    flags, ours, words = REFUSED[case]
+    run, _ = stock(*flags.split(), ours=ours)
+    assert run.codes == [2], run.log[-4000:]
+    errors = [line for line in run.log.splitlines() if "error:" in line]
+    assert len(errors) == 1 and all(word in errors[0] for word in words), run.log[-4000:]
+    assert "Traceback" not in run.log
+    assert "training ..." not in run.log.splitlines()
