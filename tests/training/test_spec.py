@@ -93,7 +93,9 @@ def test_a_resumed_run_draws_what_the_uninterrupted_one_drew(stock, tmp_path, se
 
 # what is wrong: (Megatron's flags, ours, words that the error must hold)
 REFUSED = {
-    "a flag of gradients": ("", "--agoq-grad-bits 8", ["AGOQ_FLAGS", "--agoq-grad-bits", "pretrain_gpt_agoq.py"]),
+    "a flag of gradients": (
+        "", "--agoq-grad-bits 8", ["AGOQ_FLAGS", "--agoq-grad-bits", "pretrain_gpt_agoq.py"],
+    ),
     "a report": ("", "--agoq-report r.json", ["--agoq-report", "pretrain_gpt_agoq.py"]),
     "an unknown flag": ("", "--agoq-activatoins off", ["AGOQ_FLAGS", "--agoq-activatoins"]),
     "an unknown value": ("", "--agoq-rounding up", ["AGOQ_FLAGS", "--agoq-rounding"]),
