@@ -1,11 +1,15 @@
-"""Parts of pages that are read off the code when the site is built.
+"""Parts of pages that are read off the code, and off stored results, when the site is built.
+
+    python docs/site/generated.py flags       # prints one: flags, layers, results
 
 The code is parsed, not imported: the site builds where neither torch nor Megatron is installed.
 """
 
 from __future__ import annotations
 
+import argparse
 import ast
+import json
 import re
 import tomllib
 from collections.abc import Callable
@@ -92,16 +96,18 @@ def flags_page(root: Path) -> str:
         lines += [f"## {title}", ""] if members else []
         for flag in members:
             values = f" `{flag.values}`" if flag.values else ""
-            default = "off" if flag.default == "False" else flag.default.strip("'\"")
+            default = {"False": "off", "None": "none"}.get(flag.default, flag.default.strip("'\""))
             lines += [f"### {flag.name}", "", f"`{flag.name}`{values}, default: `{default}`", ""]
             lines += [_markdown(flag.text), ""]
     return "\n".join(lines)
 
 
 def summary(path: Path) -> str:
-    """First sentence of a module's docstring (of a package: of its modules', without it)."""
+    """First sentence of a module's docstring."""
     text = ast.get_docstring(ast.parse(path.read_text())) or ""
-    return re.split(r"(?<=[.:;])\s", " ".join(text.split("\n\n")[0].split()))[0].rstrip(".:;")
+    words = " ".join(text.split("\n\n")[0].split())
+    sentence = re.split(r"(?<=\.)\s", words)[0].rstrip(".:;").replace("``", "`")
+    return re.sub(r":\w+:`([^`]+)`", r"`\1`", sentence)
 
 
 def layers_table(root: Path) -> str:
@@ -113,9 +119,58 @@ def layers_table(root: Path) -> str:
         for name in re.findall(r"\w+", layer):
             path = root / "agoq_megatron" / name
             modules = sorted(p for p in path.glob("*.py") if p.stem != "__init__") if path.is_dir() else []
-            what = "; ".join(f"`{p.stem}`: {summary(p)}" for p in modules) or summary(path.with_suffix(".py"))
+            if not modules:
+                modules = [path.with_suffix(".py")]
+                if not modules[0].is_file():  # the contract may name what is not there
+                    continue
+            single = not path.is_dir()
+            what = "<br>".join(("" if single else f"`{p.stem}`: ") + summary(p) for p in modules)
             lines.append(f"| {number + 1} | `{name}` | {what.replace('|', chr(92) + '|')} |")
     return "\n".join(lines)
 
 
-GENERATED: dict[str, Callable[[Path], str]] = {"flags": flags_page, "layers": layers_table}
+def results_page(root: Path) -> str:
+    """Every file of raw numbers in docs/results, newest first: machine, command, and the medians of step
+    times where it holds some."""
+    lines = []
+    for path in sorted((root / "docs/results").glob("*.json"), reverse=True):
+        data = json.loads(path.read_text())
+        commands = [data[key] for key in ("train command", "study command", "command") if key in data]
+        machine = data.get("card") or data.get("cards") or data.get("machine") or "see its page"
+        lines += [f"### {path.stem}", "", f"[{path.name}](results/{path.name}), {machine}.", ""]
+        for command in commands:
+            lines += [f"    {command}", ""]
+        if "medians" in data:
+            lines += [*_medians(data["medians"]), ""]
+    return "\n".join(lines)
+
+
+def _medians(rows: list[dict]) -> list[str]:
+    lines = ["| run | runs | ms a step | against the first | peak (MiB) |", "|---|---|---|---|---|"]
+    for row in rows:
+        if row.get("step_ms") is None:
+            lines.append(f"| {row['name']} | 0 | failed | | |")
+            continue
+        ratio = row["step_ms"] / rows[0]["step_ms"] if rows[0].get("step_ms") else None
+        peak = row.get("peak_allocated_mib")
+        against = f"{ratio:.3f}" if ratio else ""
+        memory = f"{peak:,.0f}" if peak else ""
+        lines.append(f"| {row['name']} | {row['runs']} | {row['step_ms']:.1f} | {against} | {memory} |")
+    return lines
+
+
+GENERATED: dict[str, Callable[[Path], str]] = {
+    "flags": flags_page,
+    "layers": layers_table,
+    "results": results_page,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Print a generated part of the documentation.")
+    parser.add_argument("part", choices=GENERATED)
+    print(GENERATED[parser.parse_args().part](Path(__file__).resolve().parents[2]))
+
+
+if __name__ == "__main__":
+    main()

@@ -76,7 +76,7 @@ def on_page_markdown(markdown: str, page, config, files) -> str:
 
 def insert(name: str, where: str) -> str:
     if name not in GENERATED:
-        raise PluginError(f"{where}: nothing is generated under the name {name!r}; there are {list(GENERATED)}")
+        raise PluginError(f"{where}: {name!r} is not generated; {', '.join(GENERATED)} are")
     return GENERATED[name](ROOT)
 
 

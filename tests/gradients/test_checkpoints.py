@@ -15,6 +15,9 @@ BUCKETS = (*SHARDED, "--overlap-grad-reduce", "--overlap-param-gather", "--ddp-b
 RESHARDABLE = (*BUCKETS, "--dist-ckpt-optim-fully-reshardable")
 
 
+@pytest.mark.supports(
+    "resumed bit for bit after SIGKILL", "BF16", "hidden dropout", part="gradients"
+)
 @pytest.mark.parametrize("ranks, flags", [
     pytest.param(1, (*EIGHT, "--hidden-dropout", "0.1"), id="1 rank"),
     pytest.param(2, (*BUCKETS, *EIGHT), id="DP 2, distributed optimizer, overlap"),
@@ -40,6 +43,9 @@ def test_other_gradients_in_the_same_buckets(launcher, whole, tmp_path, before, 
     assert_goes_on(launcher, whole, tmp_path, 2, (*BUCKETS, *before), (2, (*BUCKETS, *after)))
 
 
+@pytest.mark.supports(
+    "checkpoint exchanged with other bits", "checkpoint loaded by other ranks", part="gradients"
+)
 @BOTH_WAYS
 def test_other_gradients_and_ranks_by_resharding(launcher, whole, tmp_path, before, after):
     to = (*SHARDED, *RESHARDABLE[-1:], *after)  # one bucket

@@ -170,6 +170,12 @@ def found(tmp_path_factory) -> dict:
     return json.loads(out.read_text())
 
 
+@pytest.mark.supports(
+    "data parallelism", "tensor parallelism", "pipeline parallelism", "interleaved pipeline",
+    "distributed optimizer", "overlapped gradient reduction", "overlapped parameter gather",
+    "tied embeddings", "RMSNorm", "SwiGLU", "grouped-query attention", "rotary positions", "Adam", "SGD",
+    part="gradients",
+)  # fmt: skip
 @whole_runs
 @pytest.mark.parametrize("name", NAMES)
 def test_trains_as_stock(found, name):

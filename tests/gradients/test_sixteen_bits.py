@@ -5,6 +5,7 @@ import pytest
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.supports("gradients reduced in BF16")
 def test_is_megatrons_bf16(launcher):
     overlap = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
     runs = [

@@ -18,6 +18,9 @@ ALL = (*EIGHT, "--agoq-grad-bits", "8")
 KEPT = {"8 bits": EIGHT, "split": SPLIT, "8 bits, FP32 masters": (*EIGHT, "--agoq-master-weights", "fp32")}
 
 
+@pytest.mark.supports(
+    "resumed bit for bit after SIGKILL", "hidden dropout", part="states"
+)
 @pytest.mark.parametrize("ranks, flags", [
     pytest.param(1, (*SHARDED, *EIGHT, "--hidden-dropout", "0.1"), id="1 rank, 8 bits"),
     pytest.param(1, (*SHARDED, *SPLIT), id="1 rank, split"),
@@ -35,6 +38,9 @@ def test_other_states(launcher, whole, tmp_path, kept, way):
     assert_goes_on(launcher, whole, tmp_path, 2, (*BUCKETS, *before), (2, (*BUCKETS, *after)))
 
 
+@pytest.mark.supports(
+    "checkpoint exchanged with other bits", "checkpoint loaded by other ranks", part="states"
+)
 @pytest.mark.parametrize("way", ["to FP32", "from FP32"])
 def test_other_states_and_ranks(launcher, whole, tmp_path, way):
     before, after = (EIGHT, ()) if way == "to FP32" else ((), EIGHT)

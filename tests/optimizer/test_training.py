@@ -97,6 +97,12 @@ def found(tmp_path_factory) -> dict:
     return json.loads(out.read_text())
 
 
+@pytest.mark.supports(
+    "data parallelism", "tensor parallelism", "sequence parallelism", "pipeline parallelism",
+    "distributed optimizer", "overlapped gradient reduction", "overlapped parameter gather",
+    "tied embeddings", "RMSNorm", "SwiGLU", "grouped-query attention", "rotary positions", "Adam", "BF16",
+    "gradient clipping", "gradients reduced in BF16", part="states",
+)  # fmt: skip
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", CASES)

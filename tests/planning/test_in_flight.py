@@ -220,6 +220,7 @@ def found(tmp_path_factory) -> dict:
     return json.loads(out.read_text())
 
 
+@pytest.mark.supports("uneven pipeline stages", "interleaved pipeline", "SGD")
 @whole_runs
 @pytest.mark.parametrize("name", REAL)
 def test_megatron_runs_what_is_predicted(found, name):

@@ -74,6 +74,11 @@ def worst_difference(losses: dict, reference: dict) -> float:
     return max(abs(losses[i] - reference[i]) / reference[i] for i in reference)
 
 
+@pytest.mark.supports(
+    "tensor parallelism", "sequence parallelism", "pipeline parallelism", "interleaved pipeline",
+    "data parallelism", "distributed optimizer", "overlapped gradient reduction",
+    "overlapped parameter gather", "FP32", "Adam",
+)  # fmt: skip
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layout_matches_one_rank(train, one_rank, layout, policy):
@@ -97,6 +102,7 @@ def test_policies_differ(one_rank):
     assert 1e-7 < worst < 0.05
 
 
+@pytest.mark.supports("full recomputation", "selective recomputation")
 @pytest.mark.parametrize("layout", ["TP2 SP", "PP2 interleaved"])
 @pytest.mark.parametrize("kind", RECOMPUTE)
 def test_recomputation_composes(train, one_rank, kind, layout):
@@ -115,6 +121,7 @@ def test_recomputation_composes(train, one_rank, kind, layout):
     )
 
 
+@pytest.mark.supports("MLP in pieces")
 def test_the_mlp_in_pieces(train, one_rank):
     """Megatron's --mlp-chunks-for-training, with a length that the number does not divide."""
     for policy, tolerance in POLICIES.items():

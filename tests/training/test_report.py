@@ -55,6 +55,7 @@ def wandb_series(folder: Path) -> dict[str, int]:
     return counts
 
 
+@pytest.mark.supports("TensorBoard", "W&B", "BF16")
 def test_under_torchrun_with_every_writer(launcher, tmp_path):
     """The command that a user types, on two ranks; then resumed: one W&B run, series continued."""
     flags = [

@@ -38,6 +38,10 @@ def assert_continues(resumed, whole, first: int):
         assert printed[iteration] == before[iteration]
 
 
+@pytest.mark.supports(
+    "resumed bit for bit after SIGKILL", "BF16", "hidden dropout", "data parallelism",
+    "distributed optimizer",
+)  # fmt: skip
 @pytest.mark.parametrize("case", CASES)
 def test_killed_at_a_random_step(launcher, tmp_path, seed, case):
     ranks, flags = CASES[case]
@@ -89,6 +93,7 @@ def test_other_ways_to_save(launcher, tmp_path, case):
     assert_continues(resumed, whole, 6)
 
 
+@pytest.mark.supports("checkpoint loaded by other ranks")
 def test_resuming_with_another_number_of_ranks(launcher, tmp_path):
     """A resharding checkpoint of DP 2 goes on with one rank: close, not bit for bit."""
     flags = [*DISTRIBUTED, "--dist-ckpt-optim-fully-reshardable", "--train-iters", ITERATIONS]
@@ -99,6 +104,7 @@ def test_resuming_with_another_number_of_ranks(launcher, tmp_path):
         assert loss == pytest.approx(whole.losses()[iteration], rel=1e-3)
 
 
+@pytest.mark.supports("saves and leaves on a signal")
 def test_exit_signal_saves_and_leaves(launcher, tmp_path):
     flags = ["--train-iters", 500, "--save", tmp_path, "--save-interval", 1000]
     run = launcher.run(*flags, "--exit-signal-handler", signal_at=(3, signal.SIGTERM))

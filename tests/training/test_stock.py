@@ -50,6 +50,10 @@ def assert_close(run, reference, tolerance, first=1):
         assert norms[iteration] == pytest.approx(expected_norm, rel=10 * tolerance), iteration
 
 
+@pytest.mark.supports(
+    "RMSNorm", "LayerNorm", "SwiGLU", "GELU", "grouped-query attention", "multi-head attention", "biases",
+    "rotary positions", "learned positions", "tied embeddings", "FP32", "Adam", "gradient clipping",
+)  # fmt: skip
 @pytest.mark.parametrize("model", MODELS)
 def test_losses_of_twenty_steps(launcher, stock, seed, model):
     """With 'off', in FP32: what Megatron computes. The loss must move, or equality says little."""
@@ -61,6 +65,7 @@ def test_losses_of_twenty_steps(launcher, stock, seed, model):
     assert reference[20][0] < reference[1][0] - 0.2
 
 
+@pytest.mark.supports("checkpoint exchanged with stock Megatron")
 def test_checkpoint_continues_in_stock_megatron(launcher, stock, tmp_path, seed):
     """Stock to ours to stock, in mid-run: the checkpoints are the same."""
     flags = [*SHARED, *LLAMA, "--seed", str(seed % 10000 + 1), "--train-iters", "6"]

@@ -1,0 +1,337 @@
+"""Write docs/support.md: what of Megatron's works here, what is refused, and what nobody has tried.
+
+    python scripts/support_matrix.py            # writes the page
+    python scripts/support_matrix.py --check    # exits with 1 where the stored page says something else
+
+Nothing on the page is written by hand:
+
+- *works*: a test carries the mark ``@pytest.mark.supports("feature", ..., part="activations")``. The tests
+  are parsed, not run; that they pass is ``scripts/test.sh``'s to say.
+- *refused*: the checks of ``agoq_megatron/validation.py`` and ``state_validation.py``, asked with the
+  feature's flags, say no.
+- *untested*: neither. A feature with both is a contradiction and an error.
+
+The features are listed below; all of Megatron's flags come from its parser.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs/support.md"
+PARTS = {"activations": "activations", "gradients": "8-bit gradients", "states": "8-bit states"}
+
+
+@dataclass(frozen=True)
+class Feature:
+    """Something of Megatron's.
+
+    Attributes:
+        name: as the tests' marks call it.
+        args: its flags, as attributes of Megatron's arguments with the values that turn it on.
+    """
+
+    name: str
+    args: dict[str, object] = field(default_factory=dict)
+
+
+SECTIONS: dict[str, list[Feature]] = {
+    "Parallelism": [
+        Feature("tensor parallelism", {"tensor_model_parallel_size": 2}),
+        Feature("sequence parallelism", {"sequence_parallel": True}),
+        Feature("pipeline parallelism", {"pipeline_model_parallel_size": 2}),
+        Feature("interleaved pipeline", {"num_virtual_stages_per_pipeline_rank": 2}),
+        Feature("uneven pipeline stages", {"decoder_first_pipeline_num_layers": 1}),
+        Feature("pipeline layout by string", {"pipeline_model_parallel_layout": "Et|tL"}),
+        Feature("data parallelism"),
+        Feature("distributed optimizer", {"use_distributed_optimizer": True}),
+        Feature("overlapped gradient reduction", {"overlap_grad_reduce": True}),
+        Feature("overlapped parameter gather", {"overlap_param_gather": True}),
+        Feature("several distributed optimizer instances", {"num_distributed_optimizer_instances": 2}),
+        Feature("context parallelism", {"context_parallel_size": 2}),
+        Feature("tensor-parallel overlap", {"tp_comm_overlap": True}),
+        Feature("Megatron FSDP", {"use_megatron_fsdp": True}),
+        Feature("torch FSDP2", {"use_torch_fsdp2": True}),
+    ],
+    "Model": [
+        Feature("RMSNorm", {"normalization": "RMSNorm"}),
+        Feature("LayerNorm", {"normalization": "LayerNorm"}),
+        Feature("SwiGLU", {"swiglu": True}),
+        Feature("GELU"),
+        Feature("squared ReLU", {"squared_relu": True}),
+        Feature("quick GEGLU", {"quick_geglu": True}),
+        Feature("grouped-query attention", {"group_query_attention": True}),
+        Feature("multi-head attention"),
+        Feature("multi-latent attention", {"multi_latent_attention": True}),
+        Feature("norms on query and key", {"qk_layernorm": True}),
+        Feature("sliding-window attention", {"window_size": (128, 0)}),
+        Feature("gated attention", {"attention_output_gate": True}),
+        Feature("biases", {"add_bias_linear": True}),
+        Feature("rotary positions", {"position_embedding_type": "rope"}),
+        Feature("part of the head rotated", {"rotary_percent": 0.5}),
+        Feature("interleaved rotation", {"rotary_interleaved": True}),
+        Feature("LLaMA-3.1's scaled rotary positions", {"use_rope_scaling": True}),
+        Feature("YaRN", {"position_embedding_type": "yarn"}),
+        Feature("learned positions", {"position_embedding_type": "learned_absolute"}),
+        Feature("no positions", {"position_embedding_type": "none"}),
+        Feature("tied embeddings", {"untie_embeddings_and_output_weights": False}),
+        Feature("hidden dropout", {"hidden_dropout": 0.1}),
+        Feature("attention dropout", {"attention_dropout": 0.1}),
+        Feature("mixture of experts", {"num_experts": 8}),
+        Feature("multi-token prediction", {"mtp_num_layers": 1}),
+        Feature("hybrid (Mamba) layers", {"hybrid_layer_pattern": "M*-"}),
+        Feature("heterogeneous layers", {"heterogeneous_layers_config_path": "layers.json"}),
+    ],
+    "Precision and memory": [
+        Feature("BF16", {"bf16": True}),
+        Feature("FP16", {"fp16": True, "bf16": False}),
+        Feature("FP32", {"bf16": False}),
+        Feature("FP8 layers", {"fp8": "hybrid"}),
+        Feature("FP4 layers", {"fp4": "e2m1"}),
+        Feature("gradients reduced in BF16", {"grad_reduce_in_bf16": True}),
+        Feature("full recomputation", {"recompute_granularity": "full"}),
+        Feature("selective recomputation", {"recompute_granularity": "selective"}),
+        Feature("MLP in pieces", {"mlp_chunks_for_training": 4}),
+        Feature("offloaded activations", {"cpu_offloading_num_layers": 1}),
+        Feature("fine-grained offloading", {"fine_grained_activation_offloading": True}),
+        Feature("optimizer on the host", {"optimizer_cpu_offload": True}),
+        Feature("precision-aware optimizer", {"use_precision_aware_optimizer": True}),
+        Feature("CUDA graphs", {"cuda_graph_impl": "local"}),
+    ],
+    "Training": [
+        Feature("Adam", {"optimizer": "adam"}),
+        Feature("SGD", {"optimizer": "sgd"}),
+        Feature("Muon", {"optimizer": "muon"}),
+        Feature("gradient clipping", {"clip_grad": 1.0}),
+        Feature("resumed bit for bit after SIGKILL"),
+        Feature("checkpoint loaded by other ranks"),
+        Feature("checkpoint exchanged with stock Megatron"),
+        Feature("checkpoint exchanged with other bits"),
+        Feature("asynchronous checkpoints", {"async_save": True}),
+        Feature("saves and leaves on a signal", {"exit_signal_handler": True}),
+        Feature("growing batch size", {"rampup_batch_size": [4, 4, 100]}),
+        Feature("TensorBoard", {"tensorboard_dir": "tb"}),
+        Feature("W&B", {"wandb_project": "p"}),
+        Feature("fused cross entropy", {"cross_entropy_loss_fusion": True}),
+        Feature("stock pretrain_gpt.py by --spec"),
+        Feature("packed sequences, fine-tuning", {"sft": True}),
+        Feature("attention mask by document", {"reset_attention_mask": True}),
+        Feature("Transformer Engine installed"),
+        Feature("apex installed"),
+    ],
+}
+FEATURES = {feature.name: feature for section in SECTIONS.values() for feature in section}
+
+
+class Contradiction(ValueError):
+    """Marks and checks that cannot both be right; the message names the test."""
+
+
+# --- What the tests say ---------------------------------------------------------------------------
+
+
+def marks(folder: Path) -> dict[tuple[str, str], list[str]]:
+    """Tests by (feature, part), of every mark ``supports`` in a folder's tests.
+
+    Args:
+        folder: searched with all below it.
+
+    Raises:
+        Contradiction: a feature or part that is not listed here.
+    """
+    found: dict[tuple[str, str], list[str]] = {}
+    for path in sorted(folder.rglob("test_*.py")):
+        for function in ast.parse(path.read_text()).body:
+            if not isinstance(function, ast.FunctionDef):
+                continue
+            where = f"{path.relative_to(folder.parent)}::{function.name}"
+            for call in (node for mark in function.decorator_list for node in ast.walk(mark)):
+                if isinstance(call, ast.Call) and ast.unparse(call.func) == "pytest.mark.supports":
+                    for key in _named(call, where):
+                        found.setdefault(key, []).append(where)
+    return found
+
+
+def _named(call: ast.Call, where: str) -> Iterable[tuple[str, str]]:
+    parts = [ast.literal_eval(keyword.value) for keyword in call.keywords if keyword.arg == "part"]
+    part = parts[0] if parts else "activations"
+    for argument in call.args:
+        name = ast.literal_eval(argument)
+        if name not in FEATURES or part not in PARTS:
+            raise Contradiction(f"{where}: {name!r} of {part!r} is not listed in scripts/support_matrix.py")
+        yield name, part
+
+
+def words_of_tests(folder: Path) -> set[str]:
+    """Every word of the string constants of a folder's tests, those of refused flags left out."""
+    found: set[str] = set()
+    for path in folder.rglob("*.py"):
+        if path.name != "test_bad_input.py":
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    found.update(node.value.split())
+    return found
+
+
+# --- What the checks say --------------------------------------------------------------------------
+
+
+def checks() -> dict[str, tuple]:
+    """The refusals of each part, as (attribute, refused, flag, reason)."""
+    from agoq_megatron import state_validation, validation
+
+    carried = validation._NOT_CARRIED
+    return {
+        "activations": carried,
+        "gradients": (*carried, *state_validation._NOT_WITH_8_BIT_GRADIENTS),
+        "states": (*carried, *state_validation._NOT_WITH_OUR_STATES),
+    }
+
+
+def refusal(feature: Feature, table: Iterable[tuple]) -> str | None:
+    """What a feature is told, or None where it may pass."""
+    for attribute, refused, flag, reason in table:
+        if attribute in feature.args and refused(feature.args[attribute]):
+            return f"{flag}: {reason}".replace("no --", "needs --", 1)
+    return None
+
+
+# --- The page -------------------------------------------------------------------------------------
+
+
+def status(feature: Feature, part: str, found: dict, tables: dict[str, tuple]) -> tuple[str, str]:
+    """("works" | "refused" | "untested", what is told where refused).
+
+    Raises:
+        Contradiction: a test supports what the checks refuse.
+    """
+    told = refusal(feature, tables[part])
+    tests = found.get((feature.name, part))
+    if told and tests:
+        raise Contradiction(f"{feature.name}: {tests[0]} supports it, but it is refused ({told})")
+    return ("works", "") if tests else ("refused", told) if told else ("untested", "")
+
+
+def features_text(found: dict, tables: dict[str, tuple]) -> list[str]:
+    lines, head = [], "| | " + " | ".join(PARTS.values()) + " | shown by |"
+    for title, section in SECTIONS.items():
+        lines += ["", f"## {title}", "", head, "|---|---|---|---|---|"]
+        for feature in section:
+            states = {part: status(feature, part, found, tables) for part in PARTS}
+            cells = ["**works**" if state == "works" else state for state, _ in states.values()]
+            tests = [test for part in PARTS for test in found.get((feature.name, part), ())]
+            files = dict.fromkeys(test.partition("::")[0].removeprefix("tests/") for test in tests)
+            told = dict.fromkeys(text for _, text in states.values() if text)
+            shown = "; ".join([", ".join(f"`{name}`" for name in files)] * bool(files) + list(told))
+            lines.append(f"| {feature.name} | {' | '.join(cells)} | {shown} |")
+    return lines
+
+
+def refused_text(tables: dict[str, tuple]) -> list[str]:
+    """Every entry of the tables, whether it is a feature above or not."""
+    lines, carried = [], tables["activations"]
+    for title, table in (
+        ("Refused", carried),
+        ("Refused with `--agoq-grad-bits 8`", tables["gradients"][len(carried) :]),
+        (
+            "Refused with `--agoq-optimizer-bits 8` or `--agoq-master-weights split`",
+            tables["states"][len(carried) :],
+        ),
+    ):
+        lines += ["", f"## {title}", "", "| flag | the run ends with |", "|---|---|"]
+        lines += [f"| {flag_text(flag)} | {reason} |" for _, _, flag, reason in table]
+    return lines
+
+
+def flag_text(flag: str) -> str:
+    return f"without `{flag.removeprefix('no ')}`" if flag.startswith("no ") else f"`{flag}`"
+
+
+def parser_groups() -> dict[str, dict[str, str]]:
+    """Megatron's flags by the title of their group: {title: {flag: attribute}}."""
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = add_megatron_arguments(argparse.ArgumentParser(add_help=False))
+    groups: dict[str, dict[str, str]] = {}
+    for group in parser._action_groups:
+        flags = {a.option_strings[0]: a.dest for a in group._group_actions if a.option_strings}
+        if flags:
+            groups.setdefault(group.title or "", {}).update(flags)
+    return groups
+
+
+def flags_text(groups: dict[str, dict[str, str]], words: set[str], tables: dict[str, tuple]) -> list[str]:
+    """How many flags of each group are in a test, refused, or neither; those that are neither by name."""
+    refused = {flag.removeprefix("no ").split()[0] for table in tables.values() for _, _, flag, _ in table}
+    rows, untried, total = [], [], 0
+    for title, flags in sorted(groups.items()):
+        used = [flag for flag in flags if flag in words]
+        no = [flag for flag in flags if flag in refused and flag not in used]
+        rest = [flag for flag in flags if flag not in used and flag not in no]
+        total += len(flags)
+        rows.append(f"| {title} | {len(used)} | {len(no)} | {len(rest)} |")
+        if rest:
+            untried += ["", f"**{title}**: " + ", ".join(f"`{flag}`" for flag in sorted(rest))]
+    return [
+        "", "## Flag by flag", "",
+        f"Megatron's parser has {total} flags. How many of each of its groups occur in a test, are refused",
+        "(with some value, or altogether), or neither. Neither does not mean that it fails: most flags",
+        "concern data, logs and schedules, which are Megatron's own code here. It means that no test of this",
+        "project sets it.", "",
+        "| group | in a test | refused | neither |", "|---|---|---|---|", *rows,
+        "", "### In no test", *untried,
+    ]  # fmt: skip
+
+
+def page() -> str:
+    """The whole page."""
+    from importlib.metadata import version
+
+    found, tables = marks(ROOT / "tests"), checks()
+    lines = [
+        "# What works",
+        "",
+        "Written by `python scripts/support_matrix.py` from the marks of the tests, the checks of flags, and",
+        f"Megatron's parser ({stamp(version('megatron-core'))}). **works**: a test trains with it and",
+        "compares. refused: the run ends, before anything is allocated, with a paragraph naming the flag.",
+        "untested: neither; it may work. The three columns are the three parts; a test of one may leave the",
+        "others off. The tests run on CPUs, over gloo.",
+        *features_text(found, tables),
+        *refused_text(tables),
+        "",
+        "Combinations of flags that cannot go together are refused too, with the flag's name: see",
+        "`agoq_megatron/validation.py`; `tests/training/test_bad_input.py` has a case of each.",
+        *flags_text(parser_groups(), words_of_tests(ROOT / "tests"), tables),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def stamp(version: str) -> str:
+    """How the page names the Megatron that it was made with."""
+    return f"megatron-core {version}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--check", action="store_true", help="say whether the page is up to date")
+    args = parser.parse_args()
+    from agoq_megatron import compat
+
+    compat.silence_missing_accelerators()
+    text = page()
+    if not args.check:
+        PAGE.write_text(text)
+    elif text != PAGE.read_text():
+        print("docs/support.md is out of date; run: python scripts/support_matrix.py", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""Features of Megatron's that reach into our layers or loss, each compared with stock Megatron in FP32."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from launch import TINY
+
+pytestmark = pytest.mark.slow
+
+STOCK = Path(__file__).with_name("stock_entry.py")
+STEPS = 6
+MODEL = [flag for flag in TINY if flag != "--bf16"]
+
+# name: Megatron's flags
+FEATURES = {
+    "no positions": "--position-embedding-type none",
+    "half of the head rotated": "--rotary-percent 0.5",
+    "neighbours rotated": "--rotary-interleaved",
+    "scaled rotation": "--use-rope-scaling --rope-scaling-factor 4 --rotary-base 500000",
+    "fused cross entropy": "--cross-entropy-loss-fusion",
+    "growing batch": "--rampup-batch-size 1 1 8",
+}
+
+
+@pytest.mark.supports(
+    "no positions", "part of the head rotated", "interleaved rotation", "LLaMA-3.1's scaled rotary positions",
+    "fused cross entropy", "growing batch size",
+)  # fmt: skip
+@pytest.mark.parametrize("feature", FEATURES)
+def test_trains_as_stock(launcher, tmp_path, seed, feature):
+    """Equal losses with 'off', near ones with 'agoq', and not those of the model without the feature."""
+    report = tmp_path / "stock.json"
+    flags = [*MODEL, "--train-iters", STEPS, "--seed", seed % 10000 + 1]
+    with_it = [*flags, *FEATURES[feature].split()]
+    stock = launcher.run(*with_it, tiny=False, entry=STOCK, env={"STOCK_REPORT": str(report)})
+    assert stock.ok, stock.log[-4000:]
+    reference = {int(i): values for i, values in json.loads(report.read_text()).items()}
+
+    off = launcher.run(*with_it, "--agoq-activations", "off", tiny=False)
+    assert off.ok, off.log[-4000:]
+    assert off.losses().keys() == set(reference)
+    for iteration, (loss, norm) in reference.items():
+        assert off.losses()[iteration] == pytest.approx(loss, rel=1e-5), iteration
+        assert off.grad_norms()[iteration] == pytest.approx(norm, rel=1e-4), iteration
+
+    agoq = launcher.run(*with_it, tiny=False)
+    assert agoq.ok, agoq.log[-4000:]
+    for iteration, loss in agoq.losses().items():
+        assert loss == pytest.approx(reference[iteration][0], rel=2e-3), iteration
+    plain = launcher.run(*flags, "--agoq-activations", "off", tiny=False)
+    assert plain.ok
+    if feature == "growing batch":  # of made-up samples that are all alike
+        assert off.report["tokens"] == stock_tokens(stock.log) < plain.report["tokens"]
+    elif feature != "fused cross entropy":  # the same function of the same numbers
+        assert plain.losses() != off.losses()
+
+
+def stock_tokens(log: str) -> int:
+    """Tokens of all iterations, by Megatron's own log."""
+    return int(re.findall(r"consumed samples: +(\d+)", log)[-1]) * int(TINY[TINY.index("--seq-length") + 1])
