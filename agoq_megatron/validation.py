@@ -160,6 +160,12 @@ _NOT_CARRIED: tuple[Check, ...] = (
     ),
     ("yaml_cfg", is_set, "--yaml-cfg", "give the model by flags"),
     (
+        "rampup_batch_size",
+        is_set,
+        "--rampup-batch-size",
+        "megatron-core 0.19 accepts it and ignores it; use --step-batch-size-schedule",
+    ),
+    (
         "transformer_impl",
         lambda v: v == "inference_optimized",
         "--transformer-impl inference_optimized",
@@ -190,6 +196,11 @@ def check(args: Namespace, on_cpu: bool = False) -> None:
             raise UsageError(f"{flag}: {remedy}.")
     if args.agoq_activations not in COMPUTED:  # those are computed from flags that are valid
         load_policy(args.agoq_activations, args.agoq_rounding)
+    elif getattr(args, "step_batch_size_schedule", None):
+        raise UsageError(
+            f"--agoq-activations {args.agoq_activations} with --step-batch-size-schedule: bits by stage "
+            "follow from one number of micro-batches a step, which changes; use agoq, or --global-batch-size."
+        )
     _check_shapes(args)
     _check_schedule(args)
     _check_recompute(args)

@@ -115,7 +115,7 @@ SECTIONS: dict[str, list[Feature]] = {
         Feature("checkpoint exchanged with other bits"),
         Feature("asynchronous checkpoints", {"async_save": True}),
         Feature("saves and leaves on a signal", {"exit_signal_handler": True}),
-        Feature("growing batch size", {"rampup_batch_size": [4, 4, 100]}),
+        Feature("growing batch size", {"step_batch_size_schedule": "0:4 1M:8"}),
         Feature("TensorBoard", {"tensorboard_dir": "tb"}),
         Feature("W&B", {"wandb_project": "p"}),
         Feature("fused cross entropy", {"cross_entropy_loss_fusion": True}),

@@ -79,7 +79,7 @@ def test_what_leads_nowhere_fails(tmp_path, text, words):
     for path in (ROOT / "docs").iterdir():
         if path.is_dir() and path.name == "site":
             (docs / "site").mkdir()
-            for part in ("mkdocs.yml", "hooks.py", "generated.py"):  # copies: hooks.py finds its root by itself
+            for part in ("mkdocs.yml", "hooks.py", "generated.py"):  # copies: hooks.py looks for its root
                 (docs / "site" / part).write_text((path / part).read_text())
         else:
             (docs / path.name).symlink_to(path)

@@ -117,6 +117,13 @@ CASES = {
         "--agoq-optimizer-bits 8 --use-distributed-optimizer --optimizer-cpu-offload",
         ["--optimizer-cpu-offload with"],
     ),
+    "a flag that Megatron ignores": (
+        "--rampup-batch-size 1 1 8", ["--rampup-batch-size", "--step-batch-size-schedule"],
+    ),
+    "bits by stage of a batch that grows": (
+        "--agoq-activations stage --step-batch-size-schedule 0:1",
+        ["--agoq-activations stage with --step-batch-size-schedule"],
+    ),
     "mixture of experts": ("--num-experts 4", ["--num-experts"]),
     "multi-latent attention": ("--multi-latent-attention", ["--multi-latent-attention"]),
     "context parallelism": ("--context-parallel-size 2", ["--context-parallel-size"]),

@@ -1,0 +1,35 @@
+"""The counter of stochastic rounding in a loop that does not tell it the iteration, and without any."""
+
+from __future__ import annotations
+
+import pytest
+
+from agoq_megatron.autograd.rounding import RoundingCounter
+
+
+def test_it_follows_the_clock_of_a_foreign_loop(seed):
+    """The keys are those that a loop which tells the iteration gets."""
+    now = 3
+    told, follows = RoundingCounter(), RoundingCounter()
+    for counter in (told, follows):
+        counter.seed(seed, 1)
+    follows.follow(lambda: now)
+    keys = []
+    for now in (3, 3, 4, 9):
+        told.begin_iteration(now)
+        for layer, site in ((1, "a"), (1, "a"), (2, "a"), (1, "b")):
+            key = follows.key(layer, site)
+            assert key == told.key(layer, site)
+            keys.append(key)
+    assert len(set(keys)) == len(keys)
+
+
+def test_without_megatrons_arguments_there_is_no_clock(monkeypatch):
+    from megatron.training import global_vars
+
+    from agoq_megatron import stock
+    from agoq_megatron.refusals import UsageError
+
+    monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", None)
+    with pytest.raises(UsageError, match="--spec agoq_megatron.specs agoq_layer_spec.*megatron.training"):
+        stock.arguments()
