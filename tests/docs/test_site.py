@@ -79,7 +79,8 @@ def test_what_leads_nowhere_fails(tmp_path, text, words):
     for path in (ROOT / "docs").iterdir():
         if path.is_dir() and path.name == "site":
             (docs / "site").mkdir()
-            for part in ("mkdocs.yml", "hooks.py", "generated.py"):  # copies: hooks.py looks for its root
+            for part in ("mkdocs.yml", "extra.css", "hooks.py", "generated.py"):
+                # Copies: hooks.py looks for its root by where it lies.
                 (docs / "site" / part).write_text((path / part).read_text())
         else:
             (docs / path.name).symlink_to(path)
