@@ -230,3 +230,18 @@ def bind_training_loop(name: str, wrap: Callable[[Callable], Callable]) -> None:
     import megatron.training.training as training
 
     setattr(training, name, wrap(getattr(training, name)))
+
+
+def bind_checkpoint_files(save: Callable, load: Callable, tracker: Callable) -> None:
+    """Saving and loading a checkpoint, around which ``pretrain`` has no callbacks, and the file system
+    through which the number of the last checkpoint is written.
+
+    Args:
+        save, load, tracker: take what is there, return what takes its place.
+    """
+    import megatron.core.dist_checkpointing as dist_checkpointing
+    import megatron.training.checkpointing as checkpointing
+
+    dist_checkpointing.save = save(dist_checkpointing.save)
+    bind_training_loop("load_checkpoint", load)
+    checkpointing.maybe_msc = tracker(checkpointing.maybe_msc)

@@ -78,6 +78,11 @@ class AGoQConfig:
     """Of 8-bit moments. From one step to the next the second moment changes by less than its format can
     say; to the nearest it would not change."""
 
+    agoq_checkpoint_checksums: bool = True
+    """Write a CRC-32 of every file of a checkpoint beside it, and compare before it is loaded: a damaged
+    checkpoint is then left aside, with a warning, for the newest whole one. Without, files are loaded as they
+    are."""
+
     agoq_dry_run: bool = False
     """Print the plan of what is saved, tensor by tensor, and stop before anything is allocated."""
 

@@ -34,6 +34,8 @@ from agoq_megatron.autograd.cross_entropy import vocab_parallel_cross_entropy
 from agoq_megatron.autograd.linear import add_product
 from agoq_megatron.autograd.linear_cross_entropy import LinearCrossEntropy, LinearCrossEntropySpec
 from agoq_megatron.autograd.recompute import quantized_checkpoint
+from agoq_megatron.checkpoints.loop import DurableTracker, guarded_load, guarded_load_args, guarded_save
+from agoq_megatron.checkpoints.resume import CheckpointError
 from agoq_megatron.config import AGoQConfig
 from agoq_megatron.data import datasets_provider, get_batch
 from agoq_megatron.gradients.data_parallel import QuantizedGradientDDP, wrap_embedding_reduction
@@ -200,8 +202,8 @@ def parse_arguments(on_cpu: bool) -> argparse.Namespace:
     if args.use_checkpoint_args:
         if args.load is None and args.pretrained_checkpoint is None:
             raise UsageError("--use-checkpoint-args: say with --load where the checkpoint is.")
-        load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
-        load_args_from_checkpoint(args)
+        guarded_load_args(load_args_from_checkpoint, args, "pretrained_checkpoint")
+        guarded_load_args(load_args_from_checkpoint, args)
     if "MASTER_ADDR" not in os.environ and not args.agoq_dry_run:
         raise UsageError("start it with torchrun: torchrun --nproc-per-node N pretrain_gpt_agoq.py FLAGS")
     check(args, on_cpu)
@@ -273,7 +275,7 @@ def prepare(on_cpu: bool) -> tuple[argparse.Namespace, Plan]:
 
 def paragraph(problem: Exception) -> str:
     """The message; where Megatron gave none of its own, the condition that failed and its place."""
-    if isinstance(problem, UsageError | PolicyError | compat.CompatibilityError):
+    if isinstance(problem, UsageError | PolicyError | CheckpointError | compat.CompatibilityError):
         return str(problem)
     frame = traceback.extract_tb(problem.__traceback__)[-1]
     text = " ".join(str(problem).split())
@@ -315,6 +317,12 @@ def main(on_cpu: bool) -> None:
     compat.bind_checkpoint(quantized_checkpoint)
     compat.bind_gradient_clipping()
     compat.bind_checking_checkpoint(wrap_checking_loaded(args))
+    checksums = args.agoq_checkpoint_checksums
+    compat.bind_checkpoint_files(
+        partial(guarded_save, checksums=checksums),
+        partial(guarded_load, args=args, verify=checksums),
+        DurableTracker,
+    )
     if not on_cpu:
         compat.bind_weight_gradient_product(add_product)
     if args.agoq_loss == "in-place":
@@ -334,8 +342,8 @@ def main(on_cpu: bool) -> None:
     except SystemExit:
         observer.finish()  # Megatron leaves by sys.exit on a signal and at --exit-interval
         raise
-    except LayoutError as problem:
-        refuse(str(problem))
+    except (LayoutError, CheckpointError) as problem:
+        refuse(str(problem), 1 if isinstance(problem, CheckpointError) else 2)
     except CheckpointException as problem:  # torch's, around Megatron's; no Exception
         if "Global shape mismatch" in str(problem) and "bucket_idx" in str(problem):
             refuse(OTHER_BUCKETS)

@@ -61,7 +61,7 @@ def fork_ranks(ranks: int, task: Callable[[], None], folder: Path, timeout: floa
     for rank in range(ranks):
         pid = os.fork()
         if pid == 0:
-            _become_rank(rank, ranks, port, folder / f"rank{rank}.log", task)
+            become_rank(rank, ranks, port, folder / f"rank{rank}.log", task)
         pids.append(pid)
     failed = _wait(pids, timeout)
     if failed is not None:
@@ -69,8 +69,8 @@ def fork_ranks(ranks: int, task: Callable[[], None], folder: Path, timeout: floa
         raise RunFailed(f"rank {failed} of {ranks}:\n{log[-3000:]}")
 
 
-def _become_rank(rank: int, ranks: int, port: int, log: Path, task: Callable[[], None]) -> None:
-    """In a forked process. Never returns."""
+def become_rank(rank: int, ranks: int, port: int, log: Path, task: Callable[[], None]) -> None:
+    """In a forked process: run ``task`` as that rank, in a session of its own. Never returns."""
     os.setsid()  # a group of its own, which can be ended with all that it has started
     with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # Linux: PR_SET_PDEATHSIG, end with the parent
