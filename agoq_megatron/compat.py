@@ -6,11 +6,16 @@ which moves by hundreds of lines between minor versions; hence the version check
 
 from __future__ import annotations
 
+import ctypes
 import importlib
+import multiprocessing
+import queue
+import signal
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
+from multiprocessing.managers import SyncManager
 from types import SimpleNamespace
 
 MEGATRON_MINIMUM, MEGATRON_LIMIT = (0, 19), (0, 20)
@@ -245,3 +250,31 @@ def bind_checkpoint_files(save: Callable, load: Callable, tracker: Callable) -> 
     dist_checkpointing.save = save(dist_checkpointing.save)
     bind_training_loop("load_checkpoint", load)
     checkpointing.maybe_msc = tracker(checkpointing.maybe_msc)
+
+
+def bind_checkpoint_results(asynchronous: bool) -> None:
+    """Megatron's writer hands its results over through a process of its own, a multiprocessing manager: the
+    start of it imports the main script again, and it lives on for ever where its rank is killed. A save that is
+    not asynchronous happens within the rank, where an ordinary queue does; for others the manager is told to
+    end with its rank.
+    """
+    import megatron.core.dist_checkpointing.strategies.filesystem_async as writer
+
+    if writer._results_queue is not None:
+        return
+    if not asynchronous:
+        writer._results_queue = queue.Queue()
+        return
+    manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+    manager.start(initializer=end_with_parent)
+    _managers.append(manager)
+    writer._results_queue = manager.Queue()
+
+
+_managers: list[SyncManager] = []  # one that nobody holds is shut down
+
+
+def end_with_parent() -> None:
+    """In a new process: the kernel ends it when the thread that started it does (on Linux; else nothing)."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

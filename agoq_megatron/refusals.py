@@ -21,8 +21,8 @@ def is_set(value: object) -> bool:
     return bool(value)
 
 
-def refuse(paragraph: str, status: int = 2) -> NoReturn:
-    """Say what is wrong, on the first rank of each node, and leave."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+def refuse(paragraph: str, status: int = 2, everywhere: bool = False) -> NoReturn:
+    """Say what is wrong, on the first rank of each node (or on any), and leave."""
+    if everywhere or os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"{Path(sys.argv[0]).name}: error: {paragraph}", file=sys.stderr, flush=True)
     sys.exit(status)

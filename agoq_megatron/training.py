@@ -38,6 +38,8 @@ from agoq_megatron.checkpoints.loop import DurableTracker, guarded_load, guarded
 from agoq_megatron.checkpoints.resume import CheckpointError
 from agoq_megatron.config import AGoQConfig
 from agoq_megatron.data import datasets_provider, get_batch
+from agoq_megatron.finite import REMEDY, NotFiniteError, stop_unless_finite
+from agoq_megatron.finite import STATUS as NOT_FINITE
 from agoq_megatron.gradients.data_parallel import QuantizedGradientDDP, wrap_embedding_reduction
 from agoq_megatron.gradients.settings import LayoutError
 from agoq_megatron.memory import Plan, plan_from_args
@@ -70,6 +72,9 @@ DEFAULTS = {
     "no_persist_layer_norm": True,
     # The attention kernels are causal by themselves; a mask would be [b, 1, s, s] booleans.
     "create_attention_mask_in_dataloader": False,
+    # In Megatron's default a NaN that comes again leads to a checkpoint from which the same GPU goes on to
+    # nothing but status 16. Disabled, the rank that finds it stops, and a run goes on from the last checkpoint.
+    "rerun_mode": "disabled",
 }
 """Megatron's argument names whose defaults differ here."""
 
@@ -273,6 +278,15 @@ def prepare(on_cpu: bool) -> tuple[argparse.Namespace, Plan]:
     return args, plan
 
 
+def not_finite(problem: RuntimeError) -> NoReturn:
+    """Leave for a NaN: the norm's, which all ranks have, or one that Megatron's check of losses and gradients
+    found on this rank."""
+    text, alone = str(problem), not isinstance(problem, NotFiniteError)
+    if alone:
+        text = f"iteration {get_args().curr_iteration + 1}: {text}. {REMEDY}"
+    refuse(text, NOT_FINITE, everywhere=alone)
+
+
 def paragraph(problem: Exception) -> str:
     """The message; where Megatron gave none of its own, the condition that failed and its place."""
     if isinstance(problem, UsageError | PolicyError | CheckpointError | compat.CompatibilityError):
@@ -317,6 +331,7 @@ def main(on_cpu: bool) -> None:
     compat.bind_checkpoint(quantized_checkpoint)
     compat.bind_gradient_clipping()
     compat.bind_checking_checkpoint(wrap_checking_loaded(args))
+    compat.bind_checkpoint_results(bool(args.save) and args.async_save)
     checksums = args.agoq_checkpoint_checksums
     compat.bind_checkpoint_files(
         partial(guarded_save, checksums=checksums),
@@ -329,6 +344,7 @@ def main(on_cpu: bool) -> None:
         compat.bind_cross_entropy(vocab_parallel_cross_entropy)
     observer = RunObserver(args, plan)
     observer.watch()
+    compat.bind_training_loop("train_step", partial(stop_unless_finite, args=args))
 
     model = gpt_config_from_args(args, config=transformer_config_from_args(args))
     model.transformer_layer_spec = agoq_layer_spec
@@ -344,6 +360,11 @@ def main(on_cpu: bool) -> None:
         raise
     except (LayoutError, CheckpointError) as problem:
         refuse(str(problem), 1 if isinstance(problem, CheckpointError) else 2)
+    except RuntimeError as problem:
+        if isinstance(problem, NotFiniteError) or "Unexpected result" in str(problem):
+            observer.finish()
+            not_finite(problem)
+        raise
     except CheckpointException as problem:  # torch's, around Megatron's; no Exception
         if "Global shape mismatch" in str(problem) and "bucket_idx" in str(problem):
             refuse(OTHER_BUCKETS)

@@ -6,6 +6,7 @@ records its exact losses and gradient norms as it goes, so that those of a kille
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import logging
@@ -191,7 +192,10 @@ def run(
             if inject is not None:
                 inject(rank)
             sys.argv = [str(ENTRY), *flags]
-            runpy.run_path(str(ENTRY), run_name="__main__")
+            try:
+                runpy.run_path(str(ENTRY), run_name="__main__")
+            finally:
+                atexit._run_exitfuncs()  # which a forked process would leave out
 
         pid = os.fork()
         if pid == 0:
@@ -327,6 +331,16 @@ def tensors(folder: Path, iteration: int) -> dict[str, torch.Tensor]:
     return state
 
 
+def differences_of_history(whole: tuple[Path, Outcome], one: Outcome) -> list[str]:
+    """Iterations whose loss or gradient norm is another than in the uninterrupted run."""
+    expected = whole[1].history
+    return [
+        f"iteration {iteration}: {seen} instead of {expected.get(iteration)}"
+        for iteration, seen in one.history.items()
+        if seen != expected.get(iteration)
+    ]
+
+
 def differences(whole: tuple[Path, Outcome], folder: Path, *runs: Outcome, end: int = ITERATIONS) -> list[str]:
     """Where interrupted runs, one going on from the other, differ from the uninterrupted one: nothing if they
     are the same to the last bit.
@@ -335,12 +349,7 @@ def differences(whole: tuple[Path, Outcome], folder: Path, *runs: Outcome, end: 
         whole: the uninterrupted run's checkpoints, and the run.
         folder: the interrupted runs' checkpoints.
     """
-    found = []
-    expected = whole[1].history
-    for number, one in enumerate(runs):
-        for iteration, seen in one.history.items():
-            if seen != expected.get(iteration):
-                found.append(f"run {number}, iteration {iteration}: {seen} instead of {expected.get(iteration)}")
+    found = [text for one in runs for text in differences_of_history(whole, one)]
     if runs and end not in runs[-1].history and saved_iteration(folder) != end:
         found.append(f"the last run ended before iteration {end}")
         return found
