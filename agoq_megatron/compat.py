@@ -254,9 +254,9 @@ def bind_checkpoint_files(save: Callable, load: Callable, tracker: Callable) -> 
 
 def bind_checkpoint_results(asynchronous: bool) -> None:
     """Megatron's writer hands its results over through a process of its own, a multiprocessing manager: the
-    start of it imports the main script again, and it lives on for ever where its rank is killed. A save that is
-    not asynchronous happens within the rank, where an ordinary queue does; for others the manager is told to
-    end with its rank.
+    start of it imports the main script again, and it lives on for ever where its rank is killed. A save that
+    is not asynchronous happens within the rank, where an ordinary queue does; for others the manager is told
+    to end with its rank.
     """
     import megatron.core.dist_checkpointing.strategies.filesystem_async as writer
 

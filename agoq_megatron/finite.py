@@ -1,9 +1,9 @@
 """Stops a run whose gradients are not finite before anything of that step is saved.
 
-Megatron checks losses and gradients itself before a step is taken, on the rank where they are. But what becomes
-NaN after its check, in the reduction or in the memory of gradients, reaches nothing but the norm, and then the
-weights. And under ``--rerun-mode validate_results`` it does not check the first iteration after a start. The norm
-is on the host in any case and the same on all ranks: looking at it costs nothing.
+Megatron checks losses and gradients itself before a step is taken, on the rank where they are. But what
+becomes NaN after its check, in the reduction or in the memory of gradients, reaches nothing but the norm,
+and then the weights. And under ``--rerun-mode validate_results`` it does not check the first iteration after
+a start. The norm is on the host in any case and the same on all ranks: looking at it costs nothing.
 """
 
 from __future__ import annotations

@@ -34,8 +34,6 @@ from agoq_megatron.autograd.cross_entropy import vocab_parallel_cross_entropy
 from agoq_megatron.autograd.linear import add_product
 from agoq_megatron.autograd.linear_cross_entropy import LinearCrossEntropy, LinearCrossEntropySpec
 from agoq_megatron.autograd.recompute import quantized_checkpoint
-from agoq_megatron.checkpoints.loop import DurableTracker, guarded_load, guarded_load_args, guarded_save
-from agoq_megatron.checkpoints.resume import CheckpointError
 from agoq_megatron.config import AGoQConfig
 from agoq_megatron.data import datasets_provider, get_batch
 from agoq_megatron.finite import REMEDY, NotFiniteError, stop_unless_finite
@@ -56,6 +54,8 @@ from agoq_megatron.planning.policies import compute_policy
 from agoq_megatron.policy.policy import PolicyError
 from agoq_megatron.refusals import UsageError, refuse
 from agoq_megatron.report import LOSS, RunObserver
+from agoq_megatron.resuming.loop import DurableTracker, guarded_load, guarded_load_args, guarded_save
+from agoq_megatron.resuming.resume import CheckpointError
 from agoq_megatron.specs import agoq_layer_spec
 from agoq_megatron.transformer_config import transformer_config_from_args
 from agoq_megatron.validation import check
@@ -73,7 +73,7 @@ DEFAULTS = {
     # The attention kernels are causal by themselves; a mask would be [b, 1, s, s] booleans.
     "create_attention_mask_in_dataloader": False,
     # In Megatron's default a NaN that comes again leads to a checkpoint from which the same GPU goes on to
-    # nothing but status 16. Disabled, the rank that finds it stops, and a run goes on from the last checkpoint.
+    # nothing but status 16. Disabled, the rank that finds it stops; a run goes on from the last checkpoint.
     "rerun_mode": "disabled",
 }
 """Megatron's argument names whose defaults differ here."""
@@ -171,6 +171,23 @@ def forward_step(data_iterator, model):
     return output, partial(loss_func, loss_mask)
 
 
+def _clear_type(convert):
+    """A flag's type whose refusal argparse can word: Megatron's enumerations raise KeyError."""
+
+    def clear(text: str):
+        try:
+            return convert(text)
+        except KeyError:
+            raise argparse.ArgumentTypeError(f"{text!r} is none of its values") from None
+
+    clear.__name__ = getattr(convert, "__name__", "value")  # argparse names it: "invalid int value"
+    return clear
+
+
+def _no_yaml(text: str):
+    raise argparse.ArgumentTypeError("give the model by flags")
+
+
 def add_arguments(parser: argparse.ArgumentParser, defaults: dict) -> argparse.ArgumentParser:
     """Add this project's flags, set defaults of Megatron's, and shorten the parser's errors."""
     ArgumentGroupFactory(AGoQConfig).build_group(parser, "AGoQ")
@@ -179,6 +196,10 @@ def add_arguments(parser: argparse.ArgumentParser, defaults: dict) -> argparse.A
         # One of Megatron's help texts holds a bare percent sign, on which argparse gives up.
         if action.help and "%" in action.help:
             action.help = re.sub(r"%(?!\()", "%%", action.help.replace("%%", "%"))
+        if callable(action.type):
+            action.type = _clear_type(action.type)
+        if action.dest == "yaml_cfg":  # Megatron reads that file while it parses
+            action.type = _no_yaml
 
     def error(message: str):
         # argparse would print the usage of some 850 flags first.

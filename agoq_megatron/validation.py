@@ -11,6 +11,7 @@ from pathlib import Path
 
 from agoq_megatron.policy.policy import COMPUTED, load_policy
 from agoq_megatron.refusals import Check, UsageError, is_set
+from agoq_megatron.saving_validation import check_saving
 from agoq_megatron.state_validation import check_gradients, check_optimizer
 
 RECOMPUTE_MODULES = ("core_attn", "mlp", "layernorm")
@@ -194,14 +195,17 @@ def check(args: Namespace, on_cpu: bool = False) -> None:
         value = getattr(args, attribute, None)
         if value is not None and refused(value):
             raise UsageError(f"{flag}: {remedy}.")
+    policy = None
     if args.agoq_activations not in COMPUTED:  # those are computed from flags that are valid
-        load_policy(args.agoq_activations, args.agoq_rounding)
+        policy = load_policy(args.agoq_activations, args.agoq_rounding)
     elif getattr(args, "step_batch_size_schedule", None):
         raise UsageError(
             f"--agoq-activations {args.agoq_activations} with --step-batch-size-schedule: bits by stage "
             "follow from one number of micro-batches a step, which changes; use agoq, or --global-batch-size."
         )
     _check_shapes(args)
+    if policy is not None and args.num_layers:
+        policy.check_patterns(args.num_layers)
     _check_schedule(args)
     _check_recompute(args)
     _check_data(args)
@@ -215,10 +219,7 @@ def check(args: Namespace, on_cpu: bool = False) -> None:
     _check_watching(args)
     if args.agoq_seed is not None and args.agoq_seed < 0:
         raise UsageError(f"--agoq-seed {args.agoq_seed}: give a number that is not negative.")
-    if args.agoq_report is not None and Path(args.agoq_report).is_dir():
-        raise UsageError(f"--agoq-report {args.agoq_report}: that is a folder; name a file in it.")
-    if args.agoq_report is not None and not Path(args.agoq_report).absolute().parent.is_dir():
-        raise UsageError(f"--agoq-report {args.agoq_report}: its folder does not exist; create it.")
+    check_saving(args)
     if on_cpu and args.fp16:
         raise UsageError(
             "--fp16: no GPU was found, and on the CPU only --bf16 and FP32 are supported. Use "

@@ -209,7 +209,8 @@ def run(
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)
-    outcome.log = "".join((folder / f"rank{r}.log").read_text(errors="replace") for r in range(ranks))
+    logs = [folder / f"rank{rank}.log" for rank in range(ranks)]  # a rank may be killed before it has one
+    outcome.log = "".join(log.read_text(errors="replace") for log in logs if log.is_file())
     outcome.history = _history(folder / "history.jsonl")
     return outcome
 

@@ -11,6 +11,7 @@ nothing and recompute it from another saved tensor.
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 import logging
 from dataclasses import dataclass, fields, replace
@@ -20,6 +21,7 @@ import yaml
 from agoq_kernels.formats import Format
 from megatron.core.quantization.quant_config import MatchContext, RecipeConfig
 
+from agoq_megatron.policy.document import DuplicateKey, read_yaml
 from agoq_megatron.policy.sites import Site
 
 PRESETS = Path(__file__).parent / "presets"
@@ -60,10 +62,41 @@ class Rule:
 class ActivationPolicy:
     """Answers, for a site and a layer, how the tensor is kept."""
 
-    def __init__(self, name: str, recipe: RecipeConfig, rules: dict[str, Rule]):
+    def __init__(
+        self,
+        name: str,
+        recipe: RecipeConfig,
+        rules: dict[str, Rule],
+        labels: dict[str, str],
+        patterns: dict[str, str],
+    ):
+        """Args:
+        name: value of the flag, for errors.
+        recipe: Megatron's reader of the file.
+        rules: by config.
+        labels: of the configs, with their lines.
+        patterns: of the matchers that are enabled, by their labels.
+        """
         self.name = name
         self._recipe = recipe
         self._rules = rules
+        self._labels = labels
+        self._patterns = patterns
+
+    def check_patterns(self, layers: int) -> None:
+        """Of a model with so many layers.
+
+        Raises:
+            PolicyError: a pattern matches no saved tensor, which is a misspelt one.
+        """
+        paths = [site.path(number) for number in range(1, layers + 1) for site in Site]
+        for matcher, pattern in self._patterns.items():
+            if not fnmatch.filter(paths, pattern):
+                raise PolicyError(
+                    f"--agoq-activations {self.name}: matcher {matcher}: pattern {pattern!r} matches no "
+                    f"saved tensor of this model's {layers} layers. They are named like {paths[1]}, and "
+                    f"below the layer {', '.join(site.value for site in Site)}."
+                )
 
     @functools.cache  # noqa: B019 - one policy lives as long as the process
     def rule(self, site: Site, layer_number: int) -> Rule:
@@ -82,13 +115,13 @@ class ActivationPolicy:
         rule = self._rules[key]
         if rule.recompute and not site.recomputable:
             raise PolicyError(
-                f"--agoq-activations {self.name}: config {key!r} (bits 0) matches {path}, which "
+                f"--agoq-activations {self.name}: config {self._labels[key]}, bits 0, matches {path}, which "
                 "cannot be recomputed from another saved tensor. Give it 2 to 8 bits, or 16."
             )
         if rule.format and site.recomputable:
             raise PolicyError(
-                f"--agoq-activations {self.name}: config {key!r} quantizes {path}. That tensor is "
-                "rebuilt from its producer's saved input at no cost in memory: give it bits 0, or "
+                f"--agoq-activations {self.name}: config {self._labels[key]} quantizes {path}. That tensor "
+                "is rebuilt from its producer's saved input at no cost in memory: give it bits 0, or "
                 "16 to keep it."
             )
         return rule
@@ -127,51 +160,69 @@ def load_policy(spec: str, rounding: str = "policy") -> ActivationPolicy:
         )
     where = f"--agoq-activations {spec}"
     try:
-        data = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        data, lines = read_yaml(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError, DuplicateKey, RecursionError) as error:
         problem = " ".join(str(error).split())
         raise PolicyError(f"{where}: not a readable YAML file ({problem}).") from error
-    _check_layout(where, data)
-    rules = {key: _rule(where, key, value, rounding) for key, value in data["configs"].items()}
+
+    def label(section: str, key: object) -> str:
+        return f"{key!r} (line {lines.get((section, str(key)), '?')})"
+
+    _check_layout(where, data, lines)
+    configs = {key: label("configs", key) for key in data["configs"]}
+    rules = {
+        key: _rule(f"{where}: config {configs[key]}", value, rounding)
+        for key, value in data["configs"].items()
+    }
     for name, matcher in data["matchers"].items():
-        if matcher["config"] not in rules:
-            raise PolicyError(
-                f"{where}: matcher {name!r} names config {matcher['config']!r}, which is not among "
-                f"the configs ({', '.join(map(repr, rules))})."
-            )
+        _check_matcher(f"{where}: matcher {label('matchers', name)}", matcher, rules)
     # Megatron announces every match at INFO; the plan says the same in one table.
     logging.getLogger("megatron.core.quantization.quant_config").setLevel(logging.WARNING)
-    return ActivationPolicy(spec, RecipeConfig.from_config_dict(data), rules)
+    enabled = {
+        label("matchers", name): matcher["pattern"]
+        for name, matcher in data["matchers"].items()
+        if matcher["enabled"]
+    }
+    return ActivationPolicy(spec, RecipeConfig.from_config_dict(data), rules, configs, enabled)
 
 
-def _check_layout(where: str, data) -> None:
+def _check_layout(where: str, data, lines: dict[tuple[str, ...], int]) -> None:
     sections = ("configs", "matchers")
     if not isinstance(data, dict) or not all(isinstance(data.get(k), dict) for k in sections):
         raise PolicyError(
             f"{where}: a policy file needs two mappings, 'configs' and 'matchers', as in "
             f"{PRESETS / 'agoq.yaml'}."
         )
-    unknown = set(data) - set(sections)
+    for key in data:
+        if key not in sections:
+            line = lines.get((str(key),), "?")
+            raise PolicyError(f"{where}: unknown top-level key {key!r} (line {line}).")
+
+
+def _check_matcher(where: str, matcher, rules: dict[str, Rule]) -> None:
+    wanted = ("config", "type", "pattern", "enabled")
+    if not isinstance(matcher, dict) or not set(wanted) <= set(matcher):
+        missing = [key for key in wanted if not isinstance(matcher, dict) or key not in matcher]
+        raise PolicyError(
+            f"{where} needs the keys config, type, pattern and enabled; missing are {', '.join(missing)}."
+        )
+    if not isinstance(matcher["config"], str) or not isinstance(matcher["enabled"], bool):
+        raise PolicyError(f"{where}: config must be a name, and enabled true or false.")
+    unknown = set(matcher) - set(wanted)
     if unknown:
-        raise PolicyError(f"{where}: unknown top-level keys {sorted(map(str, unknown))}.")
-    for name, matcher in data["matchers"].items():
-        if not isinstance(matcher, dict) or not {"config", "type", "pattern"} <= set(matcher):
-            raise PolicyError(f"{where}: matcher {name!r} needs the keys config, type, pattern and enabled.")
-        if not isinstance(matcher["config"], str) or not isinstance(matcher.get("enabled"), bool):
-            raise PolicyError(f"{where}: matcher {name!r}: config must be a name, and enabled true or false.")
-        unknown = set(matcher) - {"config", "type", "pattern", "enabled"}
-        if unknown:
-            raise PolicyError(f"{where}: matcher {name!r}: unknown keys {sorted(map(str, unknown))}.")
-        if matcher["type"] != "glob":
-            raise PolicyError(
-                f"{where}: matcher {name!r} has type {matcher['type']!r}; only 'glob' is known."
-            )
-        if not isinstance(matcher["pattern"], str):
-            raise PolicyError(f"{where}: matcher {name!r}: the pattern must be a string.")
+        raise PolicyError(f"{where}: unknown keys {sorted(map(str, unknown))}.")
+    if matcher["type"] != "glob":
+        raise PolicyError(f"{where} has type {matcher['type']!r}; only 'glob' is known.")
+    if not isinstance(matcher["pattern"], str):
+        raise PolicyError(f"{where}: the pattern must be a string.")
+    if matcher["config"] not in rules:
+        raise PolicyError(
+            f"{where} names config {matcher['config']!r}, which is not among the configs "
+            f"({', '.join(map(repr, rules))})."
+        )
 
 
-def _rule(where: str, key: str, config, rounding: str) -> Rule:
-    where = f"{where}: config {key!r}"
+def _rule(where: str, config, rounding: str) -> Rule:
     if not isinstance(config, dict) or "bits" not in config:
         raise PolicyError(f"{where} needs the key 'bits' (0, 2, 3, 4, 5, 6, 8 or 16).")
     unknown = set(config) - _FORMAT_KEYS

@@ -1,0 +1,186 @@
+"""The checks of checkpoints at the places where Megatron's loop saves and loads."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+
+from agoq_megatron.resuming.checksums import clear, rank_and_world, write_durably, write_manifest
+from agoq_megatron.resuming.resume import TRACKER, CheckpointError, choose, say
+
+
+def local(path) -> bool:
+    """Whether a path is in a file system; object storage is left to Megatron."""
+    return path is not None and "://" not in str(path)
+
+
+def guarded_save(stock, checksums: bool):
+    """Around ``dist_checkpointing.save``: it starts from an empty folder and ends with checksums.
+
+    Args:
+        stock: Megatron's function, called by every rank; with ``async_sharded_save`` it returns a request,
+        whose
+            last steps are run by every rank when the files are there.
+        checksums: write them.
+    """
+
+    @functools.wraps(stock)
+    def save(state, checkpoint_dir, *args, **kwargs):
+        folder = Path(str(checkpoint_dir))
+        if not local(checkpoint_dir):
+            return stock(state, checkpoint_dir, *args, **kwargs)
+        try:
+            if rank_and_world()[0] == 0:
+                clear(folder)
+            if rank_and_world()[1] > 1:
+                dist.barrier()
+            request = stock(state, checkpoint_dir, *args, **kwargs)
+            if request is None and checksums:
+                write_manifest(folder)
+        except (OSError, RuntimeError, CheckpointException) as problem:
+            failed = CheckpointError(_not_saved(folder, problem))
+            if os.environ.get("LOCAL_RANK", "0") != "0":  # may be this rank's alone; the first says its own
+                print(f"AGoQ: {failed}", file=sys.stderr, flush=True)
+            raise failed from problem
+        if request is not None and checksums:
+            request.finalize_fns.append(functools.partial(write_manifest, folder))
+        return request
+
+    return save
+
+
+def _not_saved(folder: Path, problem: BaseException) -> str:
+    text = " ".join(str(problem).split())
+    text = text if len(text) < 300 else "..." + text[-300:]  # the innermost reason comes last
+    try:
+        room = f"; its disk has {shutil.disk_usage(folder).free / 2**20:,.0f} MB left"
+    except OSError:
+        room = ""
+    return (
+        f"--save: {folder} could not be saved{room} ({text}). The checkpoints before it are as they were; "
+        "make room and start the same command again."
+    )
+
+
+class DurableTracker:
+    """Stands for Megatron's file-system module where checkpoints are saved: the tracker file, which Megatron
+    empties before it writes the number, is replaced at once.
+
+    Args:
+        stock: what it stands for.
+    """
+
+    def __init__(self, stock):
+        self._stock = stock
+
+    def __getattr__(self, name):
+        return getattr(self._stock, name)
+
+    def open(self, path, mode="r", *args, **kwargs):
+        if mode == "w" and local(path) and Path(str(path)).name == TRACKER:
+            return _ReplacedAtOnce(Path(str(path)))
+        return self._stock.open(path, mode, *args, **kwargs)
+
+
+class _ReplacedAtOnce:
+    """A file to write whose text takes the old one's place when it is closed without an error."""
+
+    def __init__(self, path: Path):
+        self._path, self._text = path, []
+
+    def write(self, text: str) -> int:
+        self._text.append(text)
+        return len(text)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        if kind is None:
+            write_durably(self._path, "".join(self._text))
+
+
+def guarded_load(stock, args, verify: bool):
+    """Around ``load_checkpoint``: it loads the newest whole checkpoint.
+
+    Args:
+        stock: Megatron's function, called by every rank.
+        args: Megatron's arguments.
+        verify: compare files with their checksums first.
+
+    Raises:
+        CheckpointError: there are checkpoints, and none can be loaded; or Megatron gave up by leaving with
+            status 0, which would tell a scheduler that all is done.
+    """
+
+    @functools.wraps(stock)
+    def load_checkpoint(*positional, **kwargs):
+        given = args.ckpt_step, args.non_persistent_ckpt_type
+        folder = getattr(args, kwargs.get("load_arg", "load"))
+        pretrained = args.pretrained_checkpoint
+        if folder is not None and pretrained is not None and not Path(folder, TRACKER).is_file():
+            folder = pretrained  # as Megatron decides it
+        if local(folder):
+            _skip_bad_non_persistent(args, verify)
+            name = choose(Path(folder), args.ckpt_step, verify)
+            if name is not None and name != "release":
+                args.ckpt_step = int(name.removeprefix("iter_"))
+        try:
+            return stock(*positional, **kwargs)
+        except SystemExit as left:
+            if left.code in (None, 0):
+                raise CheckpointError(
+                    f"--load {folder}: Megatron could not load it; what is wrong stands above."
+                ) from left
+            raise
+        finally:
+            args.ckpt_step, args.non_persistent_ckpt_type = given
+
+    return load_checkpoint
+
+
+def _skip_bad_non_persistent(args, verify: bool) -> None:
+    """A damaged checkpoint of ``--non-persistent-ckpt-type global`` is left aside for this load."""
+    if args.non_persistent_ckpt_type != "global":
+        return
+    folder = args.non_persistent_global_ckpt_dir or (args.load and str(Path(args.load, "non_persistent")))
+    if not local(folder) or not Path(folder, TRACKER).is_file():
+        return
+    try:
+        step = int(Path(folder, TRACKER).read_text())
+        choose(Path(folder), step, verify)
+    except (ValueError, CheckpointError):
+        say(f"WARNING: no use is made of {folder}, as said above; going on from --load.")
+        args.non_persistent_ckpt_type = None
+
+
+def guarded_load_args(stock, args, load_arg: str = "load") -> None:
+    """``load_args_from_checkpoint`` from the checkpoint that will be loaded, before the ranks know each
+    other.
+
+    Files are looked for, not read through: every rank would read all of them.
+
+    Raises:
+        CheckpointError: there are checkpoints, and none can be read.
+    """
+    folder, given = getattr(args, load_arg), args.ckpt_step
+    if local(folder):
+        name = choose(Path(folder), args.ckpt_step, verify=False)
+        if name is not None and name != "release":
+            args.ckpt_step = int(name.removeprefix("iter_"))
+    try:
+        stock(args, load_arg=load_arg)
+    except (SystemExit, Exception, CheckpointException) as problem:
+        text = " ".join(str(problem).split())[:300]
+        raise CheckpointError(
+            f"--use-checkpoint-args: the flags in the newest checkpoint of {folder} cannot be read ({text}). "
+            "Give them on the command line instead, or name an older checkpoint with --ckpt-step."
+        ) from problem
+    finally:
+        args.ckpt_step = given
