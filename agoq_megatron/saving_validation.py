@@ -26,16 +26,24 @@ _POSITIVE = (
 """Of these Megatron takes zero or less without a word, or stops at them while it trains."""
 
 
+def check_counts(args: Namespace) -> None:
+    """Of numbers that must be positive.
+
+    Raises:
+        UsageError: one is not.
+    """
+    for name in _POSITIVE:
+        value = getattr(args, name, None)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {value}: give a positive number.")
+
+
 def check_saving(args: Namespace) -> None:
     """Of batches, intervals, and the places where files go.
 
     Raises:
         UsageError: they cannot work.
     """
-    for name in _POSITIVE:
-        value = getattr(args, name, None)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name.replace('_', '-')} {value}: give a positive number.")
     _check_batches(args)
     if args.save and not args.save_interval:
         raise UsageError("--save: say with --save-interval after how many iterations to save.")

@@ -257,7 +257,7 @@ _BREAKS: tuple[tuple[str, list[str], str, bool], ...] = (
     ("config: four", ["config: fuor", "config: 4", "config: default", "config: null", "config: [four]"], "config", True),
     ("config: eight", ["config: eigth", "config: sixteen", "config: recompute"], "attention", True),
     ("type: glob, pattern: \"*\"", ["type: regex, pattern: \"*\"", "type: Glob, pattern: \"*\""], "type", True),
-    ("pattern: \"*\"", ["pattern: \"mlp*\"", "pattern: \"*.query\"", "pattern: \"decoder.layers.0.*\""], "no matcher takes", False),
+    ("pattern: \"*\"", ["pattern: \"*.query\"", "pattern: \"decoder.layers.0.*\""], "no matcher takes", False),
     ("pattern: \"*\"", ["pattern: 5", "pattern: [\"*\"]", "pattern: null", "pattern: true"], "pattern", True),
     ("*.core_attention.*", ["*.core_atention.*", "*.attention.*", "*.softmax.*", "layers.0.*", "decoder.layers.77.*"], "attention", True),
     ("*.norm_output", ["*.norm_outputs", "*.layernorm.*", "norm_output"], "norm_outputs", True),

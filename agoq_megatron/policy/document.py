@@ -35,6 +35,6 @@ def _walk(node, path: tuple[str, ...], lines: dict[tuple[str, ...], int]) -> Non
         here = (*path, str(key.value))
         line = key.start_mark.line + 1
         if here in lines:
-            raise DuplicateKey(f"key {here[-1]!r} stands twice, in lines {lines[here]} and {line}")
+            raise DuplicateKey(f"key {here[-1]!r} stands twice, in line {lines[here]} and in line {line}")
         lines[here] = line
         _walk(value, here, lines)
