@@ -38,6 +38,7 @@ def faults() -> dict[str, tuple[Fault, str, str]]:
         "sigterm": (
             partial(kinds.signals, name="SIGTERM", phases=("start", "step", "save", "evaluation")), "1 rank", eight,
         ),
+        "sigterm-save": (partial(kinds.signals, name="SIGTERM", phases=("save",)), "DP2", eight),
         "sigusr1": (partial(kinds.signals, name="SIGUSR1", phases=("start", "step", "save")), "DP2", eight),
         "sigusr1-plain": (partial(kinds.signals, name="SIGUSR1", phases=("step", "evaluation")), "DP2", plain),
         "sigterm-4": (partial(kinds.signals, name="SIGTERM", phases=("save", "step")), "TP2 x PP2", eight),

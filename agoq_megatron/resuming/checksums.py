@@ -114,7 +114,7 @@ def write_manifest(folder: Path) -> None:
     problem = next((p for _, p in answers if p), None)
     if problem is None and rank == 0:
         files = {name: list(sums) for part, _ in answers for name, sums in part.items()}
-        text = json.dumps({"algorithm": "crc32", "files": files}, indent=1) + "\n"
+        text = json.dumps({"algorithm": "crc32", "own": _own(files), "files": files}, indent=1) + "\n"
         try:
             write_durably(folder / MANIFEST, text)
         except OSError as error:
@@ -122,6 +122,11 @@ def write_manifest(folder: Path) -> None:
     problem = _gather(problem)[0] or problem
     if problem is not None:
         raise OSError(f"checksums of {folder}: {problem}")
+
+
+def _own(files: dict) -> str:
+    """Checksum of the checksums."""
+    return f"{zlib.crc32(json.dumps(files, sort_keys=True).encode()):08x}"
 
 
 def is_complete(folder: Path) -> bool:
@@ -146,10 +151,10 @@ def find_damage(folder: Path) -> tuple[list[str], bool]:
         text, problems = None, [f"{folder / MANIFEST} cannot be read ({error})"]
     if text is not None:
         try:
-            expected = {
-                name: (int(size), str(value)) for name, (size, value) in json.loads(text)["files"].items()
-            }
-            found = True
+            manifest = json.loads(text)
+            expected = {name: (int(size), str(value)) for name, (size, value) in manifest["files"].items()}
+            found = manifest["algorithm"] == "crc32" and manifest["own"] == _own(manifest["files"])
+            problems = [] if found else [f"{folder / MANIFEST} is damaged"]
         except (ValueError, KeyError, TypeError, AttributeError):
             problems = [f"{folder / MANIFEST} is damaged"]
     if found:
