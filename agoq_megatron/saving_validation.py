@@ -49,6 +49,11 @@ def check_saving(args: Namespace) -> None:
         raise UsageError("--save: say with --save-interval after how many iterations to save.")
     if args.ckpt_step and not (args.load or args.pretrained_checkpoint):
         raise UsageError("--ckpt-step: say with --load where the checkpoint is.")
+    if args.async_save and not args.use_persistent_ckpt_worker:
+        raise UsageError(
+            "--async-save: Megatron saves asynchronously with --use-persistent-ckpt-worker only, and would leave "
+            "the flag out; add it."
+        )
     if args.async_save and args.async_strategy == "nvrx" and find_spec("nvidia_resiliency_ext") is None:
         raise UsageError(
             "--async-save: --async-strategy nvrx, its default, needs nvidia-resiliency-ext. Install it, "

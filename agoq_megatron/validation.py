@@ -226,6 +226,10 @@ def check(args: Namespace, on_cpu: bool = False) -> None:
             "--fp16: no GPU was found, and on the CPU only --bf16 and FP32 are supported. Use "
             "--bf16, which needs no loss scaling either."
         )
+    if on_cpu and args.async_save:
+        raise UsageError(
+            "--async-save: the process that writes wants a GPU, and none was found; leave the flag out."
+        )
     _check_loss(args)
     if on_cpu and getattr(args, "defer_embedding_wgrad_compute", False):
         raise UsageError(

@@ -175,7 +175,8 @@ _NOT_TOGETHER: tuple[tuple[list[str], list[str], tuple[str, ...]], ...] = (
     (["--agoq-report", "/no/such/folder/x.json"], ["--agoq-report"], ()),
     (["--agoq-report", "/"], ["--agoq-report"], ()),
     (["--agoq-report", "/proc/x.json"], ["--agoq-report"], ()),
-    (["--async-save"], ["--async-strategy"], ()),
+    (["--async-save"], ["--use-persistent-ckpt-worker"], ()),
+    (["--async-save", "--use-persistent-ckpt-worker"], ["--async-strategy"], ()),
 )  # fmt: skip
 
 

@@ -47,9 +47,6 @@ def faults() -> dict[str, tuple[Fault, str, str]]:
         "torchrun-sigterm": (kinds.torchrun_signal, "DP2", plain),
         "full-disk": (kinds.full_disk, "1 rank", eight),
         "full-disk-2": (kinds.full_disk, "DP2", plain),
-        "full-disk-async": (
-            lambda *where: kinds.full_disk(*where, "--async-save", "--async-strategy", "mcore"), "1 rank", eight,
-        ),
     }  # fmt: skip
     places = itertools.cycle([("1 rank", eight), ("DP2", plain), ("1 rank", plain), ("DP2", eight)])
     for number, what in enumerate(kinds.DAMAGE):

@@ -44,6 +44,8 @@ def guarded_save(stock, checksums: bool):
             if request is None and checksums:
                 write_manifest(folder)
         except (OSError, RuntimeError, CheckpointException) as problem:
+            if _of_a_peer(problem):
+                raise
             failed = CheckpointError(_not_saved(folder, problem))
             if os.environ.get("LOCAL_RANK", "0") != "0":  # may be this rank's alone; the first says its own
                 print(f"AGoQ: {failed}", file=sys.stderr, flush=True)
@@ -53,6 +55,13 @@ def guarded_save(stock, checksums: bool):
         return request
 
     return save
+
+
+def _of_a_peer(problem: BaseException) -> bool:
+    """Whether a save failed as another rank was gone, not for what is to be written."""
+    if isinstance(problem, OSError | CheckpointException):
+        return isinstance(problem, ConnectionError)
+    return "Worker failure" not in str(problem)
 
 
 def _not_saved(folder: Path, problem: BaseException) -> str:

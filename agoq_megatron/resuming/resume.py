@@ -71,7 +71,7 @@ def candidates(folder: Path, step: int | None = None) -> Candidates:
             match = _FOLDER.fullmatch(path.name)
             if match and path.is_dir():
                 found[int(match[1])] = path.name
-    problem, tracked = "", None
+    problem, tracked, text = "", None, None
     try:
         text = (folder / TRACKER).read_text().strip()
         if text == "release":
@@ -80,7 +80,7 @@ def candidates(folder: Path, step: int | None = None) -> Candidates:
     except FileNotFoundError:
         pass
     except (OSError, ValueError) as error:
-        problem = "is empty" if isinstance(error, ValueError) and not text else f"cannot be read ({error})"
+        problem = "is empty" if text == "" else f"cannot be read ({error})"
     whole = [n for n in sorted(found, reverse=True) if _loadable(folder / found[n])]
     # What is newer than the tracker was never announced as saved.
     names = [found[n] for n in whole if tracked is None or n < tracked]
@@ -120,7 +120,9 @@ def choose(folder: Path, step: int | None, verify: bool) -> str | None:
     for name in options.names:
         damage = _damage(folder / name, verify)
         if not damage:
-            _announce(folder, name, refused, options, rank)
+            _announce(folder, name, refused, options)
+            if options.tracker:
+                _mend_tracker(folder, name, options.tracker)
             return name
         refused.append(name)
         say(f"WARNING: checkpoint {folder / name} is damaged: {'; '.join(damage[:4])}.")
@@ -161,7 +163,7 @@ def _damage(folder: Path, verify: bool) -> list[str]:
     return damage
 
 
-def _announce(folder: Path, name: str, refused: list[str], options: Candidates, rank: int) -> None:
+def _announce(folder: Path, name: str, refused: list[str], options: Candidates) -> None:
     if refused:
         say(
             f"WARNING: going back to {folder / name}, the newest whole checkpoint; what was trained since is "
@@ -169,12 +171,21 @@ def _announce(folder: Path, name: str, refused: list[str], options: Candidates, 
         )
     elif options.tracker or not (folder / TRACKER).is_file():
         say(f"going on from {folder / name}.")
-    if options.tracker and rank == 0:
-        # Megatron reads it in any case, and leaves with status 0 where it holds no number.
+
+
+def _mend_tracker(folder: Path, name: str, what: str) -> None:
+    """Megatron reads the tracker file in any case, and leaves with status 0 where it holds no number."""
+    rank, world = rank_and_world()
+    problem = [None]
+    if rank == 0:
         try:
-            write_durably(folder / TRACKER, name.removeprefix("iter_").lstrip("0"))
+            write_durably(folder / TRACKER, str(int(name.removeprefix("iter_"))))
         except OSError as error:
-            raise CheckpointError(
-                f"{folder / TRACKER} {options.tracker} and cannot be written ({error}). Write the "
-                f"iteration of {name} into it."
-            ) from error
+            problem = [str(error)]
+    if world > 1:
+        dist.broadcast_object_list(problem, src=0)  # no rank reads it before
+    if problem[0] is not None:
+        raise CheckpointError(
+            f"{folder / TRACKER} {what} and cannot be written ({problem[0]}). Write the iteration "
+            f"of {name} into it."
+        )

@@ -4,8 +4,12 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +18,7 @@ from checkpoints import assert_killed, assert_same_tensors, saved_iteration
 
 from agoq_megatron.finite import NotFiniteError, stop_unless_finite
 from agoq_megatron.resuming import checksums, resume
-from agoq_megatron.resuming.loop import DurableTracker
+from agoq_megatron.resuming.loop import DurableTracker, guarded_save
 from agoq_megatron.resuming.resume import CheckpointError, choose
 
 ITERATIONS, INTERVAL = 9, 3
@@ -93,11 +97,11 @@ def test_a_named_iteration_is_not_replaced(saved, seed):
             choose(saved, step, verify=True)
 
 
-@pytest.mark.parametrize("text", ["", "nine", "9.0", None])
+@pytest.mark.parametrize("text", ["", "nine", "9.0", "\ud8ff", None])
 def test_a_lost_tracker_is_found_again(saved, text):
     """Megatron would leave with status 0 (unreadable) or start from random weights (missing)."""
     tracker = saved / resume.TRACKER
-    tracker.unlink() if text is None else tracker.write_text(text)
+    tracker.unlink() if text is None else tracker.write_bytes(text.encode("utf-8", "surrogatepass"))
     assert choose(saved, None, verify=True) == "iter_0000009"
     assert text is None or tracker.read_text() == "9"
 
@@ -145,6 +149,75 @@ def test_the_tracker_is_replaced_at_once(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"), stand_in.open(path, "w") as file:
         file.write("9")
     assert path.read_text() == "6" and [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_an_asynchronous_save_ends_with_checksums(saved, seed):
+    """They are the last step of Megatron's request, after which it announces the checkpoint."""
+    from types import SimpleNamespace
+
+    folder = saved / "iter_0000009"
+    request = SimpleNamespace(finalize_fns=[])
+
+    def stock(state, checkpoint_dir, **_):
+        assert not checksums.is_complete(folder)  # cleared
+        return request
+
+    assert guarded_save(stock, True)({}, str(folder), async_sharded_save=True) is request
+    assert not (folder / checksums.MANIFEST).exists()
+    for name in FILES[:4]:
+        (folder / name).write_bytes(random.Random(seed).randbytes(99))
+    for finalize in request.finalize_fns:
+        finalize()
+    assert checksums.find_damage(folder) == ([], True)
+    bare = guarded_save(lambda *_: None, False)
+    assert bare({}, str(folder)) is None and not (folder / checksums.MANIFEST).exists()
+
+
+@pytest.mark.parametrize(
+    "problem,ours",
+    [
+        (OSError(28, "No space left on device"), True),
+        (RuntimeError("Worker failure: unexpected pos"), True),
+        (RuntimeError("Connection closed by peer"), False),
+        (ConnectionResetError("reset"), False),
+    ],
+)
+def test_a_save_that_fails(saved, problem, ours):
+    """For what is to be written: said with the folder. As another rank is gone: left as it is."""
+
+    def stock(*_):
+        raise problem
+
+    with pytest.raises((CheckpointError, type(problem))) as raised:
+        guarded_save(stock, True)({}, str(saved / "iter_0000012"))
+    assert isinstance(raised.value, CheckpointError) == ours
+    if ours:
+        assert "iter_0000012" in str(raised.value) and "start the same command again" in str(raised.value)
+
+
+HELPER = """
+import multiprocessing, os, signal
+from agoq_megatron import compat
+if __name__ == "__main__":
+    compat.bind_checkpoint_results({})
+    print([p.pid for p in multiprocessing.active_children()] + [m._process.pid for m in compat._managers], flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_no_helper_outlives_its_rank(tmp_path, asynchronous):
+    script = tmp_path / "rank.py"
+    script.write_text(HELPER.format(asynchronous))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=120)
+    assert run.returncode == -signal.SIGKILL, run.stderr
+    helpers = json.loads(run.stdout.strip().splitlines()[-1])
+    assert bool(helpers) == asynchronous
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and any(Path(f"/proc/{pid}").exists() for pid in helpers):
+        time.sleep(0.05)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in helpers)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
