@@ -51,13 +51,13 @@ def check_saving(args: Namespace) -> None:
         raise UsageError("--ckpt-step: say with --load where the checkpoint is.")
     if args.async_save and not args.use_persistent_ckpt_worker:
         raise UsageError(
-            "--async-save: Megatron saves asynchronously with --use-persistent-ckpt-worker only, and would leave "
-            "the flag out; add it."
+            "--async-save: Megatron saves asynchronously with --use-persistent-ckpt-worker only, and would "
+            "leave this flag out without it; add that."
         )
     if args.async_save and args.async_strategy == "nvrx" and find_spec("nvidia_resiliency_ext") is None:
         raise UsageError(
-            "--async-save: --async-strategy nvrx, its default, needs nvidia-resiliency-ext. Install it, "
-            "or add --async-strategy mcore."
+            "--async-save: --async-strategy nvrx, its default, needs nvidia-resiliency-ext. Install "
+            "it, or add --async-strategy mcore."
         )
     for name in ("save", "tensorboard_dir"):
         check_writable(args, name, getattr(args, name, None))

@@ -1,3 +1,4 @@
+# ruff: noqa: E501 - tables of cases, a line each
 """Generated flags and policy files that cannot work, for ``throw_faults.py``.
 
 Each case is drawn from the flags of ``agoq_megatron/config.py`` as they are (types, choices), from what does not
@@ -217,7 +218,9 @@ def shapes(rng: random.Random, folder: Path) -> Case:
     kind = rng.randrange(4)
     if kind == 0:
         groups = rng.choice([3, 5, 6, 7])
-        return Case(f"{groups} groups of 4 heads", ["--num-query-groups", str(groups)], ["--num-query-groups"])
+        return Case(
+            f"{groups} groups of 4 heads", ["--num-query-groups", str(groups)], ["--num-query-groups"]
+        )
     if kind == 1:
         ranks = rng.choice([3, 4, 5, 8])
         flag = "--tensor-model-parallel-size"
@@ -226,7 +229,9 @@ def shapes(rng: random.Random, folder: Path) -> Case:
         width = rng.choice([4, 12, 20, 36])
         return Case(f"heads of {width} features", ["--kv-channels", str(width)], ["features"])
     hidden = rng.choice([144, 160, 208])
-    return Case(f"norms of {hidden} features", ["--hidden-size", str(hidden)], ["features", "--agoq-activations"])
+    return Case(
+        f"norms of {hidden} features", ["--hidden-size", str(hidden)], ["features", "--agoq-activations"]
+    )
 
 
 POLICY = """\
@@ -294,7 +299,9 @@ def broken_policy(rng: random.Random, folder: Path) -> Case:
     path.write_text(text)
     words = ["--agoq-activations", names]
     if located:
-        broken = next(i for i, (a, b) in enumerate(zip(POLICY.split("\n"), text.split("\n"), strict=False)) if a != b)
+        broken = next(
+            i for i, (a, b) in enumerate(zip(POLICY.split("\n"), text.split("\n"), strict=False)) if a != b
+        )
         words.append(f"line {broken + 1}")
     what = f"policy: {old if len(old) < 40 else 'all'!r} -> {new!r}".replace("\n", " ")
     return Case(what, ["--agoq-activations", str(path)], words)
@@ -337,7 +344,11 @@ def refusals(folder: Path, seed: int, count: int) -> Iterator[Answer]:
     for case in cases(folder, seed, count):
         model = [flag for flag in MODEL if flag not in case.without]
         start = time.monotonic()
-        flags = [*model, *(() if "--train-iters" in " ".join(case.flags) else ("--train-iters", "2")), *case.flags]
+        flags = [
+            *model,
+            *(() if "--train-iters" in " ".join(case.flags) else ("--train-iters", "2")),
+            *case.flags,
+        ]
         run = runs.run(folder / "run", 1, flags, inject=_guard, timeout=60)
         errors = re.findall(r"^pretrain_gpt_agoq\.py: error: (.*)$", run.log, re.MULTILINE)
         answer = Answer(case, run.codes[0], errors[-1] if errors else "", seconds=time.monotonic() - start)

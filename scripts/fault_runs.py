@@ -1,7 +1,7 @@
-"""Runs of the entry script that something happens to, and the comparison with a run that nothing happened to.
+"""Runs of the entry script that something happens to, and the comparison with one that nothing happened to.
 
-Ranks are forked from one process that has imported Megatron (``forked_ranks.py``), or started by torchrun. Each
-records its exact losses and gradient norms as it goes, so that those of a killed run are known too.
+Ranks are forked from one process that has imported Megatron (``forked_ranks.py``), or started by torchrun.
+The last one records exact losses and gradient norms as it goes, so that those of a killed run are known too.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ MODES = {
     "--agoq-rounding stochastic".split(),
     "plain": [],
 }
-"""Everything in 8 bits and rounded at random, which is hardest to repeat; and 32 bits rounded to the nearest."""
+"""All in 8 bits and rounded at random, which is hardest to repeat; and 32 bits rounded to the nearest."""
 
 
 @dataclass
@@ -165,13 +165,13 @@ def run(
     timeout: float = 180,
     patience: float = 4,
 ) -> Outcome:
-    """Fork the ranks of one run and wait for them, as torchrun does: when one ends with an error the others get
-    SIGTERM, and later SIGKILL.
+    """Fork the ranks of one run and wait for them, as torchrun does: when one ends with an error the others
+    get SIGTERM, and later SIGKILL.
 
     Args:
         folder: for logs; emptied first.
-        during: called over and over with the ranks' process ids, the seconds since the start and rank 0's log;
-            it sends what it likes and returns whether it is done.
+        during: called over and over with the ranks' process ids, the seconds since the start and rank 0's
+            log; it sends what it likes and returns whether it is done.
         inject: called in each rank before the entry script runs, with the rank: the fault itself.
         timeout: seconds after which all are killed; counts as a hang.
         patience: seconds between SIGTERM and SIGKILL.
@@ -298,8 +298,8 @@ def torchrun(
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     return Outcome(
-        [process.returncode], log.read_text(errors="replace"), {}, end - start, end - (sent or end), left, phase,
-        hung,
+        [process.returncode], log.read_text(errors="replace"), {}, end - start, end - (sent or end), left,
+        phase, hung,
     )  # fmt: skip
 
 
@@ -342,7 +342,9 @@ def differences_of_history(whole: tuple[Path, Outcome], one: Outcome) -> list[st
     ]
 
 
-def differences(whole: tuple[Path, Outcome], folder: Path, *runs: Outcome, end: int = ITERATIONS) -> list[str]:
+def differences(
+    whole: tuple[Path, Outcome], folder: Path, *runs: Outcome, end: int = ITERATIONS
+) -> list[str]:
     """Where interrupted runs, one going on from the other, differ from the uninterrupted one: nothing if they
     are the same to the last bit.
 

@@ -5,8 +5,8 @@
     python scripts/throw_faults.py --only bad-input --inputs 200     # generated flags and policy files
     python scripts/throw_faults.py --list
 
-Ranks run on the CPU over gloo, with 8-bit gradients, 8-bit optimizer states and stochastic rounding, and in turn
-with none of them. A run is compared with an uninterrupted one: exact losses and gradient norms of every
+Ranks run on the CPU over gloo, with 8-bit gradients, 8-bit optimizer states and stochastic rounding, and in
+turn with none of them. A run is compared with an uninterrupted one: exact losses and gradient norms of every
 iteration, and the last checkpoint's tensors, bit for bit. Exits with 1 if a row is wrong.
 """
 
@@ -23,11 +23,14 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-import fault_kinds as kinds
-from fault_kinds import Bench, Row
+import fault_disks as disks
+import fault_numbers as numbers
+import fault_stops as stops
+from fault_bench import Bench, Row
 from fault_runs import MODES, WORLDS
 from forked_ranks import import_megatron
 
+PHASES = ("start", "step", "save", "evaluation")
 Fault = Callable[[Bench, str, str], Iterator[Row]]
 
 
@@ -35,42 +38,39 @@ def faults() -> dict[str, tuple[Fault, str, str]]:
     """Name -> (what throws it, world, mode): every fault in one world, the modes in turn."""
     eight, plain = "8 bits", "plain"
     table: dict[str, tuple[Fault, str, str]] = {
-        "sigterm": (
-            partial(kinds.signals, name="SIGTERM", phases=("start", "step", "save", "evaluation")), "1 rank", eight,
-        ),
-        "sigterm-save": (partial(kinds.signals, name="SIGTERM", phases=("save",)), "DP2", eight),
-        "sigusr1": (partial(kinds.signals, name="SIGUSR1", phases=("start", "step", "save")), "DP2", eight),
-        "sigusr1-plain": (partial(kinds.signals, name="SIGUSR1", phases=("step", "evaluation")), "DP2", plain),
-        "sigterm-4": (partial(kinds.signals, name="SIGTERM", phases=("save", "step")), "TP2 x PP2", eight),
-        "no-handler": (kinds.signal_without_handler, "DP2", eight),
-        "torchrun-kill": (kinds.torchrun_kill, "DP2", eight),
-        "torchrun-sigterm": (kinds.torchrun_signal, "DP2", plain),
-        "full-disk": (kinds.full_disk, "1 rank", eight),
-        "full-disk-2": (kinds.full_disk, "DP2", plain),
+        "sigterm": (partial(stops.signals, name="SIGTERM", phases=PHASES), "1 rank", eight),
+        "sigterm-save": (partial(stops.signals, name="SIGTERM", phases=("save",)), "DP2", eight),
+        "sigusr1": (partial(stops.signals, name="SIGUSR1", phases=PHASES[:3]), "DP2", eight),
+        "sigusr1-plain": (partial(stops.signals, name="SIGUSR1", phases=PHASES[1::2]), "DP2", plain),
+        "sigterm-4": (partial(stops.signals, name="SIGTERM", phases=("save", "step")), "TP2 x PP2", eight),
+        "no-handler": (stops.signal_without_handler, "DP2", eight),
+        "torchrun-kill": (stops.torchrun_kill, "DP2", eight),
+        "torchrun-sigterm": (stops.torchrun_signal, "DP2", plain),
+        "full-disk": (disks.full_disk, "1 rank", eight),
+        "full-disk-2": (disks.full_disk, "DP2", plain),
     }  # fmt: skip
     places = itertools.cycle([("1 rank", eight), ("DP2", plain), ("1 rank", plain), ("DP2", eight)])
-    for number, what in enumerate(kinds.DAMAGE):
-        table[f"damage-{number}"] = (partial(kinds.damaged, what=what), *next(places))
+    for number, what in enumerate(disks.DAMAGE):
+        table[f"damage-{number}"] = (partial(disks.damaged, what=what), *next(places))
     table |= {
-        "damage-4": (partial(kinds.damaged, what="a bit flipped in a shard"), "TP2 x PP2", eight),
-        "all-damaged": (kinds.all_damaged, "DP2", eight),
-        "damaged-step": (kinds.damaged_step, "1 rank", plain),
-        "kill-overwriting": (kinds.kill_while_overwriting, "DP2", eight),
-        "unchecked": (kinds.unchecked, "1 rank", eight),
+        "damage-4": (partial(disks.damaged, what="a bit flipped in a shard"), "TP2 x PP2", eight),
+        "all-damaged": (disks.all_damaged, "DP2", eight),
+        "damaged-step": (disks.damaged_step, "1 rank", plain),
+        "kill-overwriting": (disks.kill_while_overwriting, "DP2", eight),
+        "unchecked": (disks.unchecked, "1 rank", eight),
     }
-    for number, (at, always) in enumerate(((5, True), (5, False), (1, True), (7, True))):
-        table[f"nan-data-{number}"] = (
-            partial(kinds.nan_in_data, iteration=at, always=always), "DP2", plain if number == 1 else eight,
-        )  # fmt: skip
+    for number, (iteration, always) in enumerate(((5, True), (5, False), (1, True), (7, True))):
+        throw = partial(numbers.nan_in_data, iteration=iteration, always=always)
+        table[f"nan-data-{number}"] = (throw, "DP2", plain if number == 1 else eight)
     return table | {
-        "nan-data-pipeline": (partial(kinds.nan_in_data, iteration=5, always=True), "TP2 x PP2", eight),
-        "nan-reruns": (kinds.nan_with_reruns, "DP2", eight),
-        "nan-weight": (partial(kinds.nan_in_weights, iteration=5), "1 rank", eight),
-        "nan-weight-plain": (partial(kinds.nan_in_weights, iteration=7), "1 rank", plain),
-        "nan-gradient": (partial(kinds.nan_in_a_gradient, iteration=5), "DP2", eight),
-        "nan-gradient-first": (partial(kinds.nan_in_a_gradient, iteration=7), "1 rank", plain),
-        "nan-collective": (partial(kinds.nan_in_a_collective, iteration=5), "DP2", eight),
-        "nan-collective-first": (partial(kinds.nan_in_a_collective, iteration=7), "DP2", eight),
+        "nan-data-pipeline": (partial(numbers.nan_in_data, iteration=5, always=True), "TP2 x PP2", eight),
+        "nan-reruns": (numbers.nan_with_reruns, "DP2", eight),
+        "nan-weight": (partial(numbers.nan_in_weights, iteration=5), "1 rank", eight),
+        "nan-weight-plain": (partial(numbers.nan_in_weights, iteration=7), "1 rank", plain),
+        "nan-gradient": (partial(numbers.nan_in_a_gradient, iteration=5), "DP2", eight),
+        "nan-gradient-first": (partial(numbers.nan_in_a_gradient, iteration=7), "1 rank", plain),
+        "nan-collective": (partial(numbers.nan_in_a_collective, iteration=5), "DP2", eight),
+        "nan-collective-first": (partial(numbers.nan_in_a_collective, iteration=7), "DP2", eight),
     }
 
 
@@ -80,7 +80,7 @@ def kills(bench: Bench, worlds: list[str], count: int) -> Iterator[Row]:
     for number, (mode, world) in enumerate(places):
         mine = len(range(number, count, len(places)))
         if mine:
-            yield from kinds.kills(bench, world, mode, mine)
+            yield from stops.kills(bench, world, mode, mine)
 
 
 def bad_inputs(folder: Path, seed: int, count: int) -> Iterator[Row]:
@@ -113,7 +113,9 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", metavar="FAULT", help="names of faults; --list shows them")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--json", type=Path, help="write the table there, too")
-    parser.add_argument("--keep", type=Path, help="folder for logs and checkpoints (default: a temporary one)")
+    parser.add_argument(
+        "--keep", type=Path, help="folder for logs and checkpoints (default: a temporary one)"
+    )
     args = parser.parse_args()
     table = faults()
     names = [*table, "kills", "bad-input"]
@@ -140,13 +142,17 @@ def main() -> int:
             found = throw(bench, world, mode)
         for row in found:
             rows.append(row)
-            print(f"{row.verdict:5} {name}: {row.fault} ({row.world}, {row.mode}): {row.happened}", flush=True)
+            print(
+                f"{row.verdict:5} {name}: {row.fault} ({row.world}, {row.mode}): {row.happened}", flush=True
+            )
             for problem in row.problems:
                 print(f"      {problem}", flush=True)
     wrong = sum(row.verdict == "wrong" for row in rows)
     print(f"\n{show(rows)}\n\n{len(rows)} rows, {wrong} wrong, {time.monotonic() - start:.0f} s")
     if args.json:
-        args.json.write_text(json.dumps([vars(row) | {"verdict": row.verdict} for row in rows], indent=1) + "\n")
+        args.json.write_text(
+            json.dumps([vars(row) | {"verdict": row.verdict} for row in rows], indent=1) + "\n"
+        )
     if args.keep is None:
         shutil.rmtree(folder, ignore_errors=True)
     return int(wrong > 0)

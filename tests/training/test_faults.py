@@ -48,7 +48,14 @@ def saved(tmp_path, seed):
     return tmp_path
 
 
-FILES = (".metadata", "metadata.json", "__0_0.distcp", "__0_1.distcp", "tokenizer/vocabulary", checksums.MANIFEST)
+FILES = (
+    ".metadata",
+    "metadata.json",
+    "__0_0.distcp",
+    "__0_1.distcp",
+    "tokenizer/vocabulary",
+    checksums.MANIFEST,
+)
 
 
 def _says(text: bytes):
@@ -70,7 +77,9 @@ def test_every_flipped_bit_and_cut_is_seen(saved, seed, name):
             flip_bit(path, rng)
         else:
             path.write_bytes(whole[: rng.randrange(len(whole))])
-        same = name == checksums.MANIFEST and _says(path.read_bytes()) == _says(whole)  # blanks between numbers
+        same = name == checksums.MANIFEST and _says(path.read_bytes()) == _says(
+            whole
+        )  # blanks between numbers
         assert choose(saved, None, verify=True) == ("iter_0000009" if same else "iter_0000006"), attempt
         path.write_bytes(whole)
     assert choose(saved, None, verify=True) == "iter_0000009"
@@ -200,7 +209,8 @@ import multiprocessing, os, signal
 from agoq_megatron import compat
 if __name__ == "__main__":
     compat.bind_checkpoint_results({})
-    print([p.pid for p in multiprocessing.active_children()] + [m._process.pid for m in compat._managers], flush=True)
+    helpers = multiprocessing.active_children() + [manager._process for manager in compat._managers]
+    print([helper.pid for helper in helpers], flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -210,7 +220,9 @@ def test_no_helper_outlives_its_rank(tmp_path, asynchronous):
     script = tmp_path / "rank.py"
     script.write_text(HELPER.format(asynchronous))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=120)
+    run = subprocess.run(
+        [sys.executable, script], env=environment, capture_output=True, text=True, timeout=120
+    )
     assert run.returncode == -signal.SIGKILL, run.stderr
     helpers = json.loads(run.stdout.strip().splitlines()[-1])
     assert bool(helpers) == asynchronous
@@ -244,8 +256,8 @@ def test_a_norm_that_is_no_number_stops_the_run(value):
 
 @pytest.mark.slow
 def test_kill_damage_and_resume(launcher, tmp_path, seed):
-    """DP 2 in 8 bits: killed, its newest checkpoint damaged in one bit, resumed: the uninterrupted run, to the
-    last bit; and the damaged checkpoint was written anew."""
+    """DP 2 in 8 bits: killed, its newest checkpoint damaged in one bit, resumed: the uninterrupted run, to
+    the last bit; and the damaged checkpoint was written anew."""
     rng = random.Random(seed)
     flags = [*EIGHT, "--train-iters", ITERATIONS, "--save-interval", INTERVAL]
     whole = launcher.run(*flags, "--save", tmp_path / "whole", ranks=2)
