@@ -164,6 +164,7 @@ def run(
     inject: Callable[[int], None] | None = None,
     timeout: float = 180,
     patience: float = 4,
+    alone: bool = False,
 ) -> Outcome:
     """Fork the ranks of one run and wait for them, as torchrun does: when one ends with an error the others
     get SIGTERM, and later SIGKILL.
@@ -175,6 +176,7 @@ def run(
         inject: called in each rank before the entry script runs, with the rank: the fault itself.
         timeout: seconds after which all are killed; counts as a hang.
         patience: seconds between SIGTERM and SIGKILL.
+        alone: no rank is stopped for another's sake; each must find out by itself.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for old in (*folder.glob("rank*.log"), folder / "history.jsonl"):
@@ -201,7 +203,7 @@ def run(
         if pid == 0:
             become_rank(rank, ranks, port, folder / f"rank{rank}.log", task)
         pids.append(pid)
-    outcome = _wait(pids, folder, during, timeout, patience)
+    outcome = _wait(pids, folder, during, timeout, patience, alone)
     deadline = time.monotonic() + 8
     while (left := _session_members(pids)) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -215,7 +217,7 @@ def run(
     return outcome
 
 
-def _wait(pids, folder, during, timeout, patience) -> Outcome:
+def _wait(pids, folder, during, timeout, patience, alone) -> Outcome:
     codes: dict[int, int] = {}
     start = time.monotonic()
     first_end, asked, hung, phase = None, False, False, ""
@@ -233,7 +235,7 @@ def _wait(pids, folder, during, timeout, patience) -> Outcome:
             now_in = phase_of(log)
             if during(pids, now - start, log):
                 during, phase = None, now_in
-        if any(codes.values()):
+        if any(codes.values()) and not alone:
             if not asked:
                 asked = True
                 for pid in alive:

@@ -162,6 +162,30 @@ def signal_without_handler(bench: Bench, world: str, mode: str) -> Iterator[Row]
     )  # fmt: skip
 
 
+def kill_without_launcher(bench: Bench, world: str, mode: str) -> Iterator[Row]:
+    """SIGKILL of one rank where no launcher stops the others: gloo tells them that their peer is gone."""
+    ranks = WORLDS[world][0]
+
+    def during(pids, seconds, log):
+        log = log.with_name(f"rank{ranks - 1}.log")  # which prints the iterations
+        if not log.is_file() or "iteration        5/" not in log.read_text(errors="replace"):
+            return False
+        os.kill(pids[0], signal.SIGKILL)
+        return True
+
+    place = bench.place()
+    run = bench.run(place, world, mode, during=during, alone=True, timeout=120)
+    problems = demand(
+        (sorted(set(run.codes)) == [-signal.SIGKILL, 1], f"{codes_of(run)}: {run.log[-600:]}"),
+        (run.stop_seconds < 60, f"stopped after {run.stop_seconds:.0f} s"),
+    )
+    problems += bench.resume(place, world, mode, run)
+    yield Row(
+        "SIGKILL of one rank, no launcher", world, mode, "others end by themselves within the timeout",
+        f"{codes_of(run)} after {run.stop_seconds:.1f} s", problems, run.seconds,
+    )  # fmt: skip
+
+
 def torchrun_kill(bench: Bench, world: str, mode: str) -> Iterator[Row]:
     """SIGKILL of one rank under torchrun itself: it ends the others."""
     place, ranks = bench.place(), WORLDS[world][0]

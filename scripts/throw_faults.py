@@ -44,6 +44,7 @@ def faults() -> dict[str, tuple[Fault, str, str]]:
         "sigusr1-plain": (partial(stops.signals, name="SIGUSR1", phases=PHASES[1::2]), "DP2", plain),
         "sigterm-4": (partial(stops.signals, name="SIGTERM", phases=("save", "step")), "TP2 x PP2", eight),
         "no-handler": (stops.signal_without_handler, "DP2", eight),
+        "kill-alone": (stops.kill_without_launcher, "TP2 x PP2", eight),
         "torchrun-kill": (stops.torchrun_kill, "DP2", eight),
         "torchrun-sigterm": (stops.torchrun_signal, "DP2", plain),
         "full-disk": (disks.full_disk, "1 rank", eight),
