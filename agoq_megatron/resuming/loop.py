@@ -133,7 +133,7 @@ def guarded_load(stock, args, verify: bool):
         given = args.ckpt_step, args.non_persistent_ckpt_type
         folder = getattr(args, kwargs.get("load_arg", "load"))
         pretrained = args.pretrained_checkpoint
-        if folder is not None and pretrained is not None and not Path(folder, TRACKER).is_file():
+        if pretrained is not None and (folder is None or not Path(folder, TRACKER).is_file()):
             folder = pretrained  # as Megatron decides it
         if local(folder):
             _skip_bad_non_persistent(args, verify)
