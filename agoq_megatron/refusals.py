@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
+
+SPEAKER_FIRST_SECONDS = 2
+"""How much later a rank leaves that says nothing: torchrun ends all when the first one leaves, and that should
+not be before the paragraph is out."""
 
 
 class UsageError(ValueError):
@@ -25,4 +30,6 @@ def refuse(paragraph: str, status: int = 2, everywhere: bool = False) -> NoRetur
     """Say what is wrong, on the first rank of each node (or on any), and leave."""
     if everywhere or os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"{Path(sys.argv[0]).name}: error: {paragraph}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(SPEAKER_FIRST_SECONDS)
     sys.exit(status)

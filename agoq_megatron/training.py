@@ -13,6 +13,7 @@ import sys
 import traceback
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from megatron.core.enums import ModelType
@@ -297,6 +298,8 @@ def prepare(on_cpu: bool) -> tuple[argparse.Namespace, Plan]:
     except REFUSALS as problem:
         refuse(paragraph(problem))
     return args, plan
+
+
 
 
 def not_finite(problem: RuntimeError) -> NoReturn:

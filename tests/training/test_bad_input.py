@@ -250,7 +250,7 @@ def files(tmp_path_factory):
         "maybe": POLICY.replace("enabled: true", "enabled: perhaps", 1),
         "group48": POLICY.replace("group: 64", "group: 48"),
         "nf5": POLICY.replace("nf4", "nf5"),
-        "uncovered": POLICY.replace('pattern: "*"', 'pattern: "mlp*"'),
+        "uncovered": POLICY.replace('pattern: "*"', 'pattern: "*.mlp.*"'),
         "nothing": POLICY.replace("config: four, type", "config: none, type"),
     }
     for name, text in texts.items():
