@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 SPEAKER_FIRST_SECONDS = 2
-"""How much later a rank leaves that says nothing: torchrun ends all when the first one leaves, and that should
+"""How much later a rank leaves that says nothing: torchrun ends all when the first one leaves, which should
 not be before the paragraph is out."""
 
 
