@@ -17,6 +17,7 @@ import argparse
 import datetime
 import json
 import os
+import shlex
 import socket
 import sys
 import time
@@ -54,6 +55,7 @@ SETTLED = [
     *"--hidden-dropout 0 --agoq-activations off --agoq-rounding policy --no-load-optim --no-load-rng".split(),
     *"--no-gradient-accumulation-fusion --no-check-for-nan-in-loss-and-grad --rerun-mode disabled".split(),
     *("--wandb-project", "", "--tensorboard-dir", ""),
+    *("--agoq-activation-memory", "", "--agoq-gpu-memory", "", "--agoq-sensitivities", ""),
 ]
 """Flags that come after the user's: here are no gradient buffers, only ``.grad``, and nothing is logged."""
 
@@ -172,11 +174,12 @@ def gathered(args, chunks: list[torch.nn.Module], count: int) -> dict[str, dict]
     return {str(number): layers[number] for number in sorted(layers)}
 
 
-def report(args, iteration: int | None, count: int, layers: dict[str, dict]) -> dict:
-    """The content of the file."""
+def report(args, command: str, iteration: int | None, count: int, layers: dict[str, dict]) -> dict:
+    """The content of the file; ``command`` is what was typed."""
     return {
         "version": sensitivity.VERSION,
         "date": datetime.date.today().isoformat(),
+        "command": command,
         "device": torch.cuda.get_device_name(),
         "model": {
             "layers": args.num_layers,
@@ -184,6 +187,8 @@ def report(args, iteration: int | None, count: int, layers: dict[str, dict]) -> 
             "ffn_hidden_size": args.ffn_hidden_size,
             "heads": args.num_attention_heads,
             "query_groups": args.num_query_groups if args.group_query_attention else args.num_attention_heads,
+            "gated": args.swiglu,
+            "normalization": args.normalization,
             "seq_length": args.seq_length,
             "tensor_parallel": args.tensor_model_parallel_size,
             "pipeline_parallel": args.pipeline_model_parallel_size,
@@ -251,6 +256,7 @@ def main() -> None:
         cpu.install()
     try:
         compat.check_megatron()
+        command = shlex.join(["python", "-m", "agoq_megatron.calibrate", *sys.argv[1:]])
         flags = own_flags()
         be_one_rank()
         args = training.parse_arguments(on_cpu)
@@ -274,7 +280,7 @@ def main() -> None:
     except UsageError as problem:
         training.refuse(str(problem))
     if args.rank == 0:
-        content = report(args, iteration, flags.calibrate_batches, layers)
+        content = report(args, command, iteration, flags.calibrate_batches, layers)
         sensitivity.write_atomically(flags.calibrate_output, json.dumps(content, indent=1) + "\n")
         print("\n".join(sensitivity.table(layers)))
         print(f"calibrate: wrote {flags.calibrate_output}", flush=True)

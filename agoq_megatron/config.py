@@ -16,8 +16,22 @@ class AGoQConfig:
     agoq_activations: str = "agoq"
     """What a layer keeps for its backward pass: 'off' (everything in the compute dtype, as Megatron
     does), 'agoq' (the default: about 4 bits, attention at 8), 'stage' (the same, with more than 4 bits on
-    pipeline stages that hold fewer micro-batches), 'uniform4' (an ablation: 4 bits everywhere), or a YAML
+    pipeline stages that hold fewer micro-batches), 'auto' (widths for each tensor and layer by a solver,
+    the least harmful within a memory that is given), 'uniform4' (an ablation: 4 bits everywhere), or a YAML
     file with Megatron's quantization matchers."""
+
+    agoq_activation_memory: str | None = None
+    """Of --agoq-activations auto: what the layers of a GPU may keep, all micro-batches in flight together,
+    such as 24GiB."""
+
+    agoq_gpu_memory: str | None = None
+    """Of --agoq-activations auto, instead: the memory of a GPU, such as 80GiB. What weights, gradients,
+    optimizer, logits, transients, fragmentation and CUDA itself leave of it is for saved activations."""
+
+    agoq_sensitivities: str | None = None
+    """Of --agoq-activations auto: JSON file of python -m agoq_megatron.calibrate, with what each width of
+    each tensor does to the gradients. Default: the nearest to this model of those in the package. Layers of
+    another depth are taken by their relative depth."""
 
     agoq_rounding: Literal["policy", "nearest", "stochastic"] = "policy"
     """Rounding of the saved activations: as the policy says tensor by tensor, or one for all.

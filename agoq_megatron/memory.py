@@ -7,7 +7,7 @@ state, ``2 h`` bytes a token.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,8 @@ LAYER_SITES = (Site.NORM1_INPUT, Site.NORM1_OUTPUT, *ATTENTION_SITES, *MLP_SITES
 NORM_SITES = (Site.NORM1_INPUT, Site.NORM1_OUTPUT, Site.NORM2_INPUT, Site.NORM2_OUTPUT)
 HIDDEN_SITES = (*NORM_SITES, Site.LAYER_INPUT)
 DROPOUT = "hidden dropout masks"
+MOST_TABLES = 6
+"""Of so many different layers the plan has a table each; of more, a line a tensor."""
 
 
 @dataclass(frozen=True)
@@ -166,8 +168,11 @@ class Plan:
         groups: dict[tuple[Row, ...], list[int]] = {}
         for number, rows in self.layers.items():
             groups.setdefault(rows, []).append(number)
+        if len(groups) > MOST_TABLES:
+            yield from self._by_tensor()
+            return
         for rows, numbers in groups.items():
-            yield f"  layers {_ranges(numbers)}"
+            yield f"  layers {ranges(numbers)}"
             for row in rows:
                 yield (
                     f"    {row.name:<42} {row.kept_as:<26} {row.features:>8g} features"
@@ -176,12 +181,29 @@ class Plan:
             total = sum(row.bytes for row in rows)
             yield f"    {'sum':<42} {'':<26} {'':>8}          {total:>10.1f} B {total / unit:>7.3f}U"
 
+    def _by_tensor(self) -> Iterator[str]:
+        """A line a tensor instead, where many layers differ: how it is kept, and in which layers."""
+        for name, kept in self.kept().items():
+            sizes = [row.bytes for rows in self.layers.values() for row in rows if row.name == name]
+            ways = "; ".join(f"{how}: layers {numbers}" for how, numbers in kept.items())
+            yield f"    {name:<42} {sum(sizes) / len(self.layers):>10.1f} B  {ways}"
+        mean, unit = self.planned_bytes_per_token_layer, 2 * self.config.hidden_size
+        yield f"    {'mean over the layers':<42} {mean:>10.1f} B {mean / unit:>7.3f}U"
+
+    def kept(self) -> dict[str, dict[str, str]]:
+        """For each tensor: how it is kept, and in which layers (``"1-3, 5"``)."""
+        found: dict[str, dict[str, list[int]]] = {}
+        for number, rows in self.layers.items():
+            for row in rows:
+                found.setdefault(row.name, {}).setdefault(row.kept_as, []).append(number)
+        return {name: {how: ranges(n) for how, n in ways.items()} for name, ways in found.items()}
+
     def _notes(self) -> Iterable[str]:
         config = self.config
         if isinstance(config.agoq, RaisedPolicy):
             for (site, bits), numbers in config.agoq.raised(self.layers).items():
                 now = "16 bits, not quantized" if bits == KEEP_BITS else f"{bits} bits"
-                yield f"  raised by --agoq-max-error: {site.value} to {now} in layers {_ranges(numbers)};"
+                yield f"  raised by --agoq-max-error: {site.value} to {now} in layers {ranges(numbers)};"
         yield "  not quantized: log-sum-exp (FP32, the softmax's exact statistics);"
         yield ("    once a model, not a layer: embedding output, final norm's input, logits and loss;")
         if config.pipeline_model_parallel_size > 1:
@@ -189,6 +211,7 @@ class Plan:
                 "    pipeline stages after the first: the stage's input, 1U a micro-batch in flight, "
                 "held by Megatron's schedule;"
             )
+        yield from getattr(config.agoq, "summary", ())
         if config.agoq_gradients is None:
             yield "    weight gradients: computed in the compute dtype, accumulated by Megatron's DDP."
         else:
@@ -239,7 +262,7 @@ def _positions(config: AGoQTransformerConfig) -> Iterable[tuple[int, int]]:
                 yield offset + index + 1, index
 
 
-def _ranges(numbers: list[int]) -> str:
+def ranges(numbers: list[int]) -> str:
     """``[1, 2, 3, 5]`` as ``1-3, 5``."""
     spans: list[list[int]] = []
     for n in sorted(numbers):

@@ -17,11 +17,12 @@ import copy
 import io
 import json
 import os
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+
+from agoq_megatron.sizes import parse_size
 
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 EXACT = {"agoq_activations": "off", "recompute_granularity": None, "recompute_method": None}
@@ -47,14 +48,12 @@ COAT_STATES = 2 * (1 + 4 / 128) + 4
 """Bytes a parameter: both moments, and the FP32 master."""
 
 
-def memory_size(words: str) -> float:
-    """Bytes of "80GiB", "80GB", "24576 MiB"."""
-    found = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]i?B?)\s*", words, re.IGNORECASE)
-    if not found:
-        raise argparse.ArgumentTypeError(f"{words!r}: give a size such as 80GiB")
-    number, unit = float(found[1]), found[2].upper()
-    power = 1 + "KMGT".index(unit[0])
-    return number * (1000 if unit.endswith("B") and "I" not in unit else 1024) ** power
+def memory_size(words: str) -> int:
+    """Bytes of "80GiB", for argparse."""
+    try:
+        return parse_size(words)
+    except ValueError as problem:
+        raise argparse.ArgumentTypeError(str(problem)) from problem
 
 
 def parser() -> argparse.ArgumentParser:
@@ -149,16 +148,16 @@ def parse(argv: list[str]):
     mine, rest = parser().parse_known_args(argv)
     os.environ.update(WORLD_SIZE=str(mine.gpus), RANK="0", LOCAL_RANK="0")
     preset = preset_flags(mine.preset) if mine.preset else []
+    if "auto" in rest and not {"--agoq-activation-memory", "--agoq-gpu-memory"} & set(rest):
+        rest += ["--agoq-gpu-memory", str(mine.gpu_memory / 2**10) + "KiB"]
     sys.argv[1:] = [*preset, *rest, "--agoq-dry-run"]
     with contextlib.redirect_stdout(io.StringIO()):  # Megatron lists all its arguments
         args = training.parse_arguments(on_cpu=True)
-    if args.padded_vocab_size is None:
-        from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer, vocab_size_with_padding
-
-        vocabulary = args.vocab_size or build_tokenizer(args).vocab_size
-        args.padded_vocab_size = vocab_size_with_padding(vocabulary, args, logging_enabled=False)
+    from agoq_megatron.planning.parameters import padded_vocabulary
     from agoq_megatron.planning.policies import compute_policy
     from agoq_megatron.watching import restore_widths
+
+    args.padded_vocab_size = padded_vocabulary(args)
 
     compute_policy(args)
     restore_widths(args, compat.checkpoint_arguments)
@@ -174,6 +173,9 @@ def main(argv: list[str] | None = None) -> int:
     from agoq_megatron import training
     from agoq_megatron.planning import table
     from agoq_megatron.planning.collectives import Network, collectives
+    from agoq_megatron.planning.comparison import compare
+    from agoq_megatron.planning.knapsack import Knapsack
+    from agoq_megatron.planning.shipped import sensitivities_of
     from agoq_megatron.transformer_config import transformer_config_from_args
 
     try:
@@ -181,6 +183,8 @@ def main(argv: list[str] | None = None) -> int:
         planner = Planner(args)
         changes = planner.kinds()
         kinds = {"these flags": planner.footprints(**changes["these flags"])}
+        sensitivities = sensitivities_of(args)
+        compared = compare(args, Knapsack(args, sensitivities))
     except training.REFUSALS as problem:
         training.refuse(training.paragraph(problem))
     for name in [name for name in changes if name not in kinds]:
@@ -192,8 +196,11 @@ def main(argv: list[str] | None = None) -> int:
     network = Network(mine.node_bandwidth * 1e9, mine.network_bandwidth * 1e9, mine.gpus_per_node)
     sent = collectives(args, transformer_config_from_args(args), network)
     print(table.text(kinds, mine.gpu_memory, found, sent))
+    print("\n".join(table.widths_lines(compared, sensitivities.path.name)))
+    policy = transformer_config_from_args(args).agoq
+    print("\n".join(["", *getattr(policy, "summary", ())]))
     if mine.plan_json:
-        report = table.as_json(kinds, mine.gpu_memory, found, sent)
+        report = table.as_json(kinds, mine.gpu_memory, found, sent, compared, getattr(policy, "record", None))
         mine.plan_json.write_text(json.dumps(report, indent=1) + "\n")
     if mine.plan_png:
         table.draw(kinds, mine.gpu_memory, mine.plan_png)

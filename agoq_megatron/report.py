@@ -40,6 +40,7 @@ class RunObserver:
 
     def __init__(self, args, plan):
         self._args = args
+        self._plan = plan
         self.meter = Meter(plan, args.agoq_measure_interval)
         self.gradients = GradientMeter(args.agoq_grad_probe_interval)
         self.watcher = Watcher(args, plan)
@@ -194,6 +195,8 @@ class RunObserver:
             "optimizer_bits": args.agoq_optimizer_bits,
             "optimizer_bytes": state_bytes(self._optimizer),
             "tensors": self.meter.rows(),
+            "kept": self._plan.kept(),
+            "solver": getattr(self._plan.config.agoq, "record", None),
             "train": self._history,
             "validation": self._validations,
         }

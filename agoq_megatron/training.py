@@ -51,8 +51,9 @@ from agoq_megatron.optimizer.quantized_states import optimizer_of
 from agoq_megatron.optimizer.resumable import ResumableDistributedOptimizer
 from agoq_megatron.optimizer.settings import optimizer_settings_from_args
 from agoq_megatron.optimizer.shard import wrap_clipping, wrap_counting_zeros
+from agoq_megatron.planning.auto import check_same_widths
 from agoq_megatron.planning.policies import compute_policy
-from agoq_megatron.policy.policy import PolicyError
+from agoq_megatron.policy.policy import SOLVED, PolicyError
 from agoq_megatron.refusals import UsageError, refuse
 from agoq_megatron.report import LOSS, RunObserver
 from agoq_megatron.resuming.loop import DurableTracker, guarded_load, guarded_load_args, guarded_save
@@ -369,6 +370,9 @@ def main(on_cpu: bool) -> None:
     observer = RunObserver(args, plan)
     observer.watch()
     compat.bind_training_loop("train_step", partial(stop_unless_finite, args=args))
+    if args.agoq_activations == SOLVED:
+        check = check_same_widths(plan.config.agoq, refuse)
+        compat.bind_training_loop("setup_model_and_optimizer", check)
 
     model = gpt_config_from_args(args, config=transformer_config_from_args(args))
     model.transformer_layer_spec = agoq_layer_spec

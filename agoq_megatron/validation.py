@@ -9,6 +9,7 @@ from __future__ import annotations
 from argparse import Namespace
 from pathlib import Path
 
+from agoq_megatron.budget_validation import check_budget
 from agoq_megatron.policy.policy import COMPUTED, load_policy
 from agoq_megatron.refusals import Check, UsageError, is_set
 from agoq_megatron.saving_validation import check_counts, check_saving
@@ -204,6 +205,7 @@ def check(args: Namespace, on_cpu: bool = False) -> None:
             f"--agoq-activations {args.agoq_activations} with --step-batch-size-schedule: bits by stage "
             "follow from one number of micro-batches a step, which changes; use agoq, or --global-batch-size."
         )
+    check_budget(args)
     _check_shapes(args)
     if policy is not None and args.num_layers:
         policy.check_patterns(args.num_layers)

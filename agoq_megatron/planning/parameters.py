@@ -40,6 +40,16 @@ def layers_of(config, stage: int) -> list[list[int]]:
     return found
 
 
+def padded_vocabulary(args) -> int:
+    """Rows of the embedding, as Megatron will pad them. It may have to read the tokenizer."""
+    if args.padded_vocab_size is not None:
+        return args.padded_vocab_size
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer, vocab_size_with_padding
+
+    vocabulary = args.vocab_size or build_tokenizer(args).vocab_size
+    return vocab_size_with_padding(vocabulary, args, logging_enabled=False)
+
+
 def parameters(args, config, stage: int) -> Parameters:
     """Count them.
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import functools
 
+from agoq_megatron.planning.auto import auto_policy
 from agoq_megatron.planning.footprint import schedule_of
 from agoq_megatron.planning.in_flight import stage_bits
 from agoq_megatron.planning.parameters import layers_of
-from agoq_megatron.policy.policy import COMPUTED, ActivationPolicy, Rule, load_policy, register
+from agoq_megatron.policy.policy import COMPUTED, SOLVED, ActivationPolicy, Rule, load_policy, register
 from agoq_megatron.policy.raised import widened
 from agoq_megatron.policy.sites import Site
 from agoq_megatron.transformer_config import transformer_config_from_args
@@ -59,4 +60,5 @@ def stage_policy(args) -> StagePolicy:
 def compute_policy(args) -> None:
     """Where the flags name a policy that is computed, compute it and let :func:`load_policy` find it."""
     if args.agoq_activations in COMPUTED:
-        register(args.agoq_activations, stage_policy(args))
+        compute = auto_policy if args.agoq_activations == SOLVED else stage_policy
+        register(args.agoq_activations, compute(args))

@@ -151,6 +151,18 @@ class Sensitivities:
         """
         return tuple(sorted(map(int, self._site(layer_number, site))))
 
+    def has(self, layer_number: int, site: Site | str) -> bool:
+        """Whether the tensor was measured."""
+        return Site(site).value in self.data["layers"].get(str(layer_number), {})
+
+    def relative_layer(self, layer_number: int, layers: int) -> int:
+        """The measured layer that stands where layer ``layer_number`` (from 1) of ``layers`` does: the same
+        one if the model is as deep, else the nearest by relative depth; the ends are the ends."""
+        if layers == 1:
+            return 1
+        place = (layer_number - 1) * (self.data["model"]["layers"] - 1)
+        return 1 + (2 * place + layers - 1) // (2 * (layers - 1))  # to the nearest, in whole numbers
+
     def cost(self, layer_number: int, site: Site | str, width: int) -> float:
         """Sum of the squared relative errors of both gradients: ``own**2 + flowing**2``.
 

@@ -17,6 +17,7 @@ from fractions import Fraction
 import numpy as np
 
 from agoq_megatron.planning.program import Kind, Program, Row, Shape
+from agoq_megatron.sizes import readable
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class DoesNotFit(ValueError):
         self.excess = {limit.name: least - limit.budget for limit, least in over}
         text = "{}: the choice of fewest bytes takes {}, {} over the budget of {}"
         sizes = [(limit.name, least, least - limit.budget, limit.budget) for limit, least in over]
-        super().__init__("\n".join(text.format(name, *map(_readable, rest)) for name, *rest in sizes))
+        super().__init__("\n".join(text.format(name, *map(readable, rest)) for name, *rest in sizes))
 
 
 def solve(
@@ -200,13 +201,6 @@ def _exact(number: float) -> int | Fraction:
 
 def _number(value: int | Fraction) -> float:
     return int(value) if value.denominator == 1 else float(value)
-
-
-def _readable(size: float) -> str:
-    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if abs(size) >= unit:
-            return f"{size / unit:.2f} {name}"
-    return f"{size:g} bytes"
 
 
 def _all(layers: Iterable[Layer]) -> Iterator[tuple[str, tuple[Option, ...]]]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from agoq_megatron.planning.collectives import Collective
+from agoq_megatron.planning.comparison import Compared
 from agoq_megatron.planning.footprint import FRAGMENTATION, OUTSIDE, Footprint
 
 GIB = 2**30
+MOST_STAGES = 8
+"""Stages in a line."""
 
 
 def stage_lines(rows: list[Footprint], memory: float) -> list[str]:
@@ -66,8 +70,42 @@ def text(
     return "\n".join(lines)
 
 
+def widths_lines(compared: list[Compared], origin: str) -> list[str]:
+    """The solver's widths beside other policies: bytes at each stage's peak and the sum of sensitivities."""
+    if not compared:
+        return []
+    lines = ["", f"Saved activations at each stage's peak, GiB, and sum of squared errors (from {origin}):"]
+
+    def line(name: str, peaks: list[float], cost: float) -> str:
+        shown = [f"{peak / GIB:.3f}" for peak in peaks[:MOST_STAGES]]
+        if len(peaks) > MOST_STAGES:
+            shown.append(f"... largest {max(peaks) / GIB:.3f}")
+        return f"  {name:<34} {cost:>12.4g}   {' '.join(shown)}"
+
+    for row in compared:
+        lines.append(line(row.name, row.peaks, row.cost))
+        if row.solved_cost is None:
+            lines.append("    solver: not even the fewest bits fit on every stage")
+            continue
+        lines.append(line("  solver, first stage's bytes", row.solved_peaks, row.solved_cost))
+    free = [row for row in compared if row.recomputing]
+    if free:
+        cost, layers = free[0].recomputing
+        lines.append(
+            f"  If any layer could be recomputed, at the price of a mean layer's errors under agoq: "
+            f"{cost:.4g} within {free[0].name}'s bytes, with {len(layers)} layers recomputed. (Megatron recomputes the "
+            "first layers of every chunk alike: --recompute-num-layers.)"
+        )
+    return lines
+
+
 def as_json(
-    kinds: dict[str, list[Footprint]], memory: float, largest: dict[str, dict], sent: list[Collective]
+    kinds: dict[str, list[Footprint]],
+    memory: float,
+    largest: dict[str, dict],
+    sent: list[Collective],
+    compared: list[Compared],
+    solver: dict | None,
 ) -> dict:
     """Bytes throughout."""
     return {
@@ -85,6 +123,10 @@ def as_json(
             for name, rows in kinds.items()
         },
         "collectives": [vars(c) for c in sent],
+        "widths": [
+            vars(row) | {"cost": row.cost if math.isfinite(row.cost) else None} for row in compared
+        ],
+        "solver": solver,
     }  # fmt: skip
 
 

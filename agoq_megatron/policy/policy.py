@@ -26,7 +26,8 @@ from agoq_megatron.policy.sites import Site
 
 PRESETS = Path(__file__).parent / "presets"
 BUILT_IN = tuple(sorted(p.stem for p in PRESETS.glob("*.yaml")))
-COMPUTED = ("stage",)
+SOLVED = "auto"
+COMPUTED = ("stage", SOLVED)
 """Names of policies that follow from the flags: ``planning/policies.py`` registers them."""
 
 KEEP_BITS = 16

@@ -1,0 +1,252 @@
+"""``--agoq-activations auto``: the budget of each stage, the solver's widths, and what is said about them.
+
+Every rank solves for all stages, from the flags and the file of sensitivities alone: no clock, no random
+number and no message is in it, and HiGHS gives one answer to one problem. That the ranks do agree is checked
+before the model is built (:func:`check_same_widths`), since nothing promises that all nodes have the same
+file and the same version of SciPy.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+from agoq_megatron.memory import Plan, ranges
+from agoq_megatron.planning.footprint import FRAGMENTATION, OUTSIDE, footprints
+from agoq_megatron.planning.knapsack import Knapsack, RulesPolicy, stage_of
+from agoq_megatron.planning.parameters import padded_vocabulary
+from agoq_megatron.planning.shipped import FOLDER, sensitivities_of
+from agoq_megatron.planning.solver import Choice, DoesNotFit
+from agoq_megatron.policy.policy import SOLVED, Rule, load_policy
+from agoq_megatron.refusals import UsageError
+from agoq_megatron.sizes import parse_size, readable
+
+
+class AutoPolicy(RulesPolicy):
+    """The solver's widths.
+
+    Attributes:
+        rules: as the solver chose, by layer and tensor.
+        summary: lines for the plan that a run prints.
+        record: the same for ``--agoq-report``.
+    """
+
+    def __init__(self, base: RulesPolicy, summary: list[str], record: dict):
+        super().__init__(SOLVED, base.rules)
+        self.summary, self.record = summary, record
+
+    @property
+    def digest(self) -> str:
+        """Equal where all widths and formats are."""
+        lines = sorted(f"{number} {site.value} {rule}" for (number, site), rule in self.rules.items())
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def auto_policy(args) -> AutoPolicy:
+    """Widths within the budget that the flags give.
+
+    Args:
+        args: Megatron's validated arguments with our flags.
+
+    Raises:
+        UsageError: the budget cannot be met, or the sensitivities cannot be used.
+    """
+    knapsack = Knapsack(args, sensitivities_of(args))
+    budgets = stage_budgets(args, knapsack)
+    try:
+        choice = knapsack.solve(budgets)
+    except DoesNotFit as problem:
+        raise UsageError(_does_not_fit(args, knapsack, problem)) from problem
+    chosen = knapsack.policy(SOLVED, choice)
+    if args.agoq_rounding != "policy":
+        rules = chosen.rules.items()
+        rounded = {key: Rule(replace(rule.format, rounding=args.agoq_rounding)) for key, rule in rules}
+        chosen = RulesPolicy(SOLVED, rounded)
+    record = _record(args, knapsack, budgets, chosen, choice)
+    return AutoPolicy(chosen, list(_summary(args, record)), record)
+
+
+def stage_budgets(args, knapsack: Knapsack) -> list[int]:
+    """Bytes that each stage has for saved activations.
+
+    Raises:
+        UsageError: something else already fills the GPU.
+    """
+    if args.agoq_activation_memory:
+        return [parse_size(args.agoq_activation_memory)] * knapsack.schedule.stages
+    size, known = parse_size(args.agoq_gpu_memory), copy.copy(args)
+    known.padded_vocab_size = padded_vocabulary(args)
+    rows = footprints(known, knapsack.config, Plan(knapsack.config))
+    room = (size - OUTSIDE) / (1 + FRAGMENTATION)
+    left = [math.floor(room - (row.peak - row.parts["saved activations"])) for row in rows]
+    worst = min(range(len(left)), key=left.__getitem__)
+    if left[worst] <= 0:
+        row = rows[worst]
+        parts = row.parts | {"CUDA and NCCL": OUTSIDE, "fragmentation": FRAGMENTATION * row.peak}
+        parts.pop("saved activations")
+        largest = sorted(parts, key=parts.__getitem__, reverse=True)[:3]
+        raise UsageError(
+            f"--agoq-gpu-memory {args.agoq_gpu_memory}: on stage {worst} nothing is left for saved "
+            f"activations; {readable(-left[worst])} are missing already. The most is taken by "
+            + ", ".join(f"{name} ({readable(parts[name])})" for name in largest)
+            + ". Use --agoq-grad-bits 8, --agoq-optimizer-bits 8, --use-distributed-optimizer, "
+            "--agoq-loss-chunks, or more --tensor-model-parallel-size or --pipeline-model-parallel-size."
+        )
+    return left
+
+
+def check_same_widths(policy: AutoPolicy, fail: Callable[[str], None]) -> Callable[[Callable], Callable]:
+    """A wrapper of the function that builds the model: before it, all ranks compare their widths.
+
+    Args:
+        fail: is called, on every rank, with what is wrong.
+    """
+
+    def wrap(build: Callable) -> Callable:
+        def checked(*args, **kwargs):
+            import torch.distributed as dist
+
+            digests: list = [None] * dist.get_world_size()
+            dist.all_gather_object(digests, policy.digest)
+            others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+            if others:
+                fail(
+                    f"--agoq-activations {SOLVED}: ranks {ranges(others)} chose other widths than rank 0. "
+                    "All nodes need the same file of --agoq-sensitivities and the same versions of this "
+                    "package and SciPy; or write the widths into a policy file."
+                )
+            return build(*args, **kwargs)
+
+        return checked
+
+    return wrap
+
+
+# --- Said about it --------------------------------------------------------------------------------
+
+
+def widths_by_tensor(knapsack: Knapsack, policy) -> dict[str, dict[int, list[int]]]:
+    """For each tensor that is kept: the layers of each width."""
+    found: dict[str, dict[int, list[int]]] = {}
+    for number, site in knapsack.kept():
+        fmt = policy.rule(site, number).format
+        found.setdefault(site.value, {}).setdefault(fmt.bits if fmt else 16, []).append(number)
+    return found
+
+
+def _record(args, knapsack: Knapsack, budgets: list[int], chosen: RulesPolicy, choice: Choice) -> dict:
+    file = knapsack.sensitivities
+    peaks = knapsack.peaks(chosen)
+    return {
+        "sensitivities": file.path.name if file.path.parent == FOLDER else str(file.path),
+        "shipped": file.path.parent == FOLDER,
+        "cost": choice.cost,
+        "bound": choice.bound,
+        "cost_of_agoq": _finite(knapsack.cost(load_policy("agoq"))),
+        "cost_of_uniform4": _finite(knapsack.cost(load_policy("uniform4"))),
+        "stages": [
+            {"in_flight": knapsack.schedule.counts(stage), "peak_bytes": peak, "budget_bytes": budget}
+            for stage, (peak, budget) in enumerate(zip(peaks, budgets, strict=True))
+        ],
+        "widths": {
+            tensor: {str(width): ranges(numbers) for width, numbers in sorted(widths.items())}
+            for tensor, widths in widths_by_tensor(knapsack, chosen).items()
+        },
+    }
+
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None
+
+
+def _summary(args, record: dict):
+    budget = f"--agoq-activation-memory {args.agoq_activation_memory}"
+    if not args.agoq_activation_memory:
+        budget = f"--agoq-gpu-memory {args.agoq_gpu_memory}"
+    origin = f"{record['sensitivities']}{', from the package' if record['shipped'] else ''}"
+    yield f"AGoQ: widths within {budget}, by sensitivities of {origin}"
+    for tensor, widths in record["widths"].items():
+        words = "; ".join(f"{width} bits: layers {numbers}" for width, numbers in widths.items())
+        yield f"  {tensor:<42} {words}"
+    for stage, row in enumerate(record["stages"]):
+        yield (
+            f"  stage {stage}: {row['in_flight']} micro-batches in flight keep "
+            f"{readable(row['peak_bytes'])} of {readable(row['budget_bytes'])}"
+        )
+    words = [f"{record['cost']:.4g} (the least possible is {record['bound']:.4g} or more)"]
+    for name in ("agoq", "uniform4"):
+        if record[f"cost_of_{name}"] is not None:
+            words.append(f"{name} {record[f'cost_of_{name}']:.4g}")
+    yield f"  sum of squared relative errors: {', '.join(words)}"
+    agoq = record["cost_of_agoq"]
+    if agoq is not None and record["cost"] > 4 * agoq:
+        yield (
+            "  WARNING: within this memory the errors are more than twice those of the default policy; such "
+            "gradients may not train. Give more memory, recompute layers or use smaller micro-batches."
+        )
+
+
+# --- A budget that cannot be met ------------------------------------------------------------------
+
+
+def _does_not_fit(args, knapsack: Knapsack, problem: DoesNotFit) -> str:
+    flag = "--agoq-activation-memory" if args.agoq_activation_memory else "--agoq-gpu-memory"
+    value = args.agoq_activation_memory or args.agoq_gpu_memory
+    missing: dict[int, float] = {}
+    for name, excess in problem.excess.items():
+        missing[stage_of(name)] = max(missing.get(stage_of(name), 0.0), excess)
+    words = [f"stage {stage} by {readable(excess)} ({excess:.0f} bytes)" for stage, excess in missing.items()]
+    stages = "; ".join(words[:4]) + (f"; and {len(words) - 4} more" if len(words) > 4 else "")
+    text = f"{flag} {value}: even with the fewest bits everywhere the budget is exceeded on {stages}. "
+    helps = [*_recomputation_that_fits(args, knapsack), *_micro_batch_that_fits(args, knapsack)]
+    if helps:
+        text += f"It would fit with {', or with '.join(helps)}. "
+    return text + (
+        "More --pipeline-model-parallel-size or --tensor-model-parallel-size, fewer "
+        "--num-virtual-stages-per-pipeline-rank (fewer micro-batches are then in flight) or a larger budget "
+        "help too."
+    )
+
+
+def _fits(args, knapsack: Knapsack) -> bool:
+    try:
+        budgets = stage_budgets(args, knapsack)
+    except UsageError:
+        return False
+    return all(size <= budget for size, budget in zip(knapsack.narrowest(), budgets, strict=True))
+
+
+def _recomputation_that_fits(args, knapsack: Knapsack):
+    """The fewest layers of each chunk to recompute, as flags."""
+    if args.recompute_granularity == "full":
+        return
+    most = max(knapsack.layers_of_chunks())
+    other = copy.copy(args)
+    other.recompute_granularity, other.recompute_method = "full", "block"
+    for count in range(1, most + 1):
+        other.recompute_num_layers = count
+        if _fits(other, Knapsack(other, knapsack.sensitivities)):
+            yield (
+                f"--recompute-granularity full --recompute-method block --recompute-num-layers {count} "
+                f"(of {most} layers in a chunk)"
+            )
+            return
+
+
+def _micro_batch_that_fits(args, knapsack: Knapsack):
+    """The largest smaller micro-batch, as a flag; the global batch stays."""
+    other = copy.copy(args)
+    for size in range(args.micro_batch_size - 1, 0, -1):
+        if args.global_batch_size % (size * args.data_parallel_size):
+            continue
+        other.micro_batch_size = size
+        try:
+            found = Knapsack(other, knapsack.sensitivities)
+        except ValueError:  # more micro-batches than its groups divide, for one
+            continue
+        if _fits(other, found):
+            yield f"--micro-batch-size {size}"
+            return
