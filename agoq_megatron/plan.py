@@ -149,7 +149,7 @@ def parse(argv: list[str]):
     os.environ.update(WORLD_SIZE=str(mine.gpus), RANK="0", LOCAL_RANK="0")
     preset = preset_flags(mine.preset) if mine.preset else []
     if "auto" in rest and not {"--agoq-activation-memory", "--agoq-gpu-memory"} & set(rest):
-        rest += ["--agoq-gpu-memory", str(mine.gpu_memory / 2**10) + "KiB"]
+        rest += ["--agoq-gpu-memory", f"{mine.gpu_memory}B"]
     sys.argv[1:] = [*preset, *rest, "--agoq-dry-run"]
     with contextlib.redirect_stdout(io.StringIO()):  # Megatron lists all its arguments
         args = training.parse_arguments(on_cpu=True)

@@ -4,9 +4,9 @@
     python scripts/make_sensitivities.py [--only llama-gqa] [--work runs/sensitivities] [--iterations 800]
 
 For each kind of model a small one of eight layers trains exactly, in FP32 on a CPU, on the Python
-interpreter's own library, and `python -m agoq_megatron.calibrate` measures the weights that result. Each file says what it
-was made of. They go into the package, agoq_megatron/planning/sensitivities/. A user's own model, measured on
-the user's own data, is what should take their place.
+interpreter's own library, and `python -m agoq_megatron.calibrate` measures the weights that result. Each file
+says what it was made of. They go into the package, agoq_megatron/planning/sensitivities/. A user's own model,
+measured on the user's own data, is what should take their place.
 """
 
 from __future__ import annotations

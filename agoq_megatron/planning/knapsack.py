@@ -78,9 +78,9 @@ class Knapsack:
         self.sensitivities, self.schedule = sensitivities, schedule_of(args)
         self.tokens = args.micro_batch_size * args.seq_length
         self._stages = [layers_of(self.config, stage) for stage in range(self.schedule.stages)]
+        self._features = _features(self.config)
         self._rows = {KEPT: Plan(self.config).layers} | {
-            width: Plan(with_policy(self.config, _one_width(self.config, width))).layers
-            for width in BEST_FORMATS
+            width: Plan(with_policy(self.config, self._one_width(width))).layers for width in BEST_FORMATS
         }
         self._check_measured()
 
@@ -195,7 +195,7 @@ class Knapsack:
         full.recompute_granularity, full.recompute_method, full.recompute_num_layers = "full", "uniform", 1
         found: dict[int, list[Option]] = {}
         for width in self._rows:
-            policy = EXACT if width == KEPT else _one_width(self.config, width)
+            policy = EXACT if width == KEPT else self._one_width(width)
             for number, rows in Plan(with_policy(full, policy)).layers.items():
                 cost = 0.0
                 if width != KEPT:
@@ -219,7 +219,7 @@ class Knapsack:
         possible = {
             width: cost
             for width, cost in self._measured(number, site).items()
-            if format_for(width, _features(self.config)[site]) is not None
+            if format_for(width, self._features[site]) is not None
         }
         return possible | {KEPT: 0.0}
 
@@ -232,7 +232,18 @@ class Knapsack:
 
     def format(self, site: Site, width: int) -> Format | None:
         """That a tensor has in a width; None where no group divides it."""
-        return format_for(width, _features(self.config)[site])
+        return format_for(width, self._features[site])
+
+    def _one_width(self, width: int) -> RulesPolicy:
+        """Everything in one width, where it can be."""
+        formats = {site: self.format(site, width) for site in self._features if not site.recomputable}
+        rules = {
+            (number + 1, site): Rule(format=fmt)
+            for number in range(self.config.num_layers)
+            for site, fmt in formats.items()
+            if fmt is not None
+        }
+        return RulesPolicy(f"{width} bits", rules)
 
     @functools.cache  # noqa: B019 - one object for a run
     def _measured(self, number: int, site: Site) -> dict[int, float]:
@@ -276,14 +287,3 @@ def _features(config: AGoQTransformerConfig) -> dict[Site, int]:
     rows = next(iter(Plan(with_policy(plain, EXACT)).layers.values()))
     found = {_SITES[row.name]: int(row.features) for row in rows if row.name in _SITES}
     return found | dict.fromkeys(HIDDEN_SITES, config.hidden_size)
-
-
-def _one_width(config: AGoQTransformerConfig, width: int) -> RulesPolicy:
-    formats = {site: format_for(width, n) for site, n in _features(config).items() if not site.recomputable}
-    rules = {
-        (number + 1, site): Rule(format=fmt)
-        for number in range(config.num_layers)
-        for site, fmt in formats.items()
-        if fmt is not None
-    }
-    return RulesPolicy(f"{width} bits", rules)

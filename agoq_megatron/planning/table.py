@@ -92,9 +92,9 @@ def widths_lines(compared: list[Compared], origin: str) -> list[str]:
     if free:
         cost, layers = free[0].recomputing
         lines.append(
-            f"  If any layer could be recomputed, at the price of a mean layer's errors under agoq: "
-            f"{cost:.4g} within {free[0].name}'s bytes, with {len(layers)} layers recomputed. (Megatron recomputes the "
-            "first layers of every chunk alike: --recompute-num-layers.)"
+            "  If any layer could be recomputed, at the price of a mean layer's errors under agoq: "
+            f"{cost:.4g} within {free[0].name}'s bytes, with {len(layers)} layers recomputed. "
+            "(Megatron recomputes the first layers of every chunk alike: --recompute-num-layers.)"
         )
     return lines
 
