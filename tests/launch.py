@@ -86,6 +86,14 @@ def run_as_script(script: str, *arguments: object, timeout: float) -> None:
     assert process.returncode == 0, process.stderr[-4000:]
 
 
+def run_planner(*flags: object) -> subprocess.CompletedProcess:
+    """``python -m agoq_megatron.plan`` with these flags."""
+    return subprocess.run(
+        [sys.executable, "-m", "agoq_megatron.plan", *map(str, flags)], cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
 def _environment(extra: dict | None) -> dict:
     return {
         "CUDA_VISIBLE_DEVICES": "",

@@ -7,6 +7,7 @@ changes a process for good.)
 
 from __future__ import annotations
 
+import argparse
 import functools
 import json
 import os
@@ -21,7 +22,9 @@ from pathlib import Path
 import pytest
 import torch
 from forked_ranks import RunFailed, fork_ranks, import_megatron
-from launch import run_as_script
+from launch import run_as_script, run_planner
+
+from agoq_megatron.sizes import parse_size
 
 # In FP32: nothing but the quantizer changes the gradients. No update, so that a second step has the same
 # weights; the project's own meter takes the hooks of the first.
@@ -37,9 +40,10 @@ MODEL = """
 STEPS = 2
 TRAINED = 60
 """Iterations of the weights that all runs load."""
-INTERLEAVED = (
-    "--pipeline-model-parallel-size 4 --num-layers-per-virtual-pipeline-stage 1 --global-batch-size 8"
-)
+PP4 = "--pipeline-model-parallel-size 4"
+VIRTUAL = "--num-layers-per-virtual-pipeline-stage"
+INTERLEAVED = f"{PP4} {VIRTUAL} 1 --global-batch-size 8"
+PLANNED = f"--gpus 4 {PP4} {VIRTUAL} 4 --global-batch-size 8"
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 
 
@@ -334,6 +338,92 @@ def test_ranks_that_disagree_are_refused(found):
     text = found["other widths"]
     assert "--agoq-activations auto: ranks 1 chose other widths than rank 0" in text
     assert "Traceback" not in text and "training ..." not in text
+
+
+# --- By the planner alone -------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["llama3-8b", "llama2-7b"])
+def test_four_stages_of_two_chunks(tmp_path, preset):
+    """11, 9, 7 and 5 in flight: beside 4 bits everywhere, and the paper's bits for all tensors."""
+    out = tmp_path / "plan.json"
+    run = run_planner("--preset", preset, *PLANNED.split(), "--plan-json", out)
+    assert run.returncode == 0, run.stderr[-3000:]
+    print(run.stdout[run.stdout.index("Saved activations at each stage's peak") :])
+    report = json.loads(out.read_text())
+    assert [s["in_flight"] for s in report["kinds"]["these flags"]["stages"]] == [11, 9, 7, 5]
+    rows = {row["name"]: row for row in report["widths"]}
+    four, paper = rows["uniform4"], rows["paper's rule, all tensors"]
+    assert four["peaks"][0] == paper["peaks"][0]
+    # 5 bits (and their scales) of 9 micro-batches are more than 4 of 11: the paper's list is over.
+    assert paper["peaks"][1] > paper["peaks"][0] > max(paper["peaks"][2:])
+    for other in (four, paper):
+        assert max(other["solved_peaks"]) <= four["peaks"][0]
+        assert other["solved_cost"] < 0.5 * other["cost"]
+    stage = rows["stage"]
+    assert max(stage["solved_peaks"]) <= stage["peaks"][0] and stage["solved_cost"] < 0.5 * stage["cost"]
+    cost, layers = four["recomputing"]
+    assert cost < four["solved_cost"] and layers
+
+
+@pytest.mark.slow
+def test_a_gpus_memory(tmp_path):
+    """What everything else leaves of it, and nothing more, is what the widths may take."""
+    report = {}
+    for memory in ("50GiB", "60GiB", "4096GiB"):
+        flags = f"--preset llama3-8b {PLANNED} --gpu-memory {memory} --agoq-activations auto".split()
+        run = run_planner(*flags, "--plan-json", tmp_path / memory)
+        assert run.returncode == 0, run.stderr[-3000:]
+        report[memory] = json.loads((tmp_path / memory).read_text())
+    for memory in ("50GiB", "60GiB"):
+        stages = report[memory]["kinds"]["these flags"]["stages"]
+        assert max(s["needed"] for s in stages) <= parse_size(memory), memory
+        assert max(s["needed"] for s in stages) >= 0.99 * parse_size(memory)
+        for stage, row in zip(stages, report[memory]["solver"]["stages"], strict=True):
+            assert stage["parts"]["saved activations"] == pytest.approx(row["peak_bytes"])
+    costs = [report[memory]["solver"]["cost"] for memory in report]
+    assert costs[0] > 2 * costs[1] > 0 and costs[2] == 0  # with room for everything nothing is quantized
+
+
+def test_shipped_files():
+    """They are there, whole, of calibrate, and the nearest is taken."""
+    from agoq_megatron.planning.sensitivity import BEST_FORMATS, SITES, load_sensitivities
+    from agoq_megatron.planning.shipped import FOLDER, nearest
+    from agoq_megatron.policy.sites import Site
+
+    files = sorted(FOLDER.glob("*.json"))
+    assert [path.stem for path in files] == ["gpt", "llama-gqa", "llama-mha"]
+    for path in files:
+        file = load_sensitivities(path)
+        assert file.data["checkpoint"] == file.data["made"]["iterations"] > 300
+        assert file.data["command"].startswith("python -m agoq_megatron.calibrate")
+        for number in range(1, 9):
+            for site in (*SITES, Site.LAYER_INPUT):
+                costs = [file.cost(number, site, width) for width in file.widths(number, site)]
+                assert file.widths(number, site) == tuple(BEST_FORMATS), (path, number, site)
+                assert costs == sorted(costs, reverse=True)
+
+    def stem(**model) -> str:
+        args = argparse.Namespace(
+            swiglu=True, normalization="RMSNorm", group_query_attention=False, num_query_groups=1,
+            num_attention_heads=32, ffn_hidden_size=11008, hidden_size=4096,
+        )  # fmt: skip
+        vars(args).update(model)
+        return nearest(args).path.stem
+
+    assert stem() == "llama-mha"
+    assert stem(group_query_attention=True, num_query_groups=8, ffn_hidden_size=14336) == "llama-gqa"
+    assert stem(swiglu=False, normalization="LayerNorm", ffn_hidden_size=16384) == "gpt"
+
+
+def test_sizes():
+    assert parse_size("80GiB") == parse_size("80g") == 80 * 2**30 and parse_size(" 80 GB ") == 80 * 10**9
+    assert parse_size("1.5MiB") == 3 * 2**19 and parse_size("24576 MiB") == 24 * 2**30
+    assert parse_size("568833B") == 568833
+    for words in ("", "80", "GiB", "-1GiB", "1.2.3GiB", "0GiB", "0.1B", "eightyGiB", "80GiBs"):
+        with pytest.raises(ValueError, match="such as 80GiB"):
+            parse_size(words)
 
 
 if __name__ == "__main__":

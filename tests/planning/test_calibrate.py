@@ -301,11 +301,12 @@ def test_the_file(folder):
     data = json.loads((folder / "sequence.json").read_text())
     assert data["model"] == {
         "layers": LAYERS, "hidden_size": 128, "ffn_hidden_size": 256, "heads": 4, "query_groups": 2,
-        "seq_length": 32, "tensor_parallel": 2, "pipeline_parallel": 1, "data_parallel": 1,
-        "sequence_parallel": True,
+        "gated": True, "normalization": "LayerNorm", "seq_length": 32, "tensor_parallel": 2,
+        "pipeline_parallel": 1, "data_parallel": 1, "sequence_parallel": True,
     }  # fmt: skip
     assert (data["checkpoint"], data["tokens"], data["dtype"], data["device"]) == (3, 32, "float32", "CPU")
     assert json.loads((folder / "data.json").read_text())["tokens"] == 64
+    assert data["command"].startswith("python -m agoq_megatron.calibrate --calibrate-output ")
     assert data["formats"]["4"] == "nf4 g64 s8" and list(data["formats"]) == list(map(str, WIDTHS))
     entry = data["layers"]["2"]["mlp.linear_fc1.output"]["4"]
     assert entry.keys() == {"own", "flowing", "bits"} and entry["bits"] == 4.125
@@ -381,6 +382,19 @@ def test_cost(tmp_path):
     ):
         with pytest.raises(ValueError, match=f"some.json.*{wrong}"):
             it.cost(layer, site, width)
+
+
+def test_layers_of_another_depth(tmp_path):
+    it = read(tmp_path, content())
+    it.data["model"]["layers"] = 8
+    assert [it.relative_layer(n, 8) for n in range(1, 9)] == list(range(1, 9))
+    found = [it.relative_layer(n, 32) for n in range(1, 33)]
+    assert found == sorted(found) and set(found) == set(range(1, 9))
+    assert (found[0], found[2], found[-3], found[-1]) == (1, 1, 8, 8)
+    assert [it.relative_layer(n, 3) for n in (1, 2, 3)] == [1, 5, 8]  # 4.5 is between two
+    assert it.relative_layer(1, 1) == 1
+    it.data["model"]["layers"] = 1
+    assert [it.relative_layer(n, 5) for n in range(1, 6)] == [1] * 5
 
 
 def test_another_model_is_refused(tmp_path):

@@ -6,15 +6,12 @@ Run as a script, this file plans; what makes Megatron run on a CPU changes a pro
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from launch import run_as_script
+from launch import run_as_script, run_planner
 
-ROOT = Path(__file__).resolve().parents[2]
 M = 2**20
 SHARDED = "--use-distributed-optimizer"
 GPT = (
@@ -129,13 +126,6 @@ def test_measured_peaks(planned, name):
     peak = sum(planned[name][0].values()) / M
     print(f"{name}: predicted {peak:.0f}, measured {MEASURED[name][2]} MiB")
     assert peak == pytest.approx(MEASURED[name][2], rel=0.03)
-
-
-def run_planner(*flags: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "agoq_megatron.plan", *flags], cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
 
 
 @pytest.mark.slow

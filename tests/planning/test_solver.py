@@ -127,9 +127,10 @@ def least_loads(layers: list[Layer], limits: list[Limit]) -> dict[str, float]:
 
 
 def compare(draw: random.Random, instances: int, **gap: float) -> None:
-    """Solutions of random instances against brute force."""
+    """Solutions of so many random instances against brute force, and the refusals of those between them that
+    have none."""
     outcomes = Counter()
-    for _ in range(instances):
+    while outcomes[False] < instances:
         layers, limits = small(draw)
         expected = brute_force(layers, limits)
         outcomes[expected is None] += 1
@@ -150,7 +151,7 @@ def compare(draw: random.Random, instances: int, **gap: float) -> None:
         else:
             assert choice.cost == pytest.approx(least, rel=1e-9, abs=1e-9), (layers, limits)
             assert size(choice) == fewest, (layers, limits)
-    assert outcomes[False] > instances // 2 and outcomes[True] > instances // 50
+    assert outcomes[True] > instances // 50
 
 
 def test_brute_force(draw):

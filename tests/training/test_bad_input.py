@@ -40,6 +40,36 @@ CASES = {
         "--hidden-size 144 --agoq-activations agoq",
         ["144 features", "16 bits"],
     ),
+    "auto without a memory": (
+        "--agoq-activations auto", ["--agoq-activation-memory", "--agoq-gpu-memory", "24GiB"]
+    ),
+    "auto with two": (
+        "--agoq-activations auto --agoq-activation-memory 1GiB --agoq-gpu-memory 8GiB", ["not both"]
+    ),
+    "a memory without auto": (
+        "--agoq-activation-memory 1GiB", ["--agoq-activation-memory 1GiB", "--agoq-activations auto"]
+    ),
+    "sensitivities without auto": ("--agoq-sensitivities a.json", ["--agoq-sensitivities a.json: only"]),
+    "no size": (
+        "--agoq-activations auto --agoq-gpu-memory lots", ["--agoq-gpu-memory 'lots'", "such as 80GiB"]
+    ),
+    "no sensitivities": (
+        "--agoq-activations auto --agoq-gpu-memory 8GiB --agoq-sensitivities no.json",
+        ["--agoq-sensitivities no.json: no such file", "agoq_megatron.calibrate"],
+    ),
+    "other sensitivities": (
+        "--agoq-activations auto --agoq-gpu-memory 8GiB --agoq-sensitivities {corrupt}",
+        ["--agoq-sensitivities", "not a readable JSON file"],
+    ),
+    # Two layers of 2 x 64 tokens, of each 1536 numbers of 2.5 bits and 4 of FP32: 126,976 bytes.
+    "too little memory": (
+        "--agoq-activations auto --agoq-activation-memory 70KiB --micro-batch-size 2",
+        ["stage 0 by 54.00 KiB (55296 bytes)", "--recompute-num-layers 1 (of 2", "or with --micro-batch-size 1"],
+    ),
+    "no memory": (
+        "--agoq-activations auto --agoq-gpu-memory 1.5GiB",
+        ["on stage 0 nothing is left", "are missing already", "--agoq-optimizer-bits 8"],
+    ),
     "unknown rounding": ("--agoq-rounding up", ["--agoq-rounding"]),
     "negative seed": ("--agoq-seed -3", ["--agoq-seed"]),
     "negative interval": ("--agoq-measure-interval -1", ["--agoq-measure-interval"]),
