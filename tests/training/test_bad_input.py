@@ -64,7 +64,7 @@ CASES = {
     # Two layers of 2 x 64 tokens, of each 1536 numbers of 2.5 bits and 4 of FP32: 126,976 bytes.
     "too little memory": (
         "--agoq-activations auto --agoq-activation-memory 70KiB --micro-batch-size 2",
-        ["stage 0 by 54.00 KiB (55296 bytes)", "--recompute-num-layers 1 (of 2", "or with --micro-batch-size 1"],
+        ["stage 0 by 54.00 KiB (55296 bytes)", "-num-layers 1 (of 2", "or with --micro-batch-size 1"],
     ),
     "no memory": (
         "--agoq-activations auto --agoq-gpu-memory 1.5GiB",
