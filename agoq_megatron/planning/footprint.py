@@ -146,7 +146,9 @@ def _momentary(args, config, plan: Plan, sizes: _Sizes, last: bool) -> tuple[flo
         exact = copy.copy(config)
         exact.recompute_granularity = None
         saved = Plan(exact).planned_bytes_per_token_layer * sizes.tokens
-        mlp = saved * config.recompute_num_layers + 3 * sizes.f / chunks + sizes.u
+        # "uniform" runs its whole group again at a time, "block" one layer.
+        again = config.recompute_num_layers if config.recompute_method == "uniform" else 1
+        mlp = saved * again + 3 * sizes.f / chunks + sizes.u
     if not last:
         return 0.0, mlp
     loss = max(5 * sizes.u, sizes.output_gradient + 3 * sizes.u)
