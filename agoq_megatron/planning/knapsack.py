@@ -141,9 +141,9 @@ class Knapsack:
     def narrowest(self) -> list[float]:
         """Bytes of each stage at its peak with the fewest bits everywhere."""
         fewest = {
-            (number, site): Rule(format=self.format(site, min(self._options(number, row, site))))
+            (number, site): Rule(format=self.format(site, min(self._offered(number, row, site))))
             for number, row, site in self._kept()
-            if min(self._options(number, row, site)) != KEPT
+            if min(self._offered(number, row, site)) != KEPT
         }
         return self.peaks(RulesPolicy("narrowest", fewest))
 
@@ -199,7 +199,8 @@ class Knapsack:
             for number, rows in Plan(with_policy(full, policy)).layers.items():
                 cost = 0.0
                 if width != KEPT:
-                    if width not in self._measured(number, Site.LAYER_INPUT):
+                    least = self.sensitivities.least.get(Site.LAYER_INPUT, 0)
+                    if width < least or width not in self._measured(number, Site.LAYER_INPUT):
                         continue
                     cost = self._measured(number, Site.LAYER_INPUT)[width]
                 size = self.tokens * sum(row.bytes for row in rows)
@@ -227,8 +228,13 @@ class Knapsack:
         position = [other.name for other in self._rows[KEPT][number]].index(row.name)
         return tuple(
             Option(str(width), self.tokens * self._rows[width][number][position].bytes, cost)
-            for width, cost in self._options(number, row, site).items()
+            for width, cost in self._offered(number, row, site).items()
         )
+
+    def _offered(self, number: int, row: Row, site: Site) -> dict[int, float]:
+        """Of these, what the solver may take."""
+        least = self.sensitivities.least.get(site, 0)
+        return {w: cost for w, cost in self._options(number, row, site).items() if w >= least}
 
     def format(self, site: Site, width: int) -> Format | None:
         """That a tensor has in a width; None where no group divides it."""

@@ -123,10 +123,12 @@ class Sensitivities:
     Attributes:
         path: the file.
         data: what is in it.
+        least: widths by tensor below which a solver must not go, whatever was measured.
     """
 
     def __init__(self, path: Path, data: dict):
         self.path, self.data = path, data
+        self.least: dict[Site, int] = {}
 
     def require(self, **model: int) -> None:
         """Refuse another model than the measured one: ``require(layers=32, hidden_size=4096)``.

@@ -10,7 +10,13 @@ import math
 from pathlib import Path
 
 from agoq_megatron.planning.sensitivity import Sensitivities, load_sensitivities
+from agoq_megatron.policy.sites import Site
 from agoq_megatron.refusals import UsageError
+
+LEAST = dict.fromkeys(Site, 3) | {Site.QUERY: 6, Site.KEY: 6}
+"""Widths below which a stand-in's numbers are not believed. Errors of Q and K go through the softmax and grow
+with the scores: at 4 bits they cost ten times as much in the 88M model of docs/format-study.md as in these, and
+2 bits, harmless in one small model, made gradients 24 times as large as they are in another."""
 
 FOLDER = Path(__file__).parent / "sensitivities"
 
@@ -40,7 +46,9 @@ def nearest(args) -> Sensitivities:
     files = [load_sensitivities(path) for path in sorted(FOLDER.glob("*.json"))]
     if not files:
         raise UsageError("--agoq-sensitivities: this installation has no measured ones; name a file.")
-    return min(files, key=lambda file: distance(file.data))
+    found = min(files, key=lambda file: distance(file.data))
+    found.least = LEAST
+    return found
 
 
 def sensitivities_of(args) -> Sensitivities:
