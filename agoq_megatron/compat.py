@@ -278,3 +278,28 @@ def end_with_parent() -> None:
     """In a new process: the kernel ends it when the thread that started it does (on Linux; else nothing)."""
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def bind_wandb_opening(wrap: Callable[[Callable], Callable]) -> None:
+    """Megatron opens its W&B run without an id, so that none is ever continued, and lets what W&B raises (no
+    login, no network) end the last rank alone.
+
+    Args:
+        wrap: takes Megatron's function ``(args) -> None``, returns one in its place.
+    """
+    import megatron.training.global_vars as global_vars
+
+    global_vars._set_wandb_writer = wrap(global_vars._set_wandb_writer)
+
+
+def bind_wandb(log: Callable[[Callable], Callable], finish: Callable[[Callable], Callable]) -> None:
+    """Megatron's W&B writer is the module ``wandb`` itself: it logs by ``wandb.log(values, iteration)``, and
+    W&B drops steps that go back, as those of a resumed run may. To be called once the W&B run is open, as
+    opening sets ``wandb.log``.
+
+    Args:
+        log, finish: take W&B's function, return one in its place.
+    """
+    import wandb
+
+    wandb.log, wandb.finish = log(wandb.log), finish(wandb.finish)

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 from megatron.core import mpu
-from megatron.training import get_tensorboard_writer, get_wandb_writer
+from megatron.core.num_microbatches_calculator import get_num_microbatches
 
-from agoq_megatron import compat
+from agoq_megatron import compat, telemetry
 from agoq_megatron.autograd import rounding
 from agoq_megatron.gradients.telemetry import GradientMeter
 from agoq_megatron.meter import Meter
@@ -50,6 +50,9 @@ class RunObserver:
         self._evaluation: int | None = None
         self._started = False
         self._optimizer = None
+        self._plan, self._policy = plan, None
+        self._device: torch.device | None = None
+        self._step_seconds: list[float] = []
 
     def watch(self) -> None:
         """Enter Megatron's loop; call once, before ``pretrain``."""
@@ -71,7 +74,8 @@ class RunObserver:
             self._pending.append((iteration + 1, losses.get(LOSS), grad_norm, skipped, seconds))
             if len(self._pending) >= self._args.log_interval:
                 self._settle()
-            self._publish(iteration + 1)
+            self._step_seconds.append(seconds)
+            telemetry.send(self._collect(iteration + 1), iteration + 1)
             return result
 
         return train_step
@@ -80,6 +84,7 @@ class RunObserver:
         """Before an iteration, counted from 0: what is counted by iteration learns its number."""
         if not self._started:
             self._started = True
+            self._device = next(model[0].parameters()).device
             self.meter.attach(model)
             self.gradients.attach(model)
             self.watcher.attach(model)
@@ -105,31 +110,40 @@ class RunObserver:
             )
         self._pending.clear()
 
-    def _publish(self, iteration: int) -> None:
-        """Send new measurements of saved activations and gradients to TensorBoard and W&B."""
-        values = self.watcher.values(iteration)
+    def _collect(self, iteration: int) -> dict[str, float]:
+        """What TensorBoard and W&B get for an iteration, counted from 1; every rank must call it."""
+        args, values = self._args, self.watcher.values(iteration)
         first = len(self._history) + len(self._pending) == 1
 
         def due(interval: int) -> bool:
             return first or (interval > 0 and (iteration - 1) % interval == 0)
 
-        measured = self.meter.saved_bytes_per_token_layer
-        if due(self._args.agoq_measure_interval) and measured is not None:
-            values["agoq/saved-bytes-per-token-layer"] = measured
-            values["agoq/planned-bytes-per-token-layer"] = self.meter.planned_bytes_per_token_layer
-        if due(self._args.agoq_grad_probe_interval):
-            values |= self.gradients.values()
+        samples = get_num_microbatches() * args.micro_batch_size * mpu.get_data_parallel_world_size()
+        if iteration % args.tensorboard_log_interval == 0:
+            # Megatron counts the samples of this iteration after it.
+            values["agoq/tokens"] = (args.consumed_train_samples + samples) * args.seq_length
+        other_widths = self._plan.config.agoq is not self._policy
+        if other_widths:
+            self._policy = self._plan.config.agoq
+            values |= telemetry.widths(self._plan)
+        if other_widths or due(args.agoq_measure_interval):
+            values |= telemetry.saved_bytes(self.meter, self._plan)
+        if due(args.agoq_grad_probe_interval):
+            values |= telemetry.largest(self.gradients.values(), self._device) | self.gradients.last_errors()
         if first:
             held, count = state_bytes(self._optimizer), stepped_parameters(self._optimizer)
-            values["agoq/optimizer-bytes"] = held
-            if count:
-                values["agoq/optimizer-bytes-per-parameter"] = held / count
-        writer, wandb_writer = get_tensorboard_writer(), get_wandb_writer()
-        for name, value in values.items():
-            if writer:
-                writer.add_scalar(name, value, iteration)
-            if wandb_writer:
-                wandb_writer.log({name: value}, iteration)
+            of_rank = {
+                "agoq/optimizer-bytes": held,
+                "agoq/optimizer-bytes-per-parameter": held / count if count else None,
+            }
+            values |= telemetry.largest(of_rank, self._device)
+        if first or iteration % args.log_interval == 0:
+            values |= telemetry.memory(self._device)
+            mean = statistics.mean(self._step_seconds)
+            values["agoq/step-ms"] = 1e3 * mean
+            values["agoq/tokens-per-second"] = samples * args.seq_length / mean
+            self._step_seconds.clear()
+        return values
 
     def _wrap_evaluate_and_print(self, stock):
         @functools.wraps(stock)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import secrets
 import sys
 import traceback
 from functools import partial
@@ -61,6 +60,7 @@ from agoq_megatron.resuming.resume import CheckpointError
 from agoq_megatron.specs import agoq_layer_spec
 from agoq_megatron.transformer_config import transformer_config_from_args
 from agoq_megatron.validation import check
+from agoq_megatron.wandb_run import wrap_opening
 from agoq_megatron.watching import check_watched, restore_widths, wrap_checking_loaded
 
 SPIKY_LOSS_FACTOR = 10
@@ -256,26 +256,6 @@ def check_writers(args: argparse.Namespace) -> None:
         raise UsageError("--wandb-project: say with --save or --wandb-save-dir where its files go.")
 
 
-def keep_wandb_run(args: argparse.Namespace) -> None:
-    """Let a resumed run continue its W&B run. Megatron keeps no run id; one is kept in --save.
-
-    A run that loads no checkpoint is a new one, whatever an earlier run left in the same folder. A
-    ``WANDB_RUN_ID`` of the user's is used and kept.
-    """
-    if not args.wandb_project or not args.save or args.rank != args.world_size - 1:
-        return
-    kept = Path(args.save) / "wandb_run_id"
-    run_id = os.environ.get("WANDB_RUN_ID")
-    if not run_id and args.load and kept.is_file():
-        run_id = kept.read_text().strip()
-    if not run_id:
-        run_id = secrets.token_hex(4)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    kept.write_text(run_id + "\n")
-    os.environ["WANDB_RUN_ID"] = run_id
-    os.environ.setdefault("WANDB_RESUME", "allow")
-
-
 def prepare(on_cpu: bool) -> tuple[argparse.Namespace, Plan]:
     """Everything that can refuse a run, before anything of it exists; prints the plan on rank 0.
 
@@ -294,7 +274,7 @@ def prepare(on_cpu: bool) -> tuple[argparse.Namespace, Plan]:
             plan.print()
         if args.agoq_dry_run:
             sys.exit(0)
-        keep_wandb_run(args)
+        compat.bind_wandb_opening(wrap_opening(compat.bind_wandb))
         set_global_variables(args)
     except REFUSALS as problem:
         refuse(paragraph(problem))

@@ -79,20 +79,32 @@ class GradientMeter:
         return self.held_bytes / count if count else None
 
     @property
-    def sent_bytes(self) -> int | None:
-        """Bytes that this rank has sent to reduce 8-bit gradients in the last iteration; None without."""
-        if not any(isinstance(chunk, QuantizedGradientDDP) for chunk in self._chunks):
-            return None
-        return sum(chunk.sent_bytes for chunk in self._chunks)
+    def sent_bytes(self) -> int:
+        """Bytes that this rank has sent to reduce gradients in the last iteration: 8-bit ones as counted,
+        others as a ring sends them, ``(n - 1) / n`` of the buffer to reduce and scatter over n ranks, and as
+        much to gather where every rank needs all."""
+        return sum(
+            chunk.sent_bytes if isinstance(chunk, QuantizedGradientDDP) else _ring_bytes(chunk)
+            for chunk in self._chunks
+        )
 
-    def values(self) -> dict[str, float]:
-        """What goes to TensorBoard and W&B."""
-        found = {
+    def values(self) -> dict[str, float | None]:
+        """What TensorBoard and W&B get of this rank; None where the rank has no parameters."""
+        return {
             "agoq/gradient-bytes": self.held_bytes,
             "agoq/gradient-bytes-per-parameter": self.bytes_per_parameter,
             "agoq/gradient-bytes-sent": self.sent_bytes,
         }
-        if self.errors:
-            found["agoq/gradient-error-accumulated"] = self.errors[-1]["accumulated"]
-            found["agoq/gradient-error-reduced"] = self.errors[-1]["reduced"]
-        return {name: value for name, value in found.items() if value is not None}
+
+    def last_errors(self) -> dict[str, float]:
+        """The errors that TensorBoard and W&B get, of all ranks; nothing before the first probe."""
+        last = self.errors[-1] if self.errors else {}
+        found = {f"agoq/gradient-error-{name}": last.get(name) for name in ("accumulated", "reduced")}
+        return {name: error for name, error in found.items() if error is not None}
+
+
+def _ring_bytes(chunk) -> int:
+    """Of one of Megatron's own DDP chunks."""
+    passes = 1 if chunk.ddp_config.use_distributed_optimizer else 2
+    ranks = [(buffer.grad_data.nbytes, buffer.data_parallel_group.size()) for buffer in chunk.buffers]
+    return sum(passes * size * (n - 1) // n for size, n in ranks)

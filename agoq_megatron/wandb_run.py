@@ -1,0 +1,208 @@
+"""The W&B run behind Megatron's ``--wandb-project``: which one it is, on which steps it logs, and that it
+never stops a training run.
+
+*Which one.* The run's id is kept in ``SAVE/wandb_run_id``. A run that loads a checkpoint continues the W&B
+run of its ``--save`` folder, in offline mode too: there every start writes a folder of its own under the same
+id, and ``wandb sync`` puts them together.
+
+*Steps.* W&B takes rows in ascending steps only and drops others with a warning. A run that was killed and
+goes on from its last checkpoint repeats iterations, so their points would be lost. Here each row holds its
+``iteration``, which is the x axis of all charts (``define_metric``), and W&B's own step is the iteration plus
+a shift: 0 until iterations are repeated, then what puts the first repeated one behind the last step logged.
+That step is kept in ``SAVE/wandb_last_step``. (W&B can also rewind a run, which throws the old points away;
+it needs the server, so an offline run could not.) Repeated iterations thus appear twice.
+
+*Never stops it.* Whatever W&B raises is one line on the log. Not logged in, or not reachable at the start:
+the run is written offline, to be sent later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+RUN_ID, LAST_STEP = "wandb_run_id", "wandb_last_step"
+"""Files in the --save folder."""
+STEP_METRIC = "iteration"
+INIT_SECONDS, FINISH_SECONDS = 30, 60
+"""How long to wait for W&B at the start, where it may take 15 seconds more to ask the server what it can do,
+and at the end for what is not sent yet: that stays on disk for ``wandb sync``. ``WANDB_INIT_TIMEOUT`` and
+``WANDB_FINISH_TIMEOUT`` override them."""
+
+
+class NotLoggedIn(Exception):
+    """There is no API key."""
+
+
+def owns_writer(args: Namespace) -> bool:
+    """Whether Megatron logs to W&B from this rank: the last one."""
+    return bool(args.wandb_project) and args.rank == args.world_size - 1
+
+
+def continued_run(args: Namespace) -> str | None:
+    """Id of the W&B run to continue: ``WANDB_RUN_ID``, else the one kept in the --save folder.
+
+    A run that loads no checkpoint is a new one, whatever an earlier run has left there; and so is one with
+    --finetune, which starts from iteration 0.
+    """
+    if os.environ.get("WANDB_RUN_ID"):
+        return os.environ["WANDB_RUN_ID"]
+    kept = Path(args.save or "") / RUN_ID
+    if not args.save or not args.load or args.finetune or not kept.is_file():
+        return None
+    return kept.read_text().strip() or None
+
+
+def wrap_opening(bind: Callable[[Callable, Callable], None]) -> Callable[[Callable], Callable]:
+    """What opens the W&B writer in the place of Megatron's function.
+
+    Args:
+        bind: replaces ``wandb.log`` and ``wandb.finish`` by ``wrap(stock)``; takes the two wraps.
+
+    Returns:
+        Takes Megatron's function ``(args) -> None``, returns ours.
+    """
+
+    def wrap(stock: Callable[[Namespace], None]) -> Callable[[Namespace], None]:
+        @functools.wraps(stock)
+        def set_writer(args: Namespace) -> None:
+            if not owns_writer(args):
+                stock(args)
+                return
+            try:
+                _open(stock, args, bind)
+            except Exception as problem:  # W&B's own, a full disk, a broken installation
+                _say(f"W&B is not used: {_text(problem)} Training goes on.")
+
+        return set_writer
+
+    return wrap
+
+
+def _open(stock, args: Namespace, bind) -> None:
+    import wandb
+
+    run_id = continued_run(args)
+    if run_id:
+        os.environ["WANDB_RUN_ID"] = run_id
+    os.environ.setdefault("WANDB_RESUME", "allow")
+    os.environ.setdefault("WANDB_INIT_TIMEOUT", str(INIT_SECONDS))
+    os.environ.setdefault("WANDB_FINISH_TIMEOUT", str(FINISH_SECONDS))
+    try:
+        if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):
+            # init would ask on a terminal, and wait
+            raise NotLoggedIn("not logged in; run `wandb login` or set WANDB_API_KEY.")
+        stock(args)
+    except (wandb.Error, NotLoggedIn) as problem:
+        wandb.teardown()  # its settings, the mode among them, are read once
+        os.environ["WANDB_MODE"] = "offline"
+        stock(args)
+        folder = Path(wandb.run.dir).parent
+        _say(
+            f"W&B: {_text(problem)} Training goes on, and the run is written to {folder}; "
+            f"`wandb sync {folder}` sends it."
+        )
+    if wandb.run.disabled:
+        return
+    # Megatron sets this once more, without leave to change it: an error in a resumed job of another name.
+    name = os.environ.get("SLURM_JOB_NAME", "N/A")
+    wandb.config.update({"slurm_job_name": name}, allow_val_change=True)
+    wandb.define_metric(STEP_METRIC, hidden=True)
+    wandb.define_metric("*", step_metric=STEP_METRIC)
+    steps = Steps(args.save, wandb.run.id, wandb.run.starting_step - 1)
+    bind(functools.partial(wrap_log, steps), wrap_finish)
+
+
+class Steps:
+    """W&B's steps for iterations: ascending, whatever iterations are repeated after a start.
+
+    Args:
+        save: the --save folder, which keeps the run's id and last step; None keeps nothing.
+        run_id: of the W&B run. What was kept of another one says nothing.
+        server: the last step that the server knows of, -1 for none.
+    """
+
+    def __init__(self, save: str | None, run_id: str, server: int = -1):
+        self._run_id, self.last, self._shift = run_id, server, None
+        self._file: int | None = None
+        if save is None:
+            return
+        folder = Path(save)
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(OSError, ValueError):
+            kept, step = (folder / LAST_STEP).read_text().split()
+            if kept == run_id:
+                self.last = max(server, int(step))
+        partial = folder / (RUN_ID + ".partial")
+        partial.write_text(run_id + "\n")
+        os.replace(partial, folder / RUN_ID)
+        # Written over in place, as it changes in every iteration: one short write of always the same length.
+        self._file = os.open(folder / LAST_STEP, os.O_RDWR | os.O_CREAT, 0o644)
+        os.truncate(self._file, 0)
+        self._keep()
+
+    def step(self, iteration: int) -> int:
+        """The step on which an iteration is logged."""
+        if self._shift is None:
+            self._shift = max(0, self.last + 1 - iteration)
+        step = iteration + self._shift
+        if step > self.last:
+            self.last = step
+            self._keep()
+        return step
+
+    def _keep(self) -> None:
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # a full disk
+                os.pwrite(self._file, f"{self._run_id} {self.last:>20}\n".encode(), 0)
+
+
+def wrap_log(steps: Steps, stock: Callable) -> Callable:
+    """``wandb.log``: Megatron passes values and iteration; here both go into the row, on W&B's next step."""
+    broken = False
+
+    @functools.wraps(stock)
+    def log(data: dict, step: int | None = None, *args, **kwargs) -> None:
+        nonlocal broken
+        if broken:
+            return
+        try:
+            if step is None:
+                stock(data, step, *args, **kwargs)
+            else:
+                stock({**data, STEP_METRIC: step}, steps.step(step), *args, **kwargs)
+        except Exception as problem:
+            broken = True
+            _say(f"W&B takes no more values: {_text(problem)} Training goes on without it.")
+
+    return log
+
+
+def wrap_finish(stock: Callable) -> Callable:
+    """``wandb.finish``, which must not keep a run from ending well."""
+
+    @functools.wraps(stock)
+    def finish(*args, **kwargs) -> None:
+        try:
+            stock(*args, **kwargs)
+        except Exception as problem:
+            _say(f"W&B could not finish the run: {_text(problem)}")
+
+    return finish
+
+
+def _text(problem: Exception) -> str:
+    """A sentence: the first line of the message, and the kind of error where W&B does not name it."""
+    lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
+    text = lines[0] if lines else "no answer"
+    if not isinstance(problem, NotLoggedIn):
+        text = f"{type(problem).__name__}: {text}"
+    return text if text.endswith((".", "!", "?")) else text + "."
+
+
+def _say(text: str) -> None:
+    print(f"AGoQ: {text}", flush=True)
