@@ -71,7 +71,8 @@ class RunObserver:
             seconds = time.perf_counter() - start
             self.gradients.end_iteration(iteration)
             self.watcher.end_iteration(iteration)
-            self._pending.append((iteration + 1, losses.get(LOSS), grad_norm, skipped, seconds))
+            entry = (iteration + 1, losses.get(LOSS), grad_norm, skipped, seconds, self._tokens())
+            self._pending.append(entry)
             if len(self._pending) >= self._args.log_interval:
                 self._settle()
             self._step_seconds.append(seconds)
@@ -98,10 +99,11 @@ class RunObserver:
 
     def _settle(self) -> None:
         """Read the losses off the device, as rarely as Megatron's own log does."""
-        for iteration, loss, grad_norm, skipped, seconds in self._pending:
+        for iteration, loss, grad_norm, skipped, seconds, tokens in self._pending:
             self._history.append(
                 {
                     "iteration": iteration,
+                    "tokens": tokens,
                     LOSS: None if loss is None else float(loss),
                     "grad norm": None if grad_norm is None else float(grad_norm),
                     "skipped": bool(skipped),
@@ -109,6 +111,14 @@ class RunObserver:
                 }
             )
         self._pending.clear()
+
+    def _samples(self) -> int:
+        """Sequences of this iteration, over all ranks."""
+        return get_num_microbatches() * self._args.micro_batch_size * mpu.get_data_parallel_world_size()
+
+    def _tokens(self) -> int:
+        """Read by the model up to the end of this iteration, whose samples Megatron counts after it."""
+        return (self._args.consumed_train_samples + self._samples()) * self._args.seq_length
 
     def _collect(self, iteration: int) -> dict[str, float]:
         """What TensorBoard and W&B get for an iteration, counted from 1; every rank must call it."""
@@ -118,10 +128,8 @@ class RunObserver:
         def due(interval: int) -> bool:
             return first or (interval > 0 and (iteration - 1) % interval == 0)
 
-        samples = get_num_microbatches() * args.micro_batch_size * mpu.get_data_parallel_world_size()
         if iteration % args.tensorboard_log_interval == 0:
-            # Megatron counts the samples of this iteration after it.
-            values["agoq/tokens"] = (args.consumed_train_samples + samples) * args.seq_length
+            values["agoq/tokens"] = self._tokens()
         other_widths = self._plan.config.agoq is not self._policy
         if other_widths:
             self._policy = self._plan.config.agoq
@@ -141,7 +149,7 @@ class RunObserver:
             values |= telemetry.memory(self._device)
             mean = statistics.mean(self._step_seconds)
             values["agoq/step-ms"] = 1e3 * mean
-            values["agoq/tokens-per-second"] = samples * args.seq_length / mean
+            values["agoq/tokens-per-second"] = self._samples() * args.seq_length / mean
             self._step_seconds.clear()
         return values
 

@@ -104,6 +104,10 @@ def _environment(extra: dict | None) -> dict:
     }
 
 
+def _merged(extra: dict) -> dict:
+    return {name: value for name, value in (os.environ | extra).items() if value is not None}
+
+
 class Launcher:
     """Starts runs. Use as a context manager; ``folder`` receives the logs and reports."""
 
@@ -138,7 +142,7 @@ class Launcher:
             ranks: number of processes.
             timeout: seconds after which every rank is killed.
             signal_at: (iteration, signal): send it to all ranks once that iteration was logged.
-            env: environment variables to add.
+            env: environment variables to add; None takes one away.
             entry: another script in the entry's place.
         """
         self._count += 1
@@ -192,7 +196,7 @@ def _run_torchrun(job: dict) -> list[int]:
     ]
     with open(job["logs"] + ".rank0.log", "w") as log:
         process = subprocess.Popen(
-            command, stdout=log, stderr=log, cwd=ROOT, env=os.environ | job["env"]
+            command, stdout=log, stderr=log, cwd=ROOT, env=_merged(job["env"])
         )
         # On SIGTERM the launcher stops its ranks; on SIGKILL it would leave them behind.
         job = {**job, "last_signal": signal.SIGTERM}
@@ -251,7 +255,9 @@ def _child(job: dict, rank: int, port: int) -> None:
     for descriptor in (1, 2):
         os.dup2(log, descriptor)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.environ.update(job["env"])
+    environment = _merged(job["env"])
+    os.environ.clear()
+    os.environ.update(environment)
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
