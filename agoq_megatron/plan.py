@@ -184,7 +184,6 @@ def main(argv: list[str] | None = None) -> int:
         changes = planner.kinds()
         kinds = {"these flags": planner.footprints(**changes["these flags"])}
         sensitivities = sensitivities_of(args)
-        compared = compare(args, Knapsack(args, sensitivities))
     except training.REFUSALS as problem:
         training.refuse(training.paragraph(problem))
     for name in [name for name in changes if name not in kinds]:
@@ -192,6 +191,11 @@ def main(argv: list[str] | None = None) -> int:
             kinds[name] = planner.footprints(**changes[name])
         except training.REFUSALS as problem:
             print(f"{name}: not compared. {training.paragraph(problem)}", file=sys.stderr)
+    try:
+        compared = compare(args, Knapsack(args, sensitivities))
+    except training.REFUSALS as problem:
+        compared = []
+        print(f"the solver's widths: not compared. {training.paragraph(problem)}", file=sys.stderr)
     found = {name: planner.largest(changes[name], mine.gpu_memory) for name in kinds}
     network = Network(mine.node_bandwidth * 1e9, mine.network_bandwidth * 1e9, mine.gpus_per_node)
     sent = collectives(args, transformer_config_from_args(args), network)
