@@ -54,7 +54,7 @@ def faults() -> dict[str, tuple[Fault, str, str]]:
     for number, what in enumerate(disks.DAMAGE):
         table[f"damage-{number}"] = (partial(disks.damaged, what=what), *next(places))
     table |= {
-        "damage-4": (partial(disks.damaged, what="a bit flipped in a shard"), "TP2 x PP2", eight),
+        "damage-grid": (partial(disks.damaged, what="a bit flipped in a shard"), "TP2 x PP2", eight),
         "all-damaged": (disks.all_damaged, "DP2", eight),
         "damaged-step": (disks.damaged_step, "1 rank", plain),
         "kill-overwriting": (disks.kill_while_overwriting, "DP2", eight),
