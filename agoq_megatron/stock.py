@@ -35,7 +35,14 @@ from agoq_megatron.refusals import UsageError, refuse
 from agoq_megatron.validation import check
 
 VARIABLE = "AGOQ_FLAGS"
-FLAGS = ("agoq_activations", "agoq_rounding", "agoq_seed")
+FLAGS = (
+    "agoq_activations",
+    "agoq_activation_memory",
+    "agoq_gpu_memory",
+    "agoq_sensitivities",
+    "agoq_rounding",
+    "agoq_seed",
+)
 """Fields of :class:`AGoQConfig` that a layer spec can obey."""
 
 

@@ -30,6 +30,7 @@ RUNS = {
         2, f"{PP} --num-layers-per-virtual-pipeline-stage 1", "--agoq-rounding stochastic",
     ),
     "DP2": (2, "", "--agoq-rounding stochastic"),
+    "PP2, widths by the solver": (2, PP, "--agoq-activations auto --agoq-activation-memory 640KiB"),
 }  # fmt: skip
 
 
