@@ -144,14 +144,14 @@ BAD = {
     ),
     "a type": (["--num-layers", "two"], "--num-layers"),
     "Megatron's own refusal": (
-        ["--global-batch-size", "3", "--micro-batch-size", "2"],
+        ["--eval-global-batch-size", "3", "--eval-micro-batch-size", "2"],
         "divisible",
     ),
     "a missing tokenizer": (
         ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", "/nowhere/at/all"],
         "/nowhere/at/all",
     ),
-    "more ranks asked for than there are": (["--tensor-model-parallel-size", "2"], "world size"),
+    "more ranks asked for than there are": (["--tensor-model-parallel-size", "2"], "the 1 ranks"),
     "no checkpoint to take flags from": (["--use-checkpoint-args"], "--load"),
 }
 
