@@ -62,6 +62,12 @@ def test_under_torchrun_with_every_writer(launcher, tmp_path):
     assert report["final_valid_loss"] == pytest.approx(tags["lm loss validation"][2][1], rel=1e-6)
     assert report["device"] == "cpu" and report["peak_memory_bytes"] is None
     assert report["step_ms"] > 0
+    # FP32 gradients, reduced and scattered over two ranks: half of each rank's leaves it.
+    assert (
+        report["gradient_bytes_sent"]
+        == report["gradient_bytes"] / 2
+        == tags["agoq/gradient-bytes-sent"][0][1]
+    )
     measured = sum(t["measured_bytes_per_token"] for t in report["tensors"])
     assert report["saved_bytes_per_token_layer"] == pytest.approx(measured)
     assert measured == pytest.approx(report["planned_bytes_per_token_layer"], rel=0.01)
