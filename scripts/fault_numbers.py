@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import fault_runs as runs
@@ -143,11 +144,14 @@ def _not_finite(bench, world, mode, name, iteration, inject) -> Iterator[Row]:
     run = bench.run(place, world, mode, inject=inject, patience=15)
     saved = runs.saved_iteration(place / "saved")
     bad = [key for key in run.history if key >= iteration]
+    # Where one rank alone found it, others may lose it in a collective before they are ended.
+    lost = re.search("onnection (closed|reset|refused)", run.log) and len(set(run.codes)) > 1
     problems = demand(
         (NOT_FINITE in run.codes, f"{codes_of(run)}: {run.log[-800:]}"),
         (saved < iteration, f"saved {saved}"),
         (not run.hung and not run.left, f"hung or left {run.left}"),
-        ("error: iteration" in run.log and "Traceback" not in run.log, f"no clear error: {run.log[-900:]}"),
+        ("error: iteration" in run.log, f"no clear error: {run.log[-900:]}"),
+        (lost or "Traceback" not in run.log, f"a traceback: {run.log[-900:]}"),
     )
     for key in bad:  # the step that was taken, and reported, and not saved
         del run.history[key]
