@@ -3,6 +3,7 @@
 #
 #   scripts/test.sh
 #   scripts/test.sh tests/kernels -k packing
+#   scripts/test.sh -n 2 --dist loadfile --exhaustive      # with the cases that others cover
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup.sh

@@ -23,6 +23,26 @@ if not torch.cuda.is_available():
 _SESSION_SEED = int(os.environ.get("AGOQ_TEST_SEED") or random.SystemRandom().randrange(2**31))
 
 
+# Whole training runs first: two processes share the files, and the last one to end should be a short one.
+FIRST = ("training", "optimizer", "planning", "gradients", "scripts")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--exhaustive", action="store_true", help="also the cases that others cover")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        folder = item.path.parent.name
+        return FIRST.index(folder) if folder in FIRST else len(FIRST)
+
+    items.sort(key=place)
+    if not config.getoption("--exhaustive"):
+        for item in items:
+            if item.get_closest_marker("exhaustive"):
+                item.add_marker(pytest.mark.skip(reason="other cases cover it; --exhaustive runs it too"))
+
+
 def pytest_report_header() -> str:
     return f"AGOQ_TEST_SEED={_SESSION_SEED} repeats the random inputs of this session"
 

@@ -21,12 +21,26 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))  # this file is a script, too
 
 from forked_ranks import free_port  # noqa: E402
 
 ENTRY = ROOT / "pretrain_gpt_agoq.py"
+
+
+
+
+def covering(cases, always: set[str]) -> list:
+    """Parameters of a test: those in ``always`` run every time, the others with ``--exhaustive``."""
+    assert always <= set(cases), always - set(cases)
+    return [
+        case if case in always else pytest.param(case, marks=pytest.mark.exhaustive, id=case)
+        for case in cases
+    ]
+
 
 TINY = """
     --num-layers 2 --hidden-size 128 --ffn-hidden-size 256 --num-attention-heads 4 --kv-channels 64

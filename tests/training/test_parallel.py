@@ -5,6 +5,7 @@ another layout Megatron would draw other initial weights.
 """
 
 import pytest
+from launch import covering
 
 pytestmark = pytest.mark.slow
 
@@ -103,7 +104,7 @@ def test_policies_differ(one_rank):
 
 
 @pytest.mark.supports("full recomputation", "selective recomputation")
-@pytest.mark.parametrize("layout", ["TP2 SP", "PP2 interleaved"])
+@pytest.mark.parametrize("layout", covering(["TP2 SP", "PP2 interleaved"], {"TP2 SP"}))
 @pytest.mark.parametrize("kind", RECOMPUTE)
 def test_recomputation_composes(train, one_rank, kind, layout):
     """Exact with 'off'; with 'agoq' near it, and the kept bytes are the planned ones."""

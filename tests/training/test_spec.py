@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import assert_same_tensors
-from launch import TINY
+from launch import TINY, covering
 
 pytestmark = pytest.mark.slow
 
@@ -53,7 +53,9 @@ def stock(launcher, tmp_path):
 @pytest.mark.supports(
     "stock pretrain_gpt.py by --spec", "checkpoint exchanged with stock Megatron"
 )
-@pytest.mark.parametrize("case", RUNS)
+@pytest.mark.parametrize(
+    "case", covering(RUNS, {"one rank, rounded stochastically", "TP2 SP", "PP2, widths by the solver"})
+)
 def test_trains_as_our_entry_point_does(launcher, stock, tmp_path, seed, case):
     """Losses, gradient norms, and in the end weights, masters and moments."""
     ranks, flags, ours = RUNS[case]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import ITERATIONS, MIDDLE, assert_killed_and_resumed, train
+from launch import covering
 
 from tests.training.test_parallel import LAYOUTS, MODEL, RECOMPUTE, TP2
 from tests.training.test_report import series
@@ -153,7 +154,7 @@ def one_rank(common):
     return common()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", covering(LAYOUTS, {"TP2 SP", "TP2 SP x PP2 interleaved x DP2, all"}))
 def test_every_layout_sees_the_same(common, one_rank, layout, tmp_path):
     """Errors of one rank, whatever the split; and every rank keeps its layers in the raised widths."""
     assert sorted(raises(one_rank)) == sorted(
@@ -184,7 +185,9 @@ def test_every_layout_sees_the_same(common, one_rank, layout, tmp_path):
             assert bits == (5 if name in FOUR_BITS else 8 if name in EIGHT_BITS else 4), (path, bits)
 
 
-@pytest.mark.parametrize("layout", ["one rank", "PP2 interleaved", "TP2 SP"])
+@pytest.mark.parametrize(
+    "layout", covering(["one rank", "PP2 interleaved", "TP2 SP"], {"one rank", "TP2 SP"})
+)
 @pytest.mark.parametrize("kind", RECOMPUTE)
 def test_under_recomputation(common, one_rank, kind, layout):
     """Full: the layer's input is what waits, and what costs. Selective: a tensor that is packed twice, at the
@@ -214,7 +217,7 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", covering(CASES, {"DP 2, distributed optimizer, 8-bit gradients", "TP 2"}))
 def test_killed_and_resumed(launcher, whole, tmp_path, seed, case):
     """Widths that were raised before the checkpoint are there again; probes and raises after it are those of
     the uninterrupted run."""
