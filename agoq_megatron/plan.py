@@ -146,10 +146,18 @@ def parse(argv: list[str]):
     from agoq_megatron.planning.presets import preset_flags
 
     mine, rest = parser().parse_known_args(argv)
+    for flag, path in (("--plan-json", mine.plan_json), ("--plan-png", mine.plan_png)):
+        if path is not None and not path.absolute().parent.is_dir():
+            training.refuse(f"{flag} {path}: there is no folder {path.absolute().parent}; make it first.")
     os.environ.update(WORLD_SIZE=str(mine.gpus), RANK="0", LOCAL_RANK="0")
     preset = preset_flags(mine.preset) if mine.preset else []
-    if "auto" in rest and not {"--agoq-activation-memory", "--agoq-gpu-memory"} & set(rest):
-        rest += ["--agoq-gpu-memory", f"{mine.gpu_memory}B"]
+    budget = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in ("--agoq-activations", "--agoq-activation-memory", "--agoq-gpu-memory"):
+        budget.add_argument(flag)
+    given = budget.parse_known_args(rest)[0]
+    solved = given.agoq_activations == "auto"
+    if solved and not (given.agoq_activation_memory or given.agoq_gpu_memory):
+        rest += ["--agoq-gpu-memory", f"{mine.gpu_memory / 2**30:g}GiB"]
     sys.argv[1:] = [*preset, *rest, "--agoq-dry-run"]
     with contextlib.redirect_stdout(io.StringIO()):  # Megatron lists all its arguments
         args = training.parse_arguments(on_cpu=True)
@@ -196,7 +204,10 @@ def main(argv: list[str] | None = None) -> int:
     except training.REFUSALS as problem:
         compared = []
         print(f"the solver's widths: not compared. {training.paragraph(problem)}", file=sys.stderr)
-    found = {name: planner.largest(changes[name], mine.gpu_memory) for name in kinds}
+    # Of `auto` the widths would be other ones for another batch or sequence.
+    solved = args.agoq_activations == "auto"
+    known = [name for name in kinds if not (solved and name == "these flags")]
+    found = {name: planner.largest(changes[name], mine.gpu_memory) for name in known}
     network = Network(mine.node_bandwidth * 1e9, mine.network_bandwidth * 1e9, mine.gpus_per_node)
     sent = collectives(args, transformer_config_from_args(args), network)
     print(table.text(kinds, mine.gpu_memory, found, sent))

@@ -55,7 +55,13 @@ from agoq_megatron.planning.policies import compute_policy
 from agoq_megatron.policy.policy import SOLVED, PolicyError
 from agoq_megatron.refusals import UsageError, refuse
 from agoq_megatron.report import LOSS, RunObserver
-from agoq_megatron.resuming.loop import DurableTracker, guarded_load, guarded_load_args, guarded_save
+from agoq_megatron.resuming.loop import (
+    DurableTracker,
+    guarded_arguments,
+    guarded_load,
+    guarded_load_args,
+    guarded_save,
+)
 from agoq_megatron.resuming.resume import CheckpointError
 from agoq_megatron.specs import agoq_layer_spec
 from agoq_megatron.transformer_config import transformer_config_from_args
@@ -267,7 +273,7 @@ def prepare(on_cpu: bool) -> tuple[argparse.Namespace, Plan]:
         compat.check_megatron()
         args = parse_arguments(on_cpu)
         compute_policy(args)
-        restore_widths(args, compat.checkpoint_arguments)
+        restore_widths(args, partial(guarded_arguments, compat.checkpoint_arguments))
         plan = plan_from_args(args)
         check_watched(args, plan)
         if args.rank == 0:

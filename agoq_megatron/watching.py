@@ -26,7 +26,7 @@ from torch import nn
 
 from agoq_megatron.autograd import probing
 from agoq_megatron.memory import Plan
-from agoq_megatron.policy.policy import KEEP_BITS
+from agoq_megatron.policy.policy import KEEP_BITS, SOLVED
 from agoq_megatron.policy.raised import RaisedPolicy, next_width
 from agoq_megatron.policy.sites import Site
 from agoq_megatron.refusals import UsageError
@@ -86,7 +86,8 @@ class Watcher:
         self._device: torch.device | None = None
         self._tally: probing.ErrorTally | None = None
         self._probed: list[int] = []
-        self._new_policy: RaisedPolicy | None = None
+        self._new_policy = None
+        self._begun = False
         self.errors: list[dict] = []
         self.raises: list[Raise] = []
 
@@ -105,6 +106,9 @@ class Watcher:
     def begin_iteration(self, iteration: int) -> bool:
         """Before an iteration, counted from 0. Returns whether widths are other ones than in the last."""
         changed, self._new_policy = self._new_policy, None
+        if self._interval and not self._begun and self._widths() != self._args.agoq_raised_widths:
+            changed = self._with(self._args.agoq_raised_widths)  # those of an older checkpoint: see below
+        self._begun = True
         if changed is not None:
             self._plan.set_policy(changed)
             for layer in self._layers:
@@ -144,8 +148,7 @@ class Watcher:
         if not widths:
             return
         self._args.agoq_raised_widths = self._args.agoq_raised_widths | widths
-        base = policy.base if isinstance(policy, RaisedPolicy) else policy
-        self._new_policy = RaisedPolicy(base, self._args.agoq_raised_widths)
+        self._new_policy = self._with(self._args.agoq_raised_widths)
         before, after = self._plan, self._plan.with_policy(self._new_policy)
         for site, number, error, old in raised:
             more = after.bytes_of(site, number) - before.bytes_of(site, number)
@@ -153,6 +156,17 @@ class Watcher:
             self.raises.append(Raise(iteration, site.value, number, error, old, new, more))
             if self._args.rank == self._args.world_size - 1:  # which prints Megatron's lines as well
                 print(self._line(self.raises[-1]), flush=True)
+
+    def _widths(self) -> dict[str, int]:
+        """In force."""
+        policy = self._plan.config.agoq
+        return policy.widths if isinstance(policy, RaisedPolicy) else {}
+
+    def _with(self, widths: dict[str, int]):
+        """The run's policy with these widths raised."""
+        policy = self._plan.config.agoq
+        base = policy.base if isinstance(policy, RaisedPolicy) else policy
+        return RaisedPolicy(base, widths) if widths else base
 
     def _line(self, it: Raise) -> str:
         tokens = self._args.micro_batch_size * self._args.seq_length
@@ -162,6 +176,7 @@ class Watcher:
             f"exceeds --agoq-max-error {self._args.agoq_max_error:g}: from {it.old} to {new} from the next "
             f"iteration on; costs {it.bytes:g} bytes a token, {it.bytes * tokens / MIB:.3g} MiB a "
             "micro-batch in flight, on each rank that holds the layer"
+            + (", beyond the solver's budget" if getattr(self._plan.config.agoq, "record", None) else "")
         )
 
     def values(self, iteration: int) -> dict[str, float]:
@@ -198,6 +213,10 @@ def check_watched(args: Namespace, plan: Plan) -> None:
         return
     base = plan.config.agoq.base if isinstance(plan.config.agoq, RaisedPolicy) else plan.config.agoq
     if not any(base.rule(site, number).format for site in Site for number in plan.layers):
+        if base.name == SOLVED:  # it depends on the memory that there is; the job's flags may stay
+            if args.rank == 0:
+                print("AGoQ: the budget leaves every tensor as it is; there is nothing to probe.", flush=True)
+            return
         raise UsageError(
             f"--agoq-probe-interval {args.agoq_probe_interval}: --agoq-activations {base.name} quantizes "
             "nothing, so there is no error to measure. Leave the probes out, or name a policy that quantizes."
@@ -221,7 +240,10 @@ def restore_widths(args: Namespace, load: Callable[[str, Namespace], Namespace |
 
 
 def wrap_checking_loaded(args: Namespace) -> Callable[[Callable], Callable]:
-    """Wraps Megatron's check of a loaded checkpoint's arguments: are its widths those taken over?"""
+    """Wraps Megatron's check of a loaded checkpoint's arguments: are its widths those taken over? They are
+    not where the newest checkpoint turned out damaged and an older one was loaded; then the older one's hold,
+    from the first iteration on.
+    """
 
     def wrap(stock: Callable) -> Callable:
         @functools.wraps(stock)
@@ -236,10 +258,13 @@ def wrap_checking_loaded(args: Namespace) -> Callable[[Callable], Callable]:
                         flush=True,
                     )
             elif widths != args.agoq_raised_widths:
-                raise RuntimeError(
-                    f"--load {args.load}: the checkpoint has other raised widths than when this run started; "
-                    "another run writes into that folder. Start again."
-                )
+                args.agoq_raised_widths = dict(widths)
+                if args.rank == 0:
+                    print(
+                        f"AGoQ: WARNING: the checkpoint that was loaded has raised {len(widths)} widths, not "
+                        "those of the plan above; they hold.",
+                        flush=True,
+                    )
 
         return check
 

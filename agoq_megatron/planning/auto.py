@@ -98,10 +98,11 @@ def stage_budgets(args, knapsack: Knapsack) -> list[int]:
     return left
 
 
-def check_same_widths(policy: AutoPolicy, fail: Callable[[str], None]) -> Callable[[Callable], Callable]:
+def check_same_widths(policy, fail: Callable[[str], None]) -> Callable[[Callable], Callable]:
     """A wrapper of the function that builds the model: before it, all ranks compare their widths.
 
     Args:
+        policy: the solver's, or one that raises some of its widths.
         fail: is called, on every rank, with what is wrong.
     """
 
@@ -110,7 +111,8 @@ def check_same_widths(policy: AutoPolicy, fail: Callable[[str], None]) -> Callab
             import torch.distributed as dist
 
             digests: list = [None] * dist.get_world_size()
-            dist.all_gather_object(digests, policy.digest)
+            own = getattr(policy, "base", policy).digest, sorted(getattr(policy, "widths", {}).items())
+            dist.all_gather_object(digests, own)
             others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
             if others:
                 fail(
@@ -228,7 +230,11 @@ def _recomputation_that_fits(args, knapsack: Knapsack):
     other.recompute_granularity, other.recompute_method = "full", "block"
     for count in range(1, most + 1):
         other.recompute_num_layers = count
-        if _fits(other, Knapsack(other, knapsack.sensitivities)):
+        try:
+            found = Knapsack(other, knapsack.sensitivities)
+        except UsageError:  # a file of one's own may not know the kept inputs: nothing to advise
+            return
+        if _fits(other, found):
             yield (
                 f"--recompute-granularity full --recompute-method block --recompute-num-layers {count} "
                 f"(of {most} layers in a chunk)"

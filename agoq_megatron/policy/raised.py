@@ -51,6 +51,8 @@ class RaisedPolicy:
     def __init__(self, base, widths: Mapping[str, int]):
         self.base, self.widths = base, dict(widths)
         self.name = base.name
+        # Of the solver's policy: what it chose and why, before anything was raised.
+        self.summary, self.record = getattr(base, "summary", ()), getattr(base, "record", None)
 
     def rule(self, site: Site, layer_number: int) -> Rule:
         """See :meth:`ActivationPolicy.rule`."""

@@ -169,6 +169,37 @@ def _skip_bad_non_persistent(args, verify: bool) -> None:
         args.non_persistent_ckpt_type = None
 
 
+def guarded_arguments(read, folder, args):
+    """The arguments in the checkpoint that will be loaded from ``folder``, or None where there is none yet.
+
+    Files are looked for, not read through, as in :func:`guarded_load_args`.
+
+    Args:
+        read: Megatron's way to them, ``(folder, args)``.
+
+    Raises:
+        CheckpointError: there are checkpoints, and none can be read.
+    """
+    given, found = args.ckpt_step, None
+    if local(folder):
+        name = choose(Path(folder), given, verify=False)
+        if name is None:
+            return None
+        if name != "release":
+            args.ckpt_step = int(name.removeprefix("iter_"))
+    try:
+        found = read(folder, args)
+    except (SystemExit, Exception, CheckpointException) as problem:
+        text = " ".join(str(problem).split())[:300]
+        raise CheckpointError(
+            f"--load {folder}: the flags in its newest checkpoint cannot be read ({text or 'damaged'}). Name "
+            "an older one with --ckpt-step, or move the damaged folder away."
+        ) from problem
+    finally:
+        args.ckpt_step = given
+    return found
+
+
 def guarded_load_args(stock, args, load_arg: str = "load") -> None:
     """``load_args_from_checkpoint`` from the checkpoint that will be loaded, before the ranks know each
     other.

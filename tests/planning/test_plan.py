@@ -165,3 +165,17 @@ def test_what_does_not_fit_and_bad_flags():
 
 if __name__ == "__main__":
     Path(sys.argv[1]).write_text(json.dumps(plan_all(sys.argv[2:])))
+
+
+@pytest.mark.slow
+def test_a_budget_of_ones_own():
+    """Written with an equals sign, it is not replaced by the card's; and other flags may say `auto`."""
+    flags = "--preset llama3-8b --gpus 8 --global-batch-size 16 --tensor-model-parallel-size 8".split()
+    run = run_planner(*flags, "--agoq-activations=auto", "--agoq-activation-memory=3GiB")
+    assert run.returncode == 0 and "within --agoq-activation-memory 3GiB" in run.stdout, run.stderr[-3000:]
+    run = run_planner(*flags, "--agoq-activations", "auto", "--gpu-memory", "40GiB")
+    assert run.returncode == 0 and "within --agoq-gpu-memory 40GiB" in run.stdout, run.stderr[-3000:]
+    run = run_planner(*flags, "--agoq-grad-bits", "8", "--agoq-grad-reduce", "auto")
+    assert run.returncode == 0 and "within --agoq" not in run.stdout, run.stderr[-3000:]
+    run = run_planner(*flags, "--plan-json", "/no/such/place/plan.json")
+    assert run.returncode == 2 and "--plan-json" in run.stderr and "Traceback" not in run.stderr
