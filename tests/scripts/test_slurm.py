@@ -89,7 +89,15 @@ def test_a_job_that_fails_is_not_requeued(cluster):
     assert job.returncode == 3 and not (cluster / "scontrol").exists(), err
 
 
-def test_a_job_near_its_limit_saves_and_is_requeued(cluster):
+@pytest.mark.parametrize(
+    "name, more",
+    [
+        ("17", {}),
+        # The last task of an array has the array's own id: with it all tasks would be meant.
+        ("17_3", {"SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "3"}),
+    ],
+)
+def test_a_job_near_its_limit_saves_and_is_requeued(cluster, name, more):
     python(cluster, """
 left = []
 signal.signal(signal.SIGUSR1, lambda *_: left.append(1))
@@ -99,7 +107,7 @@ while not left: time.sleep(0.05)
 time.sleep(0.5)
 open(os.environ["CALLS"] + "/saved", "w").write("all of it")
 """)  # fmt: skip
-    job = batch(cluster, "train.sbatch", "tiny.flags", "--save", "x")
+    job = batch(cluster, "train.sbatch", "tiny.flags", "--save", "x", **more)
     for _ in range(200):
         if (cluster / "task").exists():
             break
@@ -107,9 +115,41 @@ open(os.environ["CALLS"] + "/saved", "w").write("all of it")
     job.send_signal(10)
     _, err = job.communicate(timeout=30)
     assert (cluster / "saved").read_text() == "all of it", err  # the script waited for it
-    assert (cluster / "scancel").read_text().split() == ["--signal=USR1", "17"]
-    assert (cluster / "scontrol").read_text().split() == ["requeue", "17"]
+    assert (cluster / "scancel").read_text().split() == ["--signal=USR1", name]
+    assert (cluster / "scontrol").read_text().split() == ["requeue", name]
     assert "cut with status 0; requeued" in err
+
+
+def test_a_signal_before_the_step_requeues_the_job(cluster):
+    """With a short limit it comes at once."""
+    python(cluster, NOTE)
+    show = 'case "$1" in show) kill -USR1 $PPID; echo node1;; *) echo "$@" >> $CALLS/scontrol;; esac'
+    (cluster / "bin" / "scontrol").write_text(f"#!/bin/bash\n{show}\n")
+    signalled = batch(cluster, "train.sbatch", "tiny.flags", "--save", "x")
+    _, err = signalled.communicate(timeout=30)
+    assert (cluster / "scontrol").read_text().split() == ["requeue", "17"], err
+    assert not (cluster / "argv").exists()
+
+
+def test_each_rank_gets_its_cores(cluster):
+    (cluster / "bin" / "srun").write_text('#!/bin/bash\nprintf "%s\\n" "$@" > $CALLS/srun\n')
+    python(cluster, "")
+    job = batch(cluster, "train.sbatch", "tiny.flags", "--save", "x", SLURM_CPUS_PER_TASK="8")
+    assert job.wait(30) == 0
+    assert "--cpus-per-task=8" in (cluster / "srun").read_text().split("\n")
+
+
+def test_unbalanced_quotes(cluster):
+    """Not a run with the flags before them."""
+    python(cluster, NOTE)
+    (cluster / "bad.flags").write_text("--num-layers 2 --name 'a\n--lr 1\n")
+    job = batch(cluster, "train.sbatch", "bad.flags", "--save", "x")
+    _, err = job.communicate(timeout=30)
+    assert job.returncode == 2 and "cannot be split into words" in err
+    (cluster / "table").write_text("one --name 'a\n")
+    job = batch(cluster, "ablations.sbatch", "table", "tiny.flags", "--save", "x", SLURM_ARRAY_TASK_ID="1")
+    _, err = job.communicate(timeout=30)
+    assert job.returncode == 2 and "cannot be split into words" in err
 
 
 @pytest.mark.parametrize(
@@ -136,13 +176,16 @@ def test_containers(cluster, runtime):
     job = batch(cluster, "train.sbatch", "tiny.flags", "--save", "x", **more)
     assert job.wait(30) == 0
     words = (cluster / "srun").read_text().split("\n")
+    # What is saved outlives the container, and relative paths mean the same as outside.
+    mounts = list(map(str, (ROOT, cluster, cluster / "x", "/data", "/models")))
     if runtime == "pyxis":
         assert "--container-image=image.sif" in words
-        assert f"--container-mounts={ROOT}:{ROOT},/data:/data,/models:/models" in words
+        pairs = ",".join(f"{path}:{path}" for path in mounts)
+        assert f"--container-mounts={pairs}" in words and f"--container-workdir={cluster}" in words
     else:
         at = words.index("apptainer")
-        paths = f"{ROOT},/data,/models"
-        assert words[at : at + 6] == ["apptainer", "exec", "--nv", "--bind", paths, "image.sif"]
+        options = ["--nv", "--bind", ",".join(mounts), "--pwd", str(cluster), "image.sif"]
+        assert words[at : at + 8] == ["apptainer", "exec", *options]
     assert words[words.index("rank") + 1 :][:2] == ["python3", str(ROOT / "pretrain_gpt_agoq.py")]
 
 
@@ -150,14 +193,17 @@ def test_ablations(cluster):
     python(cluster, NOTE)
     (cluster / "table").write_text("# NAME FLAGS\none --lr 1\n\ntwo --lr 2 --opt 'b c' # the second\n")
     words = ["table", "tiny.flags", "--save", "all", "--lr", "9"]
-    job = batch(cluster, "ablations.sbatch", *words, SLURM_ARRAY_TASK_ID="2")
+    job = batch(cluster, "ablations.sbatch", *words, SLURM_ARRAY_TASK_ID="2", SLURM_ARRAY_JOB_ID="17")
     _, err = job.communicate(timeout=30)
     assert job.returncode == 0, err
     flags = (cluster / "argv").read_text().split("\n")
-    assert flags[-13:-4] == ["--lr", "9", "--save", "all/two", "--lr", "2", "--opt", "b c", "--load"]
+    assert flags[-17:-4] == [
+        "--lr", "9", "--save", "all/two", "--tensorboard-dir", "all/two/tensorboard",
+        "--wandb-exp-name", "two", "--lr", "2", "--opt", "b c", "--load",
+    ]  # fmt: skip
     refused = ("3", words, "no line 3"), ("1", words[:2], "give --save"), ("1", words[:1], "TABLE")
     for task, given, said in refused:
-        job = batch(cluster, "ablations.sbatch", *given, SLURM_ARRAY_TASK_ID=task)
+        job = batch(cluster, "ablations.sbatch", *given, SLURM_ARRAY_TASK_ID=task, SLURM_ARRAY_JOB_ID="17")
         _, err = job.communicate(timeout=30)
         assert job.returncode == 2 and said in err
 
