@@ -16,6 +16,10 @@ LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max
 """What Megatron's ``--use-rope-scaling`` holds fixed; only the factor is a flag."""
 
 
+_SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+"""Without a default in Hugging Face's files, which always hold them."""
+
+
 def _other_than(*values: object):
     return lambda value: value not in values
 
@@ -239,6 +243,8 @@ def llama_from_hf(config: Mapping) -> Llama:
         attention_bias == mlp_bias, "attention_bias" if attention_bias else "mlp_bias",
         "Megatron has biases in attention and MLP together, or in neither",
     )  # fmt: skip
+    for key in _SIZES:
+        refuse_unless(isinstance(config.get(key), int), key, "a size of the model is needed")
     base, factor = _rope(config)
     heads = config["num_attention_heads"]
     return Llama(
@@ -280,4 +286,6 @@ def _rope(config: Mapping) -> tuple[int, float | None]:
             raise UsageError(
                 f"config.json: {key} is {rope.get(key)}; Megatron's --use-rope-scaling has {fixed}."
             )
+    if not isinstance(rope.get("factor"), int | float):
+        raise UsageError(f"config.json: factor is {rope.get('factor')}; rope_type 'llama3' needs a number.")
     return int(base), float(rope["factor"])

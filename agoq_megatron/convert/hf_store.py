@@ -30,14 +30,17 @@ class ModelReader:
     """
 
     def __init__(self, folder: Path):
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         self.folder = folder
         if not (folder / CONFIG).is_file():
             raise UsageError(f"--input: {folder} has no config.json: no folder of a Hugging Face model.")
-        self.config: dict = json.loads((folder / CONFIG).read_text())
+        self.config = _read_json(folder / CONFIG)
         if (folder / INDEX).is_file():
-            files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+            index = _read_json(folder / INDEX).get("weight_map")
+            if not isinstance(index, dict):
+                raise UsageError(f"--input: {folder / INDEX} has no weight_map.")
+            files = sorted(set(index.values()))
         elif (folder / SINGLE).is_file():
             files = [SINGLE]
         else:
@@ -50,7 +53,10 @@ class ModelReader:
         for file in files:
             if not (folder / file).is_file():
                 raise UsageError(f"--input: {folder / file}, which the index names, is missing.")
-            opened = self._stack.enter_context(safe_open(folder / file, framework="pt"))
+            try:
+                opened = self._stack.enter_context(safe_open(folder / file, framework="pt"))
+            except SafetensorError as problem:  # a download that was cut, say
+                raise UsageError(f"--input: {folder / file} cannot be read: {problem}.") from problem
             self._file_of |= dict.fromkeys(opened.keys(), opened)
 
     def __enter__(self) -> ModelReader:
@@ -96,6 +102,20 @@ class ModelReader:
         if name not in self._file_of:
             raise UsageError(f"--input: {self.folder} has no {name}, which the model needs.")
         return self._file_of[name].get_slice(name)
+
+
+def _read_json(path: Path) -> dict:
+    """
+    Raises:
+        UsageError: the file holds something else.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as problem:
+        raise UsageError(f"--input: {path} cannot be read: {problem}.") from problem
+    if not isinstance(found, dict):
+        raise UsageError(f"--input: {path} holds no JSON object.")
+    return found
 
 
 def shards(sizes: Sequence[int], limit: int) -> list[range]:

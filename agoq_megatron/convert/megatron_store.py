@@ -37,8 +37,9 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from agoq_megatron.convert.weights import EMBEDDING, Weight
 from agoq_megatron.refusals import UsageError
+from agoq_megatron.resuming.checksums import find_damage, is_complete
+from agoq_megatron.resuming.resume import TRACKER, folder_name
 
-TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 _COMMON = "common_state/shard_0_1"
 _LAYERS = "decoder.layers."
@@ -60,19 +61,40 @@ def find_checkpoint(load: Path, step: int | None = None) -> Path:
     folder = load
     tracker = load / TRACKER
     if step is not None:
-        folder = load / f"iter_{step:07d}"
+        folder = load / folder_name(step)
     elif tracker.is_file():
-        latest = tracker.read_text().strip()
-        folder = load / (RELEASE if latest == RELEASE else f"iter_{int(latest):07d}")
+        latest = tracker.read_text(errors="replace").strip()
+        if latest != RELEASE and not latest.isdecimal():
+            raise UsageError(
+                f"--load: {tracker} holds no iteration. Name one with --ckpt-step; saved there: "
+                f"{_saved(load)}."
+            )
+        folder = load / (RELEASE if latest == RELEASE else folder_name(int(latest)))
     if not folder.is_dir():
-        saved = ", ".join(sorted(p.name for p in load.glob("iter_*"))) or "none"
-        raise UsageError(f"--load: there is no {folder}; saved there: {saved}.")
-    if not (folder / ".metadata").is_file() or not (folder / "metadata.json").is_file():
+        raise UsageError(f"--load: there is no {folder}; saved there: {_saved(load)}.")
+    if not is_complete(folder):
         raise UsageError(
             f"--load: {folder} is no whole checkpoint in the format torch_dist (Megatron's default). Save it "
             "with --ckpt-format torch_dist."
         )
     return folder
+
+
+def _saved(load: Path) -> str:
+    return ", ".join(sorted(p.name for p in load.glob("iter_*"))) or "none"
+
+
+def check_files(folder: Path) -> None:
+    """Compare the files of one iteration with their checksums, where it has them: all are read.
+
+    Raises:
+        UsageError: they are damaged; the message names the files.
+    """
+    damage, _ = find_damage(folder)
+    if damage:
+        raise UsageError(
+            f"--load: {folder} is damaged: {'; '.join(damage[:4])}. Name another iteration with --ckpt-step."
+        )
 
 
 class CheckpointReader:

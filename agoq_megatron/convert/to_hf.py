@@ -16,7 +16,7 @@ import torch
 
 from agoq_megatron.convert.architecture import llama_from_args
 from agoq_megatron.convert.hf_store import CONFIG, ModelWriter, copy_tokenizer, load_tokenizer, shards
-from agoq_megatron.convert.megatron_store import CheckpointReader, find_checkpoint
+from agoq_megatron.convert.megatron_store import CheckpointReader, check_files, find_checkpoint
 from agoq_megatron.convert.output import check_output, quiet_imports, run_command, whole_folder
 from agoq_megatron.convert.weights import model_weights
 from agoq_megatron.refusals import UsageError
@@ -35,6 +35,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--vocab-size", type=int, help="rows of the embedding to export (default: the tokenizer's tokens)"
     )
     parser.add_argument("--dtype", choices=DTYPES, help="convert the weights (default: as stored)")
+    parser.add_argument(
+        "--no-checksums", dest="checksums", action="store_false",
+        help="do not read all files first to compare them with their checksums",
+    )  # fmt: skip
     parser.add_argument("--max-shard-gb", type=float, default=5, help="size of a file, in 1e9 bytes")
     return parser.parse_args(argv)
 
@@ -48,7 +52,10 @@ def convert(options: argparse.Namespace) -> None:
     if options.max_shard_gb <= 0:
         raise UsageError("--max-shard-gb: a positive number of 1e9 bytes.")
     check_output(options.output, options.overwrite, made_by_us=CONFIG)
-    reader = CheckpointReader(find_checkpoint(options.load, options.ckpt_step))
+    checkpoint = find_checkpoint(options.load, options.ckpt_step)
+    if options.checksums:
+        check_files(checkpoint)
+    reader = CheckpointReader(checkpoint)
     tokenizer_folder = _tokenizer_folder(options, reader.args)
     tokenizer = None if tokenizer_folder is None else load_tokenizer(tokenizer_folder, "--tokenizer")
     llama = llama_from_args(reader.args, _vocabulary(options, reader, tokenizer))

@@ -81,6 +81,12 @@ def test_biases_of_query_key_and_value_alone(llama):
                               "high_freq_factor": 4.0, "original_max_position_embeddings": 4096}},
             "original_max_position_embeddings",
         ),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                              "original_max_position_embeddings": 8192}},
+            "factor",
+        ),
+        ({"num_attention_heads": None}, "num_attention_heads"),
     ],
 )  # fmt: skip
 def test_what_megatron_cannot_hold_is_refused_by_its_key(llama, changed, key):

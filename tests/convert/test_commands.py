@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from agoq_megatron.convert import from_hf, hf_store, megatron_store, to_hf
 from agoq_megatron.convert.weights import model_weights
 from agoq_megatron.refusals import UsageError
+from agoq_megatron.resuming import checksums
 
 
 @pytest.fixture
@@ -164,6 +165,35 @@ def test_pickled_weights_only(hf, tmp_path):
     (hf / "model.safetensors").rename(hf / "pytorch_model.bin")
     with pytest.raises(UsageError, match=r"no safetensors files.*save_pretrained\(\)"):
         take("--input", hf, "--output", tmp_path / "ckpt")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.safetensors.index.json"])
+def test_a_file_that_was_cut(name, hf, tmp_path):
+    """By a download that broke off."""
+    whole = (hf / name).read_bytes() if (hf / name).exists() else b'{"weight_map": {}}'
+    (hf / name).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UsageError, match=f"--input: .*{name} cannot be read"):
+        take("--input", hf, "--output", tmp_path / "ckpt")
+
+
+def test_a_damaged_checkpoint_becomes_no_model(checkpoint, tmp_path):
+    """A flipped bit in a weight is seen where there are checksums, as beside every checkpoint of a run."""
+    folder = checkpoint / "release"
+    checksums.write_manifest(folder)
+    file = max(folder.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(UsageError, match=f"is damaged: .*{file.name} has another checksum"):
+        export("--load", checkpoint, "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    export("--load", checkpoint, "--output", tmp_path / "out", "--no-checksums")
+
+
+def test_a_tracker_without_an_iteration(checkpoint, tmp_path):
+    (checkpoint / megatron_store.TRACKER).write_text("")
+    with pytest.raises(UsageError, match="holds no iteration. Name one with --ckpt-step"):
+        export("--load", checkpoint, "--output", tmp_path / "out")
 
 
 def test_checkpoints_that_are_none(checkpoint, tmp_path):
