@@ -71,7 +71,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ckpt-step", type=int, help="iteration to evaluate (default: the latest)")
     parser.add_argument("--tokenizer", type=Path, help="its folder (default: the run's --tokenizer-model)")
     parser.add_argument(
-        "--num-fewshot", type=int, help=f"examples in the prompt (default: {FEWSHOT}, else 0)"
+        "--num-fewshot",
+        type=int,
+        help=f"examples in the prompt (default: {', '.join(f'{n} for {t}' for t, n in FEWSHOT.items())}, "
+        "0 for others)",
     )
     parser.add_argument("--limit", type=int, help="examples of each task, to try it")
     parser.add_argument("--batch-size", type=int, default=8)
@@ -83,6 +86,11 @@ def exported(options: argparse.Namespace, folder: Path) -> Path:
     """Folder of the model in Hugging Face's format; ``folder`` is where it may be written."""
     if (options.checkpoint / CONFIG).is_file():
         return options.checkpoint
+    if options.export and options.export.is_dir() and any(options.export.iterdir()):
+        raise UsageError(
+            f"--export: {options.export} exists. Name another folder; to evaluate what was exported there, "
+            "give it as CKPT."
+        )
     words = ["--load", options.checkpoint, "--output", folder]
     for flag in ("ckpt_step", "tokenizer"):
         value = getattr(options, flag)

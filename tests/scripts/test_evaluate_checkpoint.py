@@ -129,6 +129,13 @@ def test_a_folder_in_hugging_faces_format_is_taken_as_it_is(tmp_path):
     assert not (tmp_path / "unused").exists()
 
 
+def test_an_export_is_not_replaced(tmp_path):
+    (tmp_path / "file").touch()
+    options = evaluate.parse(["ckpt", "--export", str(tmp_path)])
+    with pytest.raises(UsageError, match="--export: .* exists. Name another folder"):
+        evaluate.exported(options, tmp_path)
+
+
 def test_the_table():
     outcomes = [
         evaluate.Outcome("one", 5, {"acc,none": 0.25, "acc_stderr,none": 0.125}, examples=12),
