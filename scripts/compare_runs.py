@@ -186,12 +186,13 @@ def draw_costs(runs: dict[str, Run], path: Path) -> None:
                 axis.plot(
                     curve.tokens,
                     curve.values / unit,
+                    linestyle="--" if i else "-",  # two runs may cost the same
                     color=COLORS[i % len(COLORS)],
                     marker=marker,
                     label=name,
                 )
         if axis.lines:
-            axis.set_ylim(bottom=0)
+            axis.set_ylim(0, 1.1 * max(line.get_ydata().max() for line in axis.lines))
             axis.legend(frameon=False)
         else:
             axis.text(0.5, 0.5, "not logged", ha="center", transform=axis.transAxes)
