@@ -25,8 +25,7 @@ def guarded_save(stock, checksums: bool):
 
     Args:
         stock: Megatron's function, called by every rank; with ``async_sharded_save`` it returns a request,
-        whose
-            last steps are run by every rank when the files are there.
+            whose last steps are run by every rank when the files are there.
         checksums: write them.
     """
 
