@@ -176,13 +176,14 @@ def test_a_file_that_was_cut(name, hf, tmp_path):
         take("--input", hf, "--output", tmp_path / "ckpt")
 
 
-def test_a_damaged_checkpoint_becomes_no_model(checkpoint, tmp_path):
+def test_a_damaged_checkpoint_becomes_no_model(hf, checkpoint, tmp_path):
     """A flipped bit in a weight is seen where there are checksums, as beside every checkpoint of a run."""
     folder = checkpoint / "release"
     checksums.write_manifest(folder)
-    file = max(folder.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    (file,) = folder.glob("*.distcp")
     data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
+    weight = load_file(hf / "model.safetensors")["model.norm.weight"]
+    data[data.index(weight.view(torch.uint8).numpy().tobytes())] ^= 1
     file.write_bytes(data)
     with pytest.raises(UsageError, match=f"is damaged: .*{file.name} has another checksum"):
         export("--load", checkpoint, "--output", tmp_path / "out")
