@@ -101,6 +101,7 @@ class AttentionLinear(torch.autograd.Function):
             grad_weight = weight_gradient(weight, grad, out.view(s, b, -1), spec.fuse_weight_gradient)
         grad_out = input_gradient(grad, weight).view(s, b, -1, spec.head_dim)
         grads = attention_backward(grad_out, q, k, v, out, lse, spec.scale)
+        del grad_out, q, k, v, out  # three and a half hidden states, before another one and a half are made
         tables = None
         if ctx.angles is not None:
             tables = rotary_tables(ctx.angles)

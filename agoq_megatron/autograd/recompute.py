@@ -19,7 +19,7 @@ class _Region:
     """One call of ``checkpoint``: its input, and how the policy wants that kept."""
 
     def __init__(self, entry: Tensor):
-        self.entry = entry
+        self.entry: Tensor | None = entry
         self.saved: SavedTensor | None = None
 
     def pack(self, x: Tensor):
@@ -58,5 +58,7 @@ def quantized_checkpoint(checkpoint: Callable) -> Callable:
                 return checkpoint(function, distribute_saved_activations, *args)
         finally:
             _regions.pop()
+            # Autograd keeps the hooks, and with them the region, until backward; the tensor itself must go.
+            region.entry = None
 
     return wrapper

@@ -59,6 +59,7 @@ class TransformerLayer(MegatronTransformerLayer):
             with self.bias_dropout_add_exec_handler():
                 add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
                 stream.total = add((output, bias), stream.total, self.hidden_dropout)
+        del output, bias  # not to live while the MLP runs, where memory is at its peak
         if in_pieces:
             with self.mlp.in_pieces():
                 return self._forward_mlp(stream.total), None

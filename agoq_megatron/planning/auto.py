@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from agoq_megatron.memory import Plan, ranges
-from agoq_megatron.planning.footprint import FRAGMENTATION, OUTSIDE, footprints
+from agoq_megatron.planning.footprint import FRAGMENTATION, OUTSIDE, Footprint, footprints
 from agoq_megatron.planning.knapsack import Knapsack, RulesPolicy, stage_of
 from agoq_megatron.planning.parameters import padded_vocabulary
 from agoq_megatron.planning.shipped import FOLDER, sensitivities_of
@@ -79,9 +79,11 @@ def stage_budgets(args, knapsack: Knapsack) -> list[int]:
         return [parse_size(args.agoq_activation_memory)] * knapsack.schedule.stages
     size, known = parse_size(args.agoq_gpu_memory), copy.copy(args)
     known.padded_vocab_size = padded_vocabulary(args)
-    rows = footprints(known, knapsack.config, Plan(knapsack.config))
+    # What lives for a moment depends on what is kept as it is, which is not known yet: the worse of both.
+    ways = [footprints(known, config, Plan(config)) for config in (knapsack.config, knapsack.quantized)]
+    rows = [max(pair, key=_beside_saved) for pair in zip(*ways, strict=True)]
     room = (size - OUTSIDE) / (1 + FRAGMENTATION)
-    left = [math.floor(room - (row.peak - row.parts["saved activations"])) for row in rows]
+    left = [math.floor(room - _beside_saved(row)) for row in rows]
     worst = min(range(len(left)), key=left.__getitem__)
     if left[worst] <= 0:
         row = rows[worst]
@@ -96,6 +98,11 @@ def stage_budgets(args, knapsack: Knapsack) -> list[int]:
             "--agoq-loss-chunks, or more --tensor-model-parallel-size or --pipeline-model-parallel-size."
         )
     return left
+
+
+def _beside_saved(row: Footprint) -> float:
+    """Bytes of all but saved activations."""
+    return row.peak - row.parts["saved activations"]
 
 
 def check_same_widths(policy, fail: Callable[[str], None]) -> Callable[[Callable], Callable]:

@@ -2,10 +2,11 @@
 
 Weights, gradients and optimizer states follow from the number of parameters. Saved activations are the
 plan's bytes (``agoq_megatron.memory``) times what Megatron's schedule holds (:mod:`in_flight`). What lives
-for a moment is the largest of these moments, each in units of U, a hidden state, and F, an MLP's inner state,
+for a moment is the largest of these moments, in units of U, a hidden state, and F, an MLP's inner state,
 of one micro-batch: the loss (the logits and 5 U; where nothing holds the output layer's gradient in FP32 yet,
-then that gradient, the logits and 3 U), the backward of an MLP (3 F and 4 U) and a layer that is
-recomputed (all it saves, 3 F and 1 U). These were read off measured peaks, see docs/planner.md.
+then that gradient, the logits and 3 U), an MLP (3 F, and 1 U where its input is kept as it is, else 3) and a
+layer that is recomputed (all it saves, and its MLP or its attention). These agree with measured peaks
+(docs/planner.md) and with what lives between the operations of a step (tests/planning/test_moments.py).
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from dataclasses import dataclass
 
 from agoq_kernels.gradients import BLOCK, segment_bytes
 
-from agoq_megatron.memory import Plan
+from agoq_megatron.memory import ATTENTION_SITES, MLP_SITES, Plan
 from agoq_megatron.optimizer.settings import OptimizerSettings, optimizer_settings_from_args
 from agoq_megatron.planning.in_flight import Schedule
 from agoq_megatron.planning.parameters import Parameters, layers_of, parameters
+from agoq_megatron.policy.sites import Site
 
 MIB = 2**20
 WORKSPACE = 64 * MIB
@@ -139,20 +141,44 @@ def _sizes(args, config) -> _Sizes:
 
 
 def _momentary(args, config, plan: Plan, sizes: _Sizes, last: bool) -> tuple[float, float]:
-    """Bytes of the larger of loss and backward: (logits, everything else)."""
-    chunks = getattr(config, "mlp_chunks_for_training", 1) or 1
-    mlp = 3 * sizes.f / chunks + 4 * sizes.u
-    if config.recompute_granularity == "full":
-        exact = copy.copy(config)
-        exact.recompute_granularity = None
-        saved = Plan(exact).planned_bytes_per_token_layer * sizes.tokens
-        # "uniform" runs its whole group again at a time, "block" one layer.
-        again = config.recompute_num_layers if config.recompute_method == "uniform" else 1
-        mlp = saved * again + 3 * sizes.f / chunks + sizes.u
+    """Bytes of the larger of loss and layers: (logits, everything else)."""
+    layers = _layer_moment(config, plan, sizes)
     if not last:
-        return 0.0, mlp
+        return 0.0, layers
     loss = max(5 * sizes.u, sizes.output_gradient + 3 * sizes.u)
-    return (sizes.logits, loss) if sizes.logits + loss > mlp else (0.0, mlp)
+    return (sizes.logits, loss) if sizes.logits + loss > layers else (0.0, layers)
+
+
+def _layer_moment(config, plan: Plan, sizes: _Sizes) -> float:
+    """Bytes beside what is kept at the worst moment of a layer."""
+    chunks = getattr(config, "mlp_chunks_for_training", 1) or 1
+    inner = 3 * sizes.f / chunks
+    full = config.recompute_granularity == "full"
+    # "uniform" runs its whole group again at a time, "block" one layer.
+    again = config.recompute_num_layers if full and config.recompute_method == "uniform" else 1
+    numbers = list(plan.layers)
+    if all(config.agoq.rule(Site.NORM2_INPUT, n).keep for n in numbers):
+        # The worst moment is the MLP's backward; what it starts from is kept, and counted there.
+        beside = inner + sizes.u
+    else:
+        # The MLP's forward: the layer's input, the sum after attention, a third hidden state (the embedding's
+        # output, held by Megatron's model; with recomputation the gradient that waits), finished pieces.
+        beside = inner + (3 + (chunks > 1) + (again > 1)) * sizes.u
+    if not full:
+        return beside
+    exact = copy.copy(config)
+    exact.recompute_granularity = None
+    whole = Plan(exact)
+    saved = whole.planned_bytes_per_token_layer * sizes.tokens
+    # Attention's backward: Q, K, V, O and the gradients of all four, the layer's input and output, and the
+    # gradients of its output and of the sum. Kept as they are, the four are part of what is saved.
+    rows = {row.name: row for row in whole.layers[numbers[0]]}
+    four = sum(rows[site.value].features for site in ATTENTION_SITES if site.value in rows)
+    mlp = sum(whole.bytes_of(site, n) for n in numbers for site in MLP_SITES) / len(numbers)
+    attention = 2 * four * config.params_dtype.itemsize * sizes.tokens + 4 * sizes.u - mlp * sizes.tokens
+    if rows[Site.QUERY.value].kept_as.endswith("not quantized"):
+        attention = 0.0
+    return saved * again + max(beside, attention)
 
 
 def footprints(args, config, plan: Plan | None = None) -> list[Footprint]:

@@ -64,6 +64,7 @@ class Knapsack:
 
     Attributes:
         config: the run's, with a policy that keeps everything in 16 bits.
+        quantized: the same with everything in the most bits that are fewer.
         schedule: of its pipeline.
         tokens: of a micro-batch.
 
@@ -79,6 +80,7 @@ class Knapsack:
         self.tokens = args.micro_batch_size * args.seq_length
         self._stages = [layers_of(self.config, stage) for stage in range(self.schedule.stages)]
         self._features = _features(self.config)
+        self.quantized = with_policy(self.config, self._one_width(max(BEST_FORMATS)))
         self._rows = {KEPT: Plan(self.config).layers} | {
             width: Plan(with_policy(self.config, self._one_width(width))).layers for width in BEST_FORMATS
         }

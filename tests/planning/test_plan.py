@@ -56,6 +56,10 @@ MEASURED = {
     "32k, agoq, MLP in parts": (
         "llama3-8b", "--seq-length 32768 --micro-batch-size 1 --mlp-chunks-for-training 4", 44975,
     ),
+    "32k, agoq, MLP and loss in parts": (
+        "llama3-8b", "--seq-length 32768 --micro-batch-size 1 --mlp-chunks-for-training 4 "
+        "--agoq-loss-chunks 8", 43994,
+    ),
     "longest sequence": (
         "llama3-8b", "--seq-length 125440 --max-position-embeddings 125440 --micro-batch-size 1", 77212,
     ),
