@@ -32,6 +32,7 @@ def cluster(tmp_path):
         "scancel": 'echo "$@" >> $CALLS/scancel; kill -USR1 $(cat $CALLS/task)',
         # Options end where the task's own command begins.
         "srun": 'while [ "${1#--}" != "$1" ]; do shift; done; SLURM_PROCID=3 SLURM_LOCALID=1 exec "$@"',
+        "squeue": "echo ${STATE:-RUNNING}",
         "sleep": "exit 0",
     }
     (tmp_path / "bin").mkdir()
@@ -87,6 +88,33 @@ def test_a_job_that_fails_is_not_requeued(cluster):
     job = batch(cluster, "train.sbatch", "tiny.flags", "--save=x", "--load=y")
     _, err = job.communicate(timeout=30)
     assert job.returncode == 3 and not (cluster / "scontrol").exists(), err
+
+
+SAVE = """
+os.makedirs("x", exist_ok=True)
+open("x/latest_checkpointed_iteration.txt", "w").write("40")
+sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize(
+    "started_from, state, requeued",
+    [("", "RUNNING", True), ("20", "RUNNING", True), ("40", "RUNNING", False), ("20", "COMPLETING", False)],
+)
+def test_a_job_that_fails_after_a_save(cluster, started_from, state, requeued):
+    """It goes on, but for one that comes to the same end again, and one that was cancelled."""
+    if started_from:
+        (cluster / "x").mkdir()
+        (cluster / "x" / "latest_checkpointed_iteration.txt").write_text(started_from)
+    python(cluster, SAVE)
+    job = batch(cluster, "train.sbatch", "tiny.flags", "--save", "x", STATE=state)
+    _, err = job.communicate(timeout=30)
+    assert (cluster / "scontrol").exists() == requeued, err
+    if requeued:
+        assert (cluster / "scontrol").read_text().split() == ["requeue", "17"]
+        assert "ended with status 3; iteration 40 was saved since the start: requeued" in err
+    else:
+        assert job.returncode == 3 and "requeued" not in err
 
 
 @pytest.mark.parametrize(
