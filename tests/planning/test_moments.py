@@ -36,7 +36,6 @@ RUNS = {
     "off": "--agoq-activations off",
     "agoq": "",
     "agoq, MLP in parts": PARTS,
-    "agoq, full recomputation": f"{FULL} 1",
     "agoq, full recomputation, MLP in parts": f"{FULL} 1 {PARTS}",
     "agoq, full recomputation of two layers": f"{FULL} 2",
 }

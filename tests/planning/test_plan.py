@@ -157,29 +157,29 @@ def test_a_large_run(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_does_not_fit_and_bad_flags():
+def test_what_does_not_fit_and_bad_flags(launcher):
     flags = "--preset llama3-405b --gpus 1024 --tensor-model-parallel-size 8 --global-batch-size 1024".split()
-    run = run_planner(*flags)
-    assert run.returncode == 0 and "does not fit" in run.stdout and "no, by" in run.stdout
-    run = run_planner(*"--preset llama3-8b --gpus 8 --num-experts 4 --global-batch-size 8".split())
-    assert run.returncode == 2 and "--num-experts" in run.stderr and "Traceback" not in run.stderr
-    run = run_planner("--gpu-memory", "lots")
-    assert run.returncode == 2 and "80GiB" in run.stderr
+    run = launcher.plan(*flags)
+    assert run.ok and "does not fit" in run.log and "no, by" in run.log
+    run = launcher.plan(*"--preset llama3-8b --gpus 8 --num-experts 4 --global-batch-size 8".split())
+    assert run.codes == [2] and "--num-experts" in run.log and "Traceback" not in run.log
+    run = launcher.plan("--gpu-memory", "lots")
+    assert run.codes == [2] and "80GiB" in run.log
+
+
+@pytest.mark.slow
+def test_a_budget_of_ones_own(launcher):
+    """Written with an equals sign, it is not replaced by the card's; and other flags may say `auto`."""
+    flags = "--preset llama3-8b --gpus 8 --global-batch-size 16 --tensor-model-parallel-size 8".split()
+    run = launcher.plan(*flags, "--agoq-activations=auto", "--agoq-activation-memory=3GiB")
+    assert run.ok and "within --agoq-activation-memory 3GiB" in run.log, run.log[-3000:]
+    run = launcher.plan(*flags, "--agoq-activations", "auto", "--gpu-memory", "40GiB")
+    assert run.ok and "within --agoq-gpu-memory 40GiB" in run.log, run.log[-3000:]
+    run = launcher.plan(*flags, "--agoq-grad-bits", "8", "--agoq-grad-reduce", "auto")
+    assert run.ok and "within --agoq" not in run.log, run.log[-3000:]
+    run = launcher.plan(*flags, "--plan-json", "/no/such/place/plan.json")
+    assert run.codes == [2] and "--plan-json" in run.log and "Traceback" not in run.log
 
 
 if __name__ == "__main__":
     Path(sys.argv[1]).write_text(json.dumps(plan_all(sys.argv[2:])))
-
-
-@pytest.mark.slow
-def test_a_budget_of_ones_own():
-    """Written with an equals sign, it is not replaced by the card's; and other flags may say `auto`."""
-    flags = "--preset llama3-8b --gpus 8 --global-batch-size 16 --tensor-model-parallel-size 8".split()
-    run = run_planner(*flags, "--agoq-activations=auto", "--agoq-activation-memory=3GiB")
-    assert run.returncode == 0 and "within --agoq-activation-memory 3GiB" in run.stdout, run.stderr[-3000:]
-    run = run_planner(*flags, "--agoq-activations", "auto", "--gpu-memory", "40GiB")
-    assert run.returncode == 0 and "within --agoq-gpu-memory 40GiB" in run.stdout, run.stderr[-3000:]
-    run = run_planner(*flags, "--agoq-grad-bits", "8", "--agoq-grad-reduce", "auto")
-    assert run.returncode == 0 and "within --agoq" not in run.stdout, run.stderr[-3000:]
-    run = run_planner(*flags, "--plan-json", "/no/such/place/plan.json")
-    assert run.returncode == 2 and "--plan-json" in run.stderr and "Traceback" not in run.stderr

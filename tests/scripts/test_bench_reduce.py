@@ -52,7 +52,7 @@ def run(*command: str) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize("ranks, node_size", [(2, None), (4, 2)])
+@pytest.mark.parametrize("ranks, node_size", [pytest.param(2, None, marks=pytest.mark.exhaustive), (4, 2)])
 def test_all_kinds(tmp_path, ranks, node_size):
     flags = ["--node-size", str(node_size)] if node_size else []
     out = tmp_path / "out.json"

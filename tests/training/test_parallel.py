@@ -23,9 +23,7 @@ STEPS = 10
 TP2 = "--tensor-model-parallel-size 2"
 PP2 = "--pipeline-model-parallel-size 2"
 # Small buckets: each layer must wait for its own weights.
-OVERLAP = (
-    "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 20000"
-)
+OVERLAP = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 20000"
 LAYOUTS = {
     "TP2": (2, TP2),
     "TP2 SP": (2, f"{TP2} --sequence-parallel"),
@@ -49,9 +47,7 @@ RECOMPUTE = {
 def train(launcher, tmp_path_factory):
     """Train from the common checkpoint; returns the run."""
     start = tmp_path_factory.mktemp("start")
-    run = launcher.run(
-        *MODEL, "--train-iters", "1", "--save", start, "--save-interval", "1", tiny=False
-    )
+    run = launcher.run(*MODEL, "--train-iters", "1", "--save", start, "--save-interval", "1", tiny=False)
     assert run.ok, run.log[-4000:]
 
     def train(policy: str, *flags: str, ranks: int = 1):
@@ -81,7 +77,7 @@ def worst_difference(losses: dict, reference: dict) -> float:
     "overlapped parameter gather", "FP32", "Adam",
 )  # fmt: skip
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", covering(LAYOUTS, set(LAYOUTS) - {"TP2"}))
 def test_layout_matches_one_rank(train, one_rank, layout, policy):
     ranks, flags = LAYOUTS[layout]
     run = train(policy, *flags.split(), ranks=ranks)
@@ -117,9 +113,7 @@ def test_recomputation_composes(train, one_rank, kind, layout):
     for run in (exact, packed):
         measured = run.report["saved_bytes_per_token_layer"]
         assert measured == pytest.approx(run.report["planned_bytes_per_token_layer"], rel=0.01)
-    assert packed.report["saved_bytes_per_token_layer"] < (
-        0.5 * exact.report["saved_bytes_per_token_layer"]
-    )
+    assert packed.report["saved_bytes_per_token_layer"] < (0.5 * exact.report["saved_bytes_per_token_layer"])
 
 
 @pytest.mark.supports("MLP in pieces")
