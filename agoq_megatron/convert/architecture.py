@@ -203,6 +203,11 @@ def llama_from_args(args: Namespace, vocabulary: int) -> Llama:
             "--add-qkv-bias: LlamaForCausalLM has biases on query, key, value and output together, "
             "or on none. It cannot hold this model."
         )
+    if args.hidden_size % args.num_attention_heads:
+        raise UsageError(
+            f"--hidden-size {args.hidden_size}: LlamaForCausalLM takes multiples of --num-attention-heads "
+            f"{args.num_attention_heads} only. It cannot hold this model."
+        )
     grouped = args.group_query_attention
     return Llama(
         layers=args.num_layers,

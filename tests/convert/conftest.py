@@ -15,7 +15,7 @@ def llama(seed) -> Llama:
     groups, size = draw.randint(1, 4), draw.choice((16, 24, 32))
     heads = groups * draw.randint(1, 3)
     return Llama(
-        layers=draw.randint(1, 9), hidden=heads * size + draw.choice((0, 8)), ffn=8 * draw.randint(5, 20),
+        layers=draw.randint(1, 9), hidden=heads * (size + draw.choice((0, 8))), ffn=8 * draw.randint(5, 20),
         heads=heads, groups=groups, head_dim=size, vocabulary=draw.randint(50, 99),
         positions=16384, epsilon=draw.choice((1e-5, 1e-6)), rope_base=draw.randint(1000, 10**6),
         rope_factor=draw.choice((None, 8.0, 32.0)), biases=draw.random() < 0.5, tied=draw.random() < 0.5,

@@ -58,6 +58,12 @@ def test_what_llama_cannot_hold_is_refused_by_its_flag(llama, attribute, flag):
         llama_from_args(args, llama.vocabulary)
 
 
+def test_a_width_that_heads_do_not_divide(llama):
+    args = Namespace(**llama.megatron_args() | {"hidden_size": 16 * 9 + 8, "num_attention_heads": 16})
+    with pytest.raises(UsageError, match="--hidden-size .* multiples of --num-attention-heads 16 only"):
+        llama_from_args(args, llama.vocabulary)
+
+
 def test_biases_of_query_key_and_value_alone(llama):
     args = Namespace(**llama.megatron_args() | {"add_bias_linear": False, "add_qkv_bias": True})
     with pytest.raises(UsageError, match="--add-qkv-bias"):
