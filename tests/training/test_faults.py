@@ -289,7 +289,7 @@ def test_kill_damage_and_resume(launcher, tmp_path, seed):
     assert "--load" in lost.log and "no checkpoint in it can be loaded" in lost.log
 
 
-FAULTS = "full-disk nan-collective nan-data-1 kill-overwriting sigterm-save".split()
+FAULTS = "full-disk nan-collective kill-overwriting".split()
 
 
 @pytest.mark.slow

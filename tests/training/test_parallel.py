@@ -126,7 +126,13 @@ def test_the_mlp_in_pieces(train, one_rank):
         assert measured == pytest.approx(run.report["planned_bytes_per_token_layer"], rel=0.01)
 
 
-@pytest.mark.parametrize("layout", ["one rank", "TP2", "TP2 SP x PP2 interleaved x DP2, all"])
+@pytest.mark.parametrize(
+    "layout",
+    covering(
+        ["one rank", "TP2", "TP2 SP x PP2 interleaved x DP2, all"],
+        {"one rank", "TP2 SP x PP2 interleaved x DP2, all"},
+    ),
+)
 def test_the_loss_in_parts(train, one_rank, layout):
     """--agoq-loss-chunks: a number that does not divide the tokens, weights that are gathered late."""
     ranks, flags = LAYOUTS.get(layout, (1, ""))

@@ -217,7 +217,7 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", covering(CASES, {"DP 2, distributed optimizer, 8-bit gradients", "TP 2"}))
+@pytest.mark.parametrize("case", covering(CASES, {"DP 2, distributed optimizer, 8-bit gradients"}))
 def test_killed_and_resumed(launcher, whole, tmp_path, seed, case):
     """Widths that were raised before the checkpoint are there again; probes and raises after it are those of
     the uninterrupted run."""
