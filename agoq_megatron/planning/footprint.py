@@ -164,21 +164,28 @@ def _layer_moment(config, plan: Plan, sizes: _Sizes) -> float:
         # The MLP's forward: the layer's input, the sum after attention, a third hidden state (the embedding's
         # output, held by Megatron's model; with recomputation the gradient that waits), finished pieces.
         beside = inner + (3 + (chunks > 1) + (again > 1)) * sizes.u
-    if not full:
-        return beside
+    return beside if not full else _again(config, numbers[0], sizes, again, beside)
+
+
+def _again(config, first: int, sizes: _Sizes, layers: int, beside: float) -> float:
+    """Bytes at the worst moment of layers that are run again, ``layers`` at a time.
+
+    Args:
+        first: number of a layer.
+        beside: bytes beside what they keep, in their MLP.
+    """
     exact = copy.copy(config)
     exact.recompute_granularity = None
-    whole = Plan(exact)
-    saved = whole.planned_bytes_per_token_layer * sizes.tokens
+    plan = Plan(exact)
+    kept = plan.planned_bytes_per_token_layer * sizes.tokens
+    if config.agoq.rule(Site.QUERY, first).keep:
+        return kept * layers + beside
     # Attention's backward: Q, K, V, O and the gradients of all four, the layer's input and output, and the
-    # gradients of its output and of the sum. Kept as they are, the four are part of what is saved.
-    rows = {row.name: row for row in whole.layers[numbers[0]]}
-    four = sum(rows[site.value].features for site in ATTENTION_SITES if site.value in rows)
-    mlp = sum(whole.bytes_of(site, n) for n in numbers for site in MLP_SITES) / len(numbers)
-    attention = 2 * four * config.params_dtype.itemsize * sizes.tokens + 4 * sizes.u - mlp * sizes.tokens
-    if rows[Site.QUERY.value].kept_as.endswith("not quantized"):
-        attention = 0.0
-    return saved * again + max(beside, attention)
+    # gradients of its output and of the sum. What the MLP kept is gone by then.
+    four = sum(row.features for row in plan.layers[first] if row.name in {s.value for s in ATTENTION_SITES})
+    gone = sum(plan.bytes_of(site, first) for site in MLP_SITES) * sizes.tokens
+    attention = 2 * four * config.params_dtype.itemsize * sizes.tokens + 4 * sizes.u - gone
+    return kept * layers + max(beside, attention)
 
 
 def footprints(args, config, plan: Plan | None = None) -> list[Footprint]:

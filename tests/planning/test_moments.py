@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from forked_ranks import fork_ranks, import_megatron
-from launch import run_as_script
+from launch import covering, run_as_script
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -34,11 +34,19 @@ FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-
 PARTS = "--mlp-chunks-for-training 4"
 RUNS = {
     "off": "--agoq-activations off",
+    "off, MLP in parts": f"--agoq-activations off {PARTS}",
+    "off, full recomputation": f"--agoq-activations off {FULL} 1",
     "agoq": "",
     "agoq, MLP in parts": PARTS,
+    "agoq, full recomputation": f"{FULL} 1",
     "agoq, full recomputation, MLP in parts": f"{FULL} 1 {PARTS}",
     "agoq, full recomputation of two layers": f"{FULL} 2",
+    "uniform4, full recomputation, MLP in parts": f"--agoq-activations uniform4 {FULL} 1 {PARTS}",
 }
+ALWAYS = {
+    "off", "agoq", "agoq, MLP in parts", "agoq, full recomputation, MLP in parts",
+    "agoq, full recomputation of two layers",
+}  # fmt: skip
 
 
 class Live(TorchDispatchMode):
@@ -94,14 +102,15 @@ def measure(flags: str, out: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def moments(tmp_path_factory) -> Path:
+def moments(tmp_path_factory, request) -> Path:
     folder = tmp_path_factory.mktemp("moments")
-    run_as_script(__file__, folder, timeout=400)
+    everything = request.config.getoption("--exhaustive")
+    run_as_script(__file__, folder, *(name for name in RUNS if everything or name in ALWAYS), timeout=400)
     return folder
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", covering(RUNS, ALWAYS))
 def test_worst_moment(moments, name):
     measured, planned = json.loads((moments / f"{name}.json").read_text())
     unit = 2 * 4096 * 256
@@ -112,5 +121,5 @@ def test_worst_moment(moments, name):
 if __name__ == "__main__":
     import_megatron()
     where = Path(sys.argv[1])
-    for label, more in RUNS.items():
-        fork_ranks(1, partial(measure, more, where / f"{label}.json"), where / f"logs {label}")
+    for label in sys.argv[2:]:
+        fork_ranks(1, partial(measure, RUNS[label], where / f"{label}.json"), where / f"logs {label}")
