@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from agoq_kernels.gradients import sum_segments
+from agoq_kernels.operator import operator
 from agoq_kernels.states import AdamStates
 from torch import Tensor
 
@@ -86,10 +87,7 @@ def adam_step(
     )  # fmt: skip
 
 
-@torch.library.custom_op(
-    "agoq::adam_step",
-    mutates_args=("exp_avg", "exp_avg_sq", "scales", "master", "remainder", "weight"),
-)
+@operator("adam_step", mutates_args=("exp_avg", "exp_avg_sq", "scales", "master", "remainder", "weight"))
 def adam_op(
     gradient: Tensor, blocks: int, first: int, factor: float, multiplier: Tensor, code: str, exp_avg: Tensor,
     exp_avg_sq: Tensor, scales: Tensor, master: Tensor, remainder: Tensor, weight: Tensor, correction: Tensor,

@@ -8,6 +8,7 @@ never widened in memory, where Megatron's own loss holds an FP32 copy of all of 
 from __future__ import annotations
 
 import torch
+from agoq_kernels.operator import operator
 from torch import Tensor
 
 CHUNK = 1 << 20  # elements that the torch composition widens at a time
@@ -29,7 +30,7 @@ def _one_hot_rows(target: Tensor, start: int, n_columns: int) -> tuple[Tensor, T
     return inside, column.where(inside, 0)
 
 
-@torch.library.custom_op("agoq::cross_entropy_forward", mutates_args=())
+@operator("cross_entropy_forward")
 def cross_entropy_forward(logits: Tensor, target: Tensor, start: int) -> Tensor:
     """What one slice of the vocabulary adds to the loss.
 
@@ -52,7 +53,7 @@ def cross_entropy_forward(logits: Tensor, target: Tensor, start: int) -> Tensor:
     return stats
 
 
-@torch.library.custom_op("agoq::cross_entropy_backward_", mutates_args=("logits",))
+@operator("cross_entropy_backward_", mutates_args=("logits",))
 def cross_entropy_backward_(
     logits: Tensor, target: Tensor, start: int, log_sum_exp: Tensor, grad: Tensor
 ) -> None:

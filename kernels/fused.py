@@ -17,6 +17,7 @@ from agoq_kernels import activation as activations
 from agoq_kernels import norm as norms
 from agoq_kernels import reference
 from agoq_kernels.formats import Format
+from agoq_kernels.operator import operator
 from agoq_kernels.rotary import merge_qkv_backward
 from agoq_kernels.rotary import split_qkv as split
 from torch import Tensor
@@ -88,7 +89,7 @@ def norm_forward(
     return y, x if residual is None else total, tuple(packed)
 
 
-@torch.library.custom_op("agoq::norm_forward", mutates_args=())
+@operator("norm_forward")
 def norm_forward_op(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, kind: str,
     fmt: str, key: int,
@@ -113,7 +114,7 @@ def norm_from_kept(
     return norm_from_kept_op(*kept, weight, bias, eps, kind, format_name(fmt), dtype)
 
 
-@torch.library.custom_op("agoq::norm_from_kept", mutates_args=())
+@operator("norm_from_kept")
 def norm_from_kept_op(
     x: Tensor, scale: Tensor, zero: Tensor, weight: Tensor, bias: Tensor | None, eps: float,
     kind: str, fmt: str, dtype: torch.dtype,
@@ -149,7 +150,7 @@ def norm_backward(
     return grad_x, grad_weight, None if bias is None else grad_bias
 
 
-@torch.library.custom_op("agoq::norm_backward", mutates_args=("grad",))
+@operator("norm_backward", mutates_args=("grad",))
 def norm_backward_op(
     grad: Tensor, x: Tensor, scale: Tensor, zero: Tensor, residual_grad: Tensor | None,
     weight: Tensor, bias: Tensor | None, eps: float, kind: str, fmt: str, output_into_grad: bool,
@@ -184,7 +185,7 @@ def activation_forward(x: Tensor, kind: str, fmt: Format | None = None, key: int
     return y, tuple(packed)
 
 
-@torch.library.custom_op("agoq::activation_forward", mutates_args=())
+@operator("activation_forward")
 def activation_forward_op(x: Tensor, kind: str, fmt: str, key: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return activations.activation(x, kind), *_pack(x, _format(fmt), key)
 
@@ -212,7 +213,7 @@ def activation_backward(
     return activation_backward_op(grad, *kept, kind, format_name(fmt), output_into_grad)
 
 
-@torch.library.custom_op("agoq::activation_backward", mutates_args=("grad",))
+@operator("activation_backward", mutates_args=("grad",))
 def activation_backward_op(
     grad: Tensor, x: Tensor, scale: Tensor, zero: Tensor, kind: str, fmt: str, output_into_grad: bool
 ) -> Tensor:
@@ -251,7 +252,7 @@ def split_qkv(
     return tuple(out[:3]), (tuple(out[3:6]), tuple(out[6:9]), tuple(out[9:12]))
 
 
-@torch.library.custom_op("agoq::split_qkv", mutates_args=())
+@operator("split_qkv")
 def split_qkv_op(
     qkv: Tensor, cos: Tensor | None, sin: Tensor | None, groups: int, head_dim: int,
     interleaved: bool, formats: str, keys: list[int],
@@ -282,7 +283,7 @@ def merge_qkv(
     return merge_qkv_op(grad_q, grad_k, grad_v, cos, sin, interleaved)
 
 
-@torch.library.custom_op("agoq::merge_qkv", mutates_args=())
+@operator("merge_qkv")
 def merge_qkv_op(
     grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, cos: Tensor | None, sin: Tensor | None,
     interleaved: bool,

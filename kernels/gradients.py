@@ -14,8 +14,10 @@ has the scale NaN.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
+from agoq_kernels.operator import operator
 from agoq_kernels.rng import halves, words
 from torch import Tensor
 
@@ -57,6 +59,9 @@ class GradientFormat:
             raise ValueError("e4m3 has no least-squares scale")
         if self.residual_bits and self.scale != "absmax":
             raise ValueError("with a residual the scale is absmax: nothing is left for least squares to gain")
+
+
+_format = cache(GradientFormat)  # an operator's arguments are plain values
 
 
 def segment_bytes(blocks: int) -> int:
@@ -147,12 +152,12 @@ def accumulate(
     )
 
 
-@torch.library.custom_op("agoq::accumulate_gradient", mutates_args=("bucket", "residual"))
+@operator("accumulate_gradient", mutates_args=("bucket", "residual"))
 def accumulate_op(
     bucket: Tensor, residual: Tensor, blocks: int, first: int, grad: Tensor, code: str,
     residual_bits: int, rounding: str, scale: str, key: int,
 ) -> None:  # fmt: skip
-    fmt = GradientFormat(code, residual_bits, rounding, scale)
+    fmt = _format(code, residual_bits, rounding, scale)
     if grad.is_cuda and code == "int8":
         from agoq_kernels.triton import gradients
 
@@ -188,7 +193,7 @@ def _accumulate(
         done += here
 
 
-@torch.library.custom_op("agoq::sum_gradients", mutates_args=())
+@operator("sum_gradients")
 def sum_segments(
     segments: Tensor, blocks: int, first: int, n: int, factor: float, code: str, dtype: torch.dtype
 ) -> Tensor:
@@ -220,7 +225,7 @@ def _sum(segments: Tensor, blocks: int, first: int, n: int, factor: float, code:
     return (total * factor).flatten()[:n]
 
 
-@torch.library.custom_op("agoq::gradient_norms", mutates_args=())
+@operator("gradient_norms")
 def norms_of_sum(segments: Tensor, blocks: int, first: int, n: int, factor: float, code: str) -> Tensor:
     """L2 norms of consecutive stretches of what :func:`sum_segments` returns, without making it.
 

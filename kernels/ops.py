@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from agoq_kernels import reference
 from agoq_kernels.formats import Format
+from agoq_kernels.operator import operator
 from torch import Tensor
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -61,7 +62,7 @@ def dequantize(codes: Tensor, scale: Tensor, zero: Tensor, fmt: Format, dtype: t
     return dequantize_op(codes, scale, zero, fmt.bits, fmt.code, fmt.group, fmt.scale_bits, dtype)
 
 
-@torch.library.custom_op("agoq::quantize", mutates_args=())
+@operator("quantize")
 def quantize_op(
     x: Tensor, bits: int, code: str, group: int, scale_bits: int, rounding: str, key: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,7 +91,7 @@ def _(x, bits, code, group, scale_bits, rounding, key):
     )
 
 
-@torch.library.custom_op("agoq::dequantize", mutates_args=())
+@operator("dequantize")
 def dequantize_op(
     codes: Tensor,
     scale: Tensor,

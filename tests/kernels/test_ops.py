@@ -18,8 +18,8 @@ FORMATS = [Format(4, code, 32, 8) for code in CODES] + [
 def test_opcheck(fmt, rng):
     x = torch.randn(3, 2, 256, generator=rng).bfloat16()
     args = (fmt.bits, fmt.code, fmt.group, fmt.scale_bits)
-    torch.library.opcheck(quantize_op, (x, *args, fmt.rounding, 5))
-    torch.library.opcheck(dequantize_op, (*quantize(x, fmt), *args, torch.bfloat16))
+    torch.library.opcheck(quantize_op.overload, (x, *args, fmt.rounding, 5))
+    torch.library.opcheck(dequantize_op.overload, (*quantize(x, fmt), *args, torch.bfloat16))
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
