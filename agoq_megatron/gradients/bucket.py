@@ -27,7 +27,9 @@ from agoq_kernels.gradients import (
 )
 from torch import Tensor
 
-PIECE = 2**24
+from agoq_megatron.gradients.reduction import Lane, LaneReduction, Reduction, Workspace
+
+PIECE = 2**23
 """Numbers that are in FP32 at a time where a whole part is quantized once more."""
 
 
@@ -40,36 +42,6 @@ class Hops:
 
     within: dist.ProcessGroup
     between: dist.ProcessGroup
-
-
-_END = object()
-
-
-class Reduction:
-    """A reduction under way: a few collectives one after the other, with work between them."""
-
-    def __init__(self, steps: Iterator):
-        self._steps = steps
-        self._work = None
-        self.done = False
-        self._run()
-
-    def _run(self) -> None:
-        self._work = next(self._steps, _END)
-        if self._work is _END:
-            self._work, self.done = None, True
-
-    def advance(self) -> None:
-        """Wait for the collective under way, and start the next one if there is one."""
-        if not self.done:
-            if self._work is not None:
-                self._work.wait()
-            self._run()
-
-    def wait(self) -> None:
-        """Wait for all of it. The bucket may be read then."""
-        while not self.done:
-            self.advance()
 
 
 class GradientBucket:
@@ -231,57 +203,69 @@ class GradientBucket:
 
     # ------------------------------------------------------------ reducing
 
-    def reduce(self, share: bool = False, async_op: bool = False) -> Reduction:
-        """Sum over the group, each rank its own part; with ``share`` all get all sums, quantized."""
-        return Reduction(self._reduction(share, async_op))
+    def reduce(
+        self, share: bool = False, async_op: bool = False, lane: Lane | None = None
+    ) -> Reduction | LaneReduction:
+        """Sum over the group, each rank its own part; with ``share`` all get all sums, quantized.
 
-    def _reduction(self, share: bool, async_op: bool) -> Iterator:
+        Args:
+            share: as said.
+            async_op: return with the first collective under way; :meth:`Reduction.advance` goes on.
+            lane: return with all of it queued there, instead.
+        """
+        if lane is not None:
+            return lane.run(self._reduction(share, False, lane))
+        return Reduction(self._reduction(share, async_op, Workspace(self._device)))
+
+    def _reduction(self, share: bool, async_op: bool, workspace: Workspace) -> Iterator:
         if self.group.size() == 1:
             return
-        yield from self._two_hops(async_op) if self._hops else self._one_hop(async_op)
+        yield from (self._two_hops if self._hops else self._one_hop)(async_op, workspace)
         if share:
-            own = self._quantize_sum(None if self._reduced is not None else self._segments)
-            self._segments = self._segments_for(self.group)
+            own = self._quantize_sum(None if self._reduced is not None else self._segments, workspace)
+            if self._reduced is not None:
+                workspace.last_use(self._reduced)
+                self._held = workspace.kept(self.group.size(), segment_bytes(self.blocks), dtype=torch.uint8)
             self._reduced, self._factor, self._multiplier = None, 1.0, None
             self._count(own, self.group)
-            yield dist.all_gather_into_tensor(
-                self._segments.view(-1), own, group=self.group, async_op=async_op
-            )
+            yield dist.all_gather_into_tensor(self._held.view(-1), own, group=self.group, async_op=async_op)
             self._is_parts = True
 
-    def _one_hop(self, async_op: bool) -> Iterator:
+    def _one_hop(self, async_op: bool, workspace: Workspace) -> Iterator:
         """All-to-all of the segments as they lie."""
-        arriving = torch.empty_like(self._segments)
+        arriving = workspace.scratch(0, *self._segments.shape)
         self._count(self._segments[0], self.group)
         yield dist.all_to_all_single(arriving, self._segments, group=self.group, async_op=async_op)
-        self._segments, self._is_parts = arriving, False
+        self._segments.copy_(arriving)
+        self._is_parts = False
 
-    def _two_hops(self, async_op: bool) -> Iterator:
+    def _two_hops(self, async_op: bool, workspace: Workspace) -> Iterator:
         """All-to-all of segments within the node; of their sums, in BF16, between nodes.
 
         The sums of a node are rounded to BF16, not to 8 bits, so that the error stays that of one 8-bit
         rounding; between nodes travel 2 bytes / ranks of a node.
         """
         nodes, ranks = self._hops.between.size(), self._hops.within.size()
-        leaving = self._segments.view(nodes, ranks, -1).transpose(0, 1).contiguous()
+        leaving = workspace.scratch(0, ranks, nodes, segment_bytes(self.blocks))
+        leaving.copy_(self._segments.view(nodes, ranks, -1).transpose(0, 1))
+        workspace.last_use(self._segments)
         self._segments = None
-        arriving = torch.empty_like(leaving)
+        arriving = workspace.scratch(1, *leaving.shape)
         self._count(leaving[0], self._hops.within)
         yield dist.all_to_all_single(
             arriving.view(ranks, -1), leaving.view(ranks, -1), group=self._hops.within, async_op=async_op
         )
-        leaving = torch.empty(nodes, self.part, dtype=torch.bfloat16, device=arriving.device)
+        leaving = workspace.scratch(0, nodes, self.part, dtype=torch.bfloat16)
         for node in range(nodes):
             leaving[node] = sum_segments(
                 arriving[:, node], self.blocks, 0, self.part, 1.0, self.format.code, torch.bfloat16
             )
-        arriving = torch.empty_like(leaving)
+        arriving = workspace.scratch(1, *leaving.shape, dtype=torch.bfloat16)
         self._count(leaving[0], self._hops.between)
         yield dist.all_to_all_single(
             arriving.view(torch.uint8), leaving.view(torch.uint8), group=self._hops.between, async_op=async_op
         )
-        del leaving
-        self._reduced = arriving[0].float()
+        self._reduced = workspace.kept(self.part, dtype=torch.float32).copy_(arriving[0])
         for sums in arriving[1:]:
             self._reduced += sums
         self._is_parts = False
@@ -290,15 +274,17 @@ class GradientBucket:
         """After the reduction: sum over ``group`` too, which holds the same parts of the same weights
         (embeddings tied between pipeline stages). Quantized once more; the same bits on all its ranks.
         """
-        everyone = group.size()
+        everyone, workspace = group.size(), Workspace(self._device)
         if self._is_parts and self.group.size() > 1:
             mine = self._segments
             theirs = torch.empty(everyone, *mine.shape, dtype=torch.uint8, device=mine.device)
             self._count(mine, group)
             dist.all_gather_into_tensor(theirs.view(-1), mine.view(-1), group=group)
-            self._segments = torch.stack([self._quantize_sum(theirs[:, i]) for i in range(len(mine))])
+            self._segments = torch.stack(
+                [self._quantize_sum(theirs[:, i], workspace) for i in range(len(mine))]
+            )
         else:
-            own = self._quantize_sum(None if self._reduced is not None else self._segments)
+            own = self._quantize_sum(None if self._reduced is not None else self._segments, workspace)
             self._segments = self._segments_for(group)
             self._count(own, group)
             dist.all_gather_into_tensor(self._segments.view(-1), own, group=group)
@@ -309,9 +295,9 @@ class GradientBucket:
         shape = group.size(), segment_bytes(self.blocks)
         return torch.empty(shape, dtype=torch.uint8, device=self._device)
 
-    def _quantize_sum(self, segments: Tensor | None) -> Tensor:
+    def _quantize_sum(self, segments: Tensor | None, workspace: Workspace) -> Tensor:
         """A segment of the sum of segments (None: of the reduced numbers), times the factor."""
-        out = torch.empty(segment_bytes(self.blocks), dtype=torch.uint8, device=self._device)
+        out = workspace.scratch(1, segment_bytes(self.blocks))
         zero_(out, self.blocks)
         nothing, fmt = self._residual.new_empty(0), GradientFormat(self.format.code)
         for start in range(0, self.part, PIECE):

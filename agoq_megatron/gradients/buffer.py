@@ -22,8 +22,9 @@ from megatron.core.optimizer.param_layout import PerBufferParamLayout
 from torch import Tensor
 
 from agoq_megatron.autograd.rounding import counter
-from agoq_megatron.gradients.bucket import GradientBucket, Reduction
+from agoq_megatron.gradients.bucket import GradientBucket
 from agoq_megatron.gradients.probe import Probe
+from agoq_megatron.gradients.reduction import Reduction, lane_of
 from agoq_megatron.gradients.settings import GradientSettings, hops_for, stays_fp32
 
 
@@ -220,9 +221,10 @@ class QuantizedBucketGroup(_ParamAndGradBucketGroup):
     """One bucket of codes: the stock schedule of when to reduce, our reduction.
 
     Args:
-        in_flight: reductions under way, of all groups of one model chunk: each new one first pushes the
-            others on by a step. With the distributed optimizer and one hop that ends them, so that one at a
-            time holds memory for what arrives; two hops, or sharing the sums, have one under way more each.
+        in_flight: reductions under way, of all groups of one model chunk. On a GPU they follow one another on
+            a lane. Elsewhere each new one first pushes the others on by a step. With the distributed
+            optimizer and one hop that ends them, so that one at a time holds memory for what arrives; two
+            hops, or sharing the sums, have one under way more each.
     """
 
     def __init__(self, bucket, ddp_config, group: dist.ProcessGroup, in_flight: list[Reduction]):
@@ -251,7 +253,8 @@ class QuantizedBucketGroup(_ParamAndGradBucketGroup):
         if bucket.side.numel() and self._group.size() > 1:
             self._side_work = dist.all_reduce(bucket.side, group=self._group, async_op=async_op)
         share = not self.ddp_config.use_distributed_optimizer
-        self.grad_reduce_handle = bucket.codes.reduce(share, async_op)
+        lane = lane_of(bucket.side.device) if async_op else None
+        self.grad_reduce_handle = bucket.codes.reduce(share, async_op, lane)
         self._in_flight.append(self.grad_reduce_handle)
 
     def finish_grad_sync(self, force_all_reduce: bool | None = False) -> None:
