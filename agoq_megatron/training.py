@@ -34,6 +34,7 @@ from agoq_megatron.autograd.cross_entropy import vocab_parallel_cross_entropy
 from agoq_megatron.autograd.linear import add_product
 from agoq_megatron.autograd.linear_cross_entropy import LinearCrossEntropy, LinearCrossEntropySpec
 from agoq_megatron.autograd.recompute import quantized_checkpoint
+from agoq_megatron.communicators import connect_first
 from agoq_megatron.config import AGoQConfig
 from agoq_megatron.data import datasets_provider, get_batch
 from agoq_megatron.finite import REMEDY, NotFiniteError, stop_unless_finite
@@ -356,6 +357,7 @@ def main(on_cpu: bool) -> None:
     observer = RunObserver(args, plan)
     observer.watch()
     compat.bind_training_loop("train_step", partial(stop_unless_finite, args=args))
+    compat.bind_training_loop("setup_model_and_optimizer", connect_first)
     if args.agoq_activations == SOLVED:
         check = check_same_widths(plan.config.agoq, refuse)
         compat.bind_training_loop("setup_model_and_optimizer", check)
