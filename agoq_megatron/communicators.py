@@ -1,9 +1,9 @@
 """NCCL's communicators, made while there is memory.
 
 A communicator takes its memory, outside of torch's, when its group is first used: of these groups, at the end
-of the first iteration, when torch may have taken all there is. NCCL cannot ask torch to give any back; it dies
-of a CUDA call that failed. Made first, what it takes is missing to torch, which can, and which says what is
-missing if that does not help.
+of the first iteration, when torch may have taken all there is. NCCL cannot ask torch to give any back, and
+dies of a CUDA call that failed. Made first, what it takes is missing to torch, which can give back, and says
+what is missing if that does not help.
 """
 
 from __future__ import annotations

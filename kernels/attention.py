@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 _aten = torch.ops.aten
+AT_A_TIME = 2**26
+"""Numbers of Q whose attention is run backward at a time, or one group of heads."""
 
 
 @functools.cache
@@ -92,16 +94,29 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Te
     return _sequence_first(out), lse
 
 
+def groups_at_a_time(numel: int, groups: int) -> int:
+    """How many groups of heads to run backward at a time, of a Q of ``numel`` numbers.
+
+    cuDNN's workspace is 8 bytes a number of Q: its gradient in FP32, and those of K and V for every head.
+    That is four hidden states, on long sequences more than an MLP in parts takes. Where there is much of it,
+    fewer heads at a time take the same time.
+    """
+    return max(groups // max(-(-numel // AT_A_TIME), 1), 1)
+
+
 def attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of Q, K and V at the given (exact or dequantized) tensors.
 
-    Shapes as in :func:`attention`; ``grad`` and ``out`` are ``[s, b, n, d]``.
+    Shapes as in :func:`attention`; ``grad`` and ``out`` are ``[s, b, n, d]``. All may be some heads of larger
+    tensors, and ``lse`` some along its second axis.
     """
     backend = _backend(q)
     (s, _, heads, _), groups = q.shape, k.shape[2]
     grad, q, k, v, out = (_heads_first(t) for t in (grad, q, k, v, out))
+    if backend != "cpu":
+        lse = lse.contiguous()  # of some heads it is not
     if backend == "cpu":
         grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, q, k, v, out, lse, 0.0, True, scale=scale

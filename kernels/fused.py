@@ -275,24 +275,31 @@ def _(qkv, cos, sin, groups, head_dim, interleaved, formats, keys):
 
 def merge_qkv(
     grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, tables: tuple[Tensor, Tensor] | None,
-    interleaved: bool,
+    interleaved: bool, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Gradient ``[s, b, groups * (r + 2) * d]`` of the projection, from those of Q, K and V
-    ``[s, b, heads, d]``: the rotation undone, the parts interleaved again."""
+    ``[s, b, heads, d]``: the rotation undone, the parts interleaved again.
+
+    ``out`` takes the result: a contiguous tensor, or some groups of a larger one's.
+    """
+    if out is None:
+        s, b, groups, head_dim = grad_k.shape
+        out = grad_k.new_empty(s, b, (grad_q.shape[2] + 2 * groups) * head_dim)
     cos, sin = tables if tables is not None else (None, None)
-    return merge_qkv_op(grad_q, grad_k, grad_v, cos, sin, interleaved)
+    merge_qkv_op(grad_q, grad_k, grad_v, cos, sin, interleaved, out)
+    return out
 
 
-@operator("merge_qkv")
+@operator("merge_qkv", mutates_args=("out",))
 def merge_qkv_op(
     grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, cos: Tensor | None, sin: Tensor | None,
-    interleaved: bool,
-) -> Tensor:  # fmt: skip
+    interleaved: bool, out: Tensor,
+) -> None:  # fmt: skip
     tables = None if cos is None else (cos, sin)
-    return merge_qkv_backward(grad_q, grad_k, grad_v, tables, interleaved)
+    out.copy_(merge_qkv_backward(grad_q, grad_k, grad_v, tables, interleaved))
 
 
 @merge_qkv_op.register_kernel("cuda")
-def _(grad_q, grad_k, grad_v, cos, sin, interleaved):
+def _(grad_q, grad_k, grad_v, cos, sin, interleaved, out):
     tables = None if cos is None else (cos, sin)
-    return _triton().merge_qkv(grad_q, grad_k, grad_v, tables, interleaved)
+    _triton().merge_qkv(grad_q, grad_k, grad_v, tables, interleaved, out)

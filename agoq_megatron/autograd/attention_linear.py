@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from agoq_kernels.attention import attention, attention_backward
+from agoq_kernels.attention import attention, attention_backward, groups_at_a_time
 from agoq_kernels.fused import merge_qkv, split_qkv
 from agoq_kernels.rotary import rotary_tables
 from torch import Tensor
@@ -100,10 +100,22 @@ class AttentionLinear(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             grad_weight = weight_gradient(weight, grad, out.view(s, b, -1), spec.fuse_weight_gradient)
         grad_out = input_gradient(grad, weight).view(s, b, -1, spec.head_dim)
-        grads = attention_backward(grad_out, q, k, v, out, lse, spec.scale)
-        del grad_out, q, k, v, out  # three and a half hidden states, before another one and a half are made
-        tables = None
-        if ctx.angles is not None:
-            tables = rotary_tables(ctx.angles)
-        grad_qkv = merge_qkv(*grads, tables, spec.interleaved)
-        return grad_qkv, None, grad_weight, None, None
+        tensors, heads_a_group = [grad_out, q, k, v, out], q.shape[2] // spec.groups
+        tables = None if ctx.angles is None else rotary_tables(ctx.angles)
+        at_a_time = groups_at_a_time(q.numel(), spec.groups)
+        del grad_out, q, k, v, out  # three and a half hidden states, before grad_qkv takes one and a half
+        grad_qkv = None
+        for start in range(0, spec.groups, at_a_time):
+            groups = slice(start, start + at_a_time)
+            queries = slice(start * heads_a_group, (start + at_a_time) * heads_a_group)
+            grads = attention_backward(
+                *(t[:, :, groups if t.shape[2] == spec.groups else queries] for t in tensors),
+                lse[:, queries],
+                spec.scale,
+            )
+            if start + at_a_time >= spec.groups:
+                tensors.clear()
+            if grad_qkv is None:
+                grad_qkv = grad.new_empty(s, b, spec.groups, (heads_a_group + 2) * spec.head_dim)
+            merge_qkv(*grads, tables, spec.interleaved, grad_qkv[:, :, groups].flatten(2))
+        return grad_qkv.flatten(2), None, grad_weight, None, None

@@ -4,9 +4,10 @@ Weights, gradients and optimizer states follow from the number of parameters. Sa
 plan's bytes (``agoq_megatron.memory``) times what Megatron's schedule holds (:mod:`in_flight`). What lives
 for a moment is the largest of these moments, in units of U, a hidden state, and F, an MLP's inner state,
 of one micro-batch: the loss (the logits and 5 U; where nothing holds the output layer's gradient in FP32 yet,
-then that gradient, the logits and 3 U), an MLP (3 F, and 1 U where its input is kept as it is, else 3) and a
-layer that is recomputed (all it saves, and its MLP or its attention). These agree with measured peaks
-(docs/planner.md) and with what lives between the operations of a step (tests/planning/test_moments.py).
+then that gradient, the logits and 3 U), an MLP (3 F, and 1 U where its input is kept as it is, else 3), the
+backward pass of an attention (with cuDNN's workspace) and a layer that is recomputed (all it saves, and its
+MLP or its attention). These agree with measured peaks (docs/planner.md) and with what lives between the
+operations of a step (tests/planning/test_moments.py).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 
+from agoq_kernels.attention import groups_at_a_time
 from agoq_kernels.gradients import BLOCK, segment_bytes
 
 from agoq_megatron.memory import ATTENTION_SITES, MLP_SITES, Plan
@@ -164,7 +166,11 @@ def _layer_moment(config, plan: Plan, sizes: _Sizes) -> float:
         # The MLP's forward: the layer's input, the sum after attention, a third hidden state (the embedding's
         # output, held by Megatron's model; with recomputation the gradient that waits), finished pieces.
         beside = inner + (3 + (chunks > 1) + (again > 1)) * sizes.u
-    return beside if not full else _again(config, numbers[0], sizes, again, beside)
+    if full:
+        return _again(config, numbers[0], sizes, again, beside)
+    # Attention's backward, with the gradient of the sum before it.
+    attentions = (_attention_moment(config, plan, n, sizes.tokens) + sizes.u for n in numbers)
+    return max(beside, *attentions)
 
 
 def _again(config, first: int, sizes: _Sizes, layers: int, beside: float) -> float:
@@ -178,14 +184,34 @@ def _again(config, first: int, sizes: _Sizes, layers: int, beside: float) -> flo
     exact.recompute_granularity = None
     plan = Plan(exact)
     kept = plan.planned_bytes_per_token_layer * sizes.tokens
-    if config.agoq.rule(Site.QUERY, first).keep:
-        return kept * layers + beside
-    # Attention's backward: Q, K, V, O and the gradients of all four, the layer's input and output, and the
-    # gradients of its output and of the sum. What the MLP kept is gone by then.
-    four = sum(row.features for row in plan.layers[first] if row.name in {s.value for s in ATTENTION_SITES})
-    gone = sum(plan.bytes_of(site, first) for site in MLP_SITES) * sizes.tokens
-    attention = 2 * four * config.params_dtype.itemsize * sizes.tokens + 4 * sizes.u - gone
+    # Attention's backward: the layer's input and output, and the gradients of its output and of the sum.
+    attention = _attention_moment(exact, plan, first, sizes.tokens) + 4 * sizes.u
     return kept * layers + max(beside, attention)
+
+
+def _attention_moment(config, plan: Plan, number: int, tokens: int) -> float:
+    """Bytes beside what is kept where the attention of a layer runs backward: Q, K, V, O as far as they are
+    not kept as they are, the gradients of all four, and workspace; less what the MLP kept, which is gone."""
+    tp = config.tensor_model_parallel_size
+    q = o = config.num_attention_heads * config.kv_channels / tp
+    k = v = config.num_query_groups * config.kv_channels / tp
+    held = [config.agoq.rule(site, number).keep for site in ATTENTION_SITES]
+    here = config.params_dtype.itemsize * tokens
+    groups = config.num_query_groups // tp
+    some = groups_at_a_time(int(q * tokens), groups) / groups  # of the heads
+    inputs = o + sum(n for n, kept in zip((q, k, v, o), held, strict=True) if not kept)
+    outputs = q + k + v if some == 1 else (1 + some) * (q + k + v)
+    gone = sum(plan.bytes_of(site, number) for site in MLP_SITES) * tokens
+    return (inputs + outputs) * here + some * workspace_of_attention(config, q * tokens) - gone
+
+
+def workspace_of_attention(config, numel: int) -> float:
+    """Bytes that cuDNN takes for the backward pass of a Q of ``numel`` numbers: its gradient in FP32, and
+    gradients of K and V for every head where heads share them."""
+    if config.params_dtype.itemsize == 4 or config.kv_channels > 128:
+        return 0.0
+    shared = config.num_query_groups < config.num_attention_heads
+    return numel * (4 + (2 * config.params_dtype.itemsize if shared else 0))
 
 
 def footprints(args, config, plan: Plan | None = None) -> list[Footprint]:

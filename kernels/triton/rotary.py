@@ -135,20 +135,21 @@ def split_qkv(
 
 def merge_qkv(
     grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, tables: tuple[Tensor, Tensor] | None,
-    interleaved: bool,
-) -> Tensor:  # fmt: skip
+    interleaved: bool, out: Tensor,
+) -> None:  # fmt: skip
     """See fused.merge_qkv()."""
     s, b, groups, head_dim = grad_k.shape
     queries = grad_q.shape[2] // groups
     per_group = (queries + 2) * head_dim
-    grad = torch.empty((s, b, groups * per_group), dtype=grad_q.dtype, device=grad_q.device)
+    assert out.stride(2) == 1
+    assert s == 1 or b == 1 or out.stride(0) == b * out.stride(1)  # tokens lie at equal distances
+    token = out.stride(1) if b > 1 else out.stride(0)
     for i, part in enumerate((grad_q, grad_k, grad_v)):
         heads_a_group = (queries, 1, 1)[i]
         heads = groups * heads_a_group
         offset = (0, queries, queries + 1)[i] * head_dim
-        strides = heads * head_dim, heads_a_group * head_dim, groups * per_group, per_group
+        strides = heads * head_dim, heads_a_group * head_dim, token, per_group
         _rotate(
-            part.contiguous(), grad.view(-1)[offset:], tables if i < 2 else None, heads,
-            heads_a_group, head_dim, strides, s * b, b, interleaved, True,
+            part.contiguous(), out[..., offset:], tables if i < 2 else None, heads, heads_a_group,
+            head_dim, strides, s * b, b, interleaved, True,
         )  # fmt: skip
-    return grad

@@ -4,7 +4,13 @@ import math
 
 import pytest
 import torch
-from agoq_kernels.attention import attention, attention_backend, attention_backward
+from agoq_kernels.attention import (
+    AT_A_TIME,
+    attention,
+    attention_backend,
+    attention_backward,
+    groups_at_a_time,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -47,6 +53,34 @@ def test_against_the_formula(rng, monkeypatch, backend, dtype, s, b, n, g, d):
     for name, ours, reference in zip("qkv", grads, expected_grads, strict=True):
         assert ours.shape == reference.shape and ours.is_contiguous()
         assert relative(ours, reference) < 2 * tolerance, name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_some_heads_of_larger_tensors(rng, monkeypatch, backend, dtype):
+    """A group of heads at a time gives the gradients of all at once."""
+    if backend and dtype is not torch.float32:
+        monkeypatch.setattr("agoq_kernels.attention.attention_backend", lambda *_: backend)
+    s, b, n, g, d = 70, 3, 12, 4, 64
+    q, grad = (torch.randn(s, b, n, d, generator=rng).to(DEVICE, dtype) for _ in range(2))
+    k, v = (torch.randn(s, b, g, d, generator=rng).to(DEVICE, dtype) for _ in range(2))
+    out, lse = attention(q, k, v, 0.1)
+    expected = attention_backward(grad, q, k, v, out, lse, 0.1)
+    for first, last in ((0, 1), (1, 4)):
+        queries = slice(first * n // g, last * n // g)
+        some = [t[:, :, queries if t.shape[2] == n else slice(first, last)] for t in (grad, q, k, v, out)]
+        for ours, whole in zip(attention_backward(*some, lse[:, queries], 0.1), expected, strict=True):
+            here = queries if whole.shape[2] == n else slice(first, last)
+            assert ours.is_contiguous()
+            assert relative(ours, whole[:, :, here].double()) < TOLERANCE[dtype] / 2
+
+
+@pytest.mark.parametrize(
+    "numel,groups,expected",
+    [(0, 8, 8), (AT_A_TIME, 8, 8), (AT_A_TIME + 1, 8, 4), (3 * AT_A_TIME, 8, 2), (99 * AT_A_TIME, 8, 1)],
+)
+def test_groups_at_a_time(numel, groups, expected):
+    assert groups_at_a_time(numel, groups) == expected
 
 
 def test_no_kernel_is_an_error():

@@ -192,6 +192,10 @@ def test_split_and_merge(fmt, interleaved, draw, rng):
         for a, b_ in zip(packed, packed_, strict=True):
             same(a, b_)
         grads = [draw(*p.shape, dtype=dtype) for p in parts]
-        got = launchers.merge_qkv(*(g.to(DEVICE) for g in grads), on_device, interleaved)
         expected = fused.merge_qkv(*grads, tables, interleaved)
-        torch.testing.assert_close(got.cpu(), expected, rtol=0, atol=0)
+        # Into some groups of a larger tensor: others stay as they are.
+        whole = torch.full((s, b, groups + 2, (r + 2) * d), 7.0, dtype=dtype, device=DEVICE)
+        got = whole[:, :, 1:-1].fill_(torch.nan).flatten(2)
+        launchers.merge_qkv(*(g.to(DEVICE) for g in grads), on_device, interleaved, got)
+        torch.testing.assert_close(whole[:, :, 1:-1].flatten(2).cpu(), expected, rtol=0, atol=0)
+        assert (whole[:, :, [0, -1]] == 7.0).all()
