@@ -101,7 +101,6 @@ class AttentionLinear(torch.autograd.Function):
             grad_weight = weight_gradient(weight, grad, out.view(s, b, -1), spec.fuse_weight_gradient)
         grad_out = input_gradient(grad, weight).view(s, b, -1, spec.head_dim)
         tensors, heads_a_group = [grad_out, q, k, v, out], q.shape[2] // spec.groups
-        tables = None if ctx.angles is None else rotary_tables(ctx.angles)
         at_a_time = groups_at_a_time(q.numel(), spec.groups)
         del grad_out, q, k, v, out  # three and a half hidden states, before grad_qkv takes one and a half
         grad_qkv = None
@@ -117,5 +116,7 @@ class AttentionLinear(torch.autograd.Function):
                 tensors.clear()
             if grad_qkv is None:
                 grad_qkv = grad.new_empty(s, b, spec.groups, (heads_a_group + 2) * spec.head_dim)
+            tables = None if ctx.angles is None else rotary_tables(ctx.angles)
             merge_qkv(*grads, tables, spec.interleaved, grad_qkv[:, :, groups].flatten(2))
+            del grads, tables  # before the next ones are made
         return grad_qkv.flatten(2), None, grad_weight, None, None
