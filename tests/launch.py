@@ -303,6 +303,8 @@ def _serve() -> None:
     from agoq_megatron import compat, cpu  # noqa: F401  (cpu must come before Megatron)
 
     compat.silence_missing_accelerators()
+    import megatron.core.tokenizers.text  # noqa: F401  (slow, and every rank would import it)
+
     import agoq_megatron.training  # noqa: F401
 
     for line in sys.stdin:
