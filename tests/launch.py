@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import json
+import multiprocessing
 import os
 import re
 import runpy
@@ -19,7 +20,9 @@ import sys
 import time
 import traceback
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -88,8 +91,7 @@ class Run:
 
 
 def run_as_script(script: str, *arguments: object, timeout: float) -> None:
-    """Run a test file as a script, in a process of its own: what makes Megatron run on a CPU changes a
-    process for good. What it prints is printed."""
+    """Run a script in a process of its own, and print what it prints."""
     path = os.pathsep.join(str(place) for place in (ROOT, ROOT / "scripts", ROOT / "tests"))
     process = subprocess.run(
         [sys.executable, script, *map(str, arguments)], cwd=ROOT, env=os.environ | {"PYTHONPATH": path},
@@ -97,6 +99,20 @@ def run_as_script(script: str, *arguments: object, timeout: float) -> None:
     )  # fmt: skip
     print(process.stdout)
     assert process.returncode == 0, process.stderr[-4000:]
+
+
+def spawn_ranks(ranks: int, function, *arguments: object) -> None:
+    """``function(rank, *arguments)`` in so many processes, without GPUs. They are forked from one that has
+    imported what is slow; not from the tests' own, in which threads may run."""
+    import torch.multiprocessing as processes
+
+    here = {"CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    with mock.patch.dict(os.environ, here):  # which the first call's server passes on
+        multiprocessing.set_forkserver_preload(
+            ["pytest", "agoq_megatron.autograd.linear_cross_entropy", "agoq_megatron.gradients.bucket"]
+        )
+        forkserver.ensure_running()
+    processes.start_processes(function, arguments, nprocs=ranks, start_method="forkserver")
 
 
 def run_planner(*flags: object) -> subprocess.CompletedProcess:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
+from launch import spawn_ranks
 from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy as megatrons
 
 from agoq_megatron.autograd.cross_entropy import vocab_parallel_cross_entropy
@@ -36,9 +34,7 @@ def compare(rank: int, world: int, store: str, seed: int) -> None:
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_equals_megatrons(tmp_path, seed, world):
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    arguments = (world, str(tmp_path / "store"), seed)
-    multiprocessing.spawn(compare, args=arguments, nprocs=world)
+    spawn_ranks(world, compare, world, str(tmp_path / "store"), seed)
 
 
 def test_the_gradient_takes_the_place_of_the_logits(rng):

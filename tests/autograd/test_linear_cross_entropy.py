@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 import torch.nn.functional as F
+from launch import spawn_ranks
 
 from agoq_megatron.autograd.linear_cross_entropy import (
     LinearCrossEntropy,
@@ -63,8 +61,7 @@ def compare(rank: int, world: int, store: str, seed: int) -> None:
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_equals_the_whole(tmp_path, seed, world):
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    multiprocessing.spawn(compare, args=(world, str(tmp_path / "store"), seed), nprocs=world)
+    spawn_ranks(world, compare, world, str(tmp_path / "store"), seed)
 
 
 def test_no_logits_are_kept(rng):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import gc
-import os
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from agoq_kernels.gradients import BLOCK, GradientFormat
+from launch import spawn_ranks
 
 from agoq_megatron.gradients.bucket import GradientBucket, Hops
 from agoq_megatron.gradients.settings import node_layout
@@ -140,8 +139,7 @@ def test_node_layout(ranks, size, layout):
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_reduction(tmp_path, seed, world):
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    multiprocessing.spawn(on_a_rank, args=(world, str(tmp_path / "store"), seed), nprocs=world)
+    spawn_ranks(world, on_a_rank, world, str(tmp_path / "store"), seed)
 
 
 def test_refuses_broken_blocks():

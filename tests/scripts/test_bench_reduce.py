@@ -13,7 +13,7 @@ import bench_reduce as bench
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
+from launch import spawn_ranks
 
 SCRIPT = Path(bench.__file__)
 CODES = 66 / 64  # bytes of a number
@@ -128,10 +128,8 @@ def on_a_rank(rank: int, ranks: int, folder: str, broken: str) -> None:
     ("send_nothing", {"bf16 all-to-all", "int8 flat", "int8 shared"}),
     ("lose_a_scale", {"int8 flat", "int8 shared"}),
 ])  # fmt: skip
-def test_a_wrong_reduction_is_not_timed(tmp_path, monkeypatch, broken, wrong):
-    for key, value in ENVIRONMENT.items():
-        monkeypatch.setenv(key, value)
-    multiprocessing.spawn(on_a_rank, args=(2, str(tmp_path), broken), nprocs=2)
+def test_a_wrong_reduction_is_not_timed(tmp_path, broken, wrong):
+    spawn_ranks(2, on_a_rank, 2, str(tmp_path), broken)
     printed = (tmp_path / "printed-0").read_text()
     rows = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
     assert len(rows) == (7 if broken == "send_nothing" else 2)
