@@ -203,6 +203,13 @@ class Launcher:
         """The planner with these flags: seconds less than ``run_planner``, which imports everything anew."""
         return self.run(*map(str, flags), tiny=False, entry=PLANNER)
 
+    def script(self, script: str, *arguments: object, timeout: float) -> None:
+        """Run a test file as a script in a process of its own, forked as runs are: what makes Megatron run
+        on a CPU changes a process for good. What it prints is printed."""
+        run = self.run(*map(str, arguments), tiny=False, timeout=timeout, entry=Path(script))
+        print(run.log)
+        assert run.ok, run.log[-4000:]
+
     def _fork(self, job: dict) -> list[int]:
         if self._parent is None:
             self._parent = subprocess.Popen(

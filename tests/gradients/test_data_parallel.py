@@ -30,7 +30,6 @@ from gradient_grid import (
     run_all,
     train_rank,
 )
-from launch import run_as_script
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # Each value of each axis, and most pairs of them.
@@ -164,9 +163,9 @@ def whole_runs(test):
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory) -> dict:
+def found(launcher, tmp_path_factory) -> dict:
     out = tmp_path_factory.mktemp("grid") / "found.json"
-    run_as_script(__file__, out, timeout=560)
+    launcher.script(__file__, out, timeout=560)
     return json.loads(out.read_text())
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
 import sys
 import tempfile
 import traceback
@@ -35,19 +34,17 @@ CHECKS = (
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
+def outcomes(launcher, tmp_path_factory):
     """{"world, check": None or what went wrong}."""
     seed = int.from_bytes(os.urandom(3), "big")
     print("seed", seed)
     folder = tmp_path_factory.mktemp("optimizer")
-    run = subprocess.run(
-        [sys.executable, __file__, str(folder), str(seed)], capture_output=True, text=True, timeout=280
-    )
+    launcher.script(__file__, folder, seed, timeout=280)
     found = {}
     for path in folder.glob("*.json"):
         for name, problem in json.loads(path.read_text()).items():
             found[name] = found.get(name) or problem
-    assert found, run.stdout[-3000:] + run.stderr[-3000:]
+    assert found
     return found
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from forked_ranks import RunFailed, fork_ranks, import_megatron
 from gradient_grid import Configuration, compare, load_dumps, train_rank
-from launch import covering, run_as_script
+from launch import covering
 
 SPLIT = "--agoq-master-weights split"
 EIGHT = "--agoq-optimizer-bits 8"
@@ -95,11 +95,11 @@ def run(case: Case) -> dict:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory, request) -> dict:
+def found(launcher, tmp_path_factory, request) -> dict:
     out = tmp_path_factory.mktemp("states") / "found.json"
     everything = request.config.getoption("--exhaustive")
     names = [name for name in CASES if everything or name not in RARE]
-    run_as_script(__file__, out, *names, timeout=560)
+    launcher.script(__file__, out, *names, timeout=560)
     return json.loads(out.read_text())
 
 

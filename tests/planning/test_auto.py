@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 import torch
 from forked_ranks import RunFailed, fork_ranks, import_megatron
-from launch import run_as_script, run_planner
+from launch import run_planner
 
 from agoq_megatron.sizes import parse_size
 
@@ -258,10 +258,10 @@ def collect(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def folder(launcher, tmp_path_factory) -> Path:
     """What all the runs have written."""
     folder = tmp_path_factory.mktemp("auto")
-    run_as_script(__file__, folder, timeout=590)
+    launcher.script(__file__, folder, timeout=590)
     return folder
 
 
@@ -346,12 +346,12 @@ def test_ranks_that_disagree_are_refused(found):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", ["llama3-8b", "llama2-7b"])
-def test_four_stages_of_two_chunks(tmp_path, preset):
+def test_four_stages_of_two_chunks(tmp_path, launcher, preset):
     """11, 9, 7 and 5 in flight: beside 4 bits everywhere, and the paper's bits for all tensors."""
     out = tmp_path / "plan.json"
-    run = run_planner("--preset", preset, *PLANNED.split(), "--plan-json", out)
-    assert run.returncode == 0, run.stderr[-3000:]
-    print(run.stdout[run.stdout.index("Saved activations at each stage's peak") :])
+    run = launcher.plan("--preset", preset, *PLANNED.split(), "--plan-json", out)
+    assert run.ok, run.log[-3000:]
+    print(run.log[run.log.index("Saved activations at each stage's peak") :])
     report = json.loads(out.read_text())
     assert [s["in_flight"] for s in report["kinds"]["these flags"]["stages"]] == [11, 9, 7, 5]
     rows = {row["name"]: row for row in report["widths"]}

@@ -18,7 +18,6 @@ from pathlib import Path
 import pytest
 import torch
 from forked_ranks import RunFailed, fork_ranks, import_megatron
-from launch import run_as_script
 
 # In FP32, so that nothing but the quantizer differs. All formats' groups divide all tensors on two ranks. It
 # has biases: much of the gradient is then of parameters that all tensor-parallel ranks have.
@@ -209,10 +208,10 @@ def measured(folder: Path, name: str, batches: int, *flags: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def folder(launcher, tmp_path_factory) -> Path:
     """What all the runs have written."""
     folder = tmp_path_factory.mktemp("calibrate")
-    run_as_script(__file__, folder, timeout=290)
+    launcher.script(__file__, folder, timeout=290)
     return folder
 
 

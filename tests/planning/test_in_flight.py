@@ -24,7 +24,6 @@ import pytest
 import torch
 from forked_ranks import fork_ranks, import_megatron
 from gradient_grid import MODEL, train_rank
-from launch import run_as_script
 from torch.overrides import TorchFunctionMode
 
 if __name__ != "__main__":  # it imports Megatron, before which import_megatron has something to do
@@ -214,9 +213,9 @@ def whole_runs(test):
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory) -> dict:
+def found(launcher, tmp_path_factory) -> dict:
     out = tmp_path_factory.mktemp("in_flight") / "found.json"
-    run_as_script(__file__, out, timeout=280)
+    launcher.script(__file__, out, timeout=280)
     return json.loads(out.read_text())
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from forked_ranks import fork_ranks, import_megatron
-from launch import covering, run_as_script
+from launch import covering
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -103,10 +103,10 @@ def measure(flags: str, out: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def moments(tmp_path_factory, request) -> Path:
+def moments(launcher, tmp_path_factory, request) -> Path:
     folder = tmp_path_factory.mktemp("moments")
     everything = request.config.getoption("--exhaustive")
-    run_as_script(__file__, folder, *(name for name in RUNS if everything or name in ALWAYS), timeout=400)
+    launcher.script(__file__, folder, *(name for name in RUNS if everything or name in ALWAYS), timeout=400)
     return folder
 
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from launch import run_as_script, run_planner
+from launch import run_planner
 
 M = 2**20
 SHARDED = "--use-distributed-optimizer"
@@ -108,7 +108,7 @@ def plan_all(tiny: list[str]) -> dict:
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory, launcher) -> dict:
     out = tmp_path_factory.mktemp("plan") / "plan.json"
-    run_as_script(__file__, out, *launcher.tiny, timeout=200)
+    launcher.script(__file__, out, *launcher.tiny, timeout=200)
     return json.loads(out.read_text())
 
 

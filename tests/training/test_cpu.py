@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from forked_ranks import fork_ranks, import_megatron
-from launch import run_as_script
 
 ROUNDS, GATHERS, NUMEL = 1500, 8, 1000
 
@@ -41,8 +40,8 @@ def gather_often() -> None:
 
 
 @pytest.mark.timeout(180)
-def test_asynchronous_gathers_are_sound(tmp_path):
-    run_as_script(__file__, tmp_path, timeout=170)
+def test_asynchronous_gathers_are_sound(launcher, tmp_path):
+    launcher.script(__file__, tmp_path, timeout=170)
 
 
 if __name__ == "__main__":
