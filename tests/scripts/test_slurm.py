@@ -239,13 +239,12 @@ def test_ablations(cluster):
 
 
 @pytest.mark.parametrize("preset, gpus", [("llama3_8b", 8), ("llama3_70b", 64)])
-def test_presets_fit(preset, gpus):
+def test_presets_fit(launcher, preset, gpus):
     text = re.sub(r"(^|\s)#.*", "", (SLURM / f"{preset}.flags").read_text(), flags=re.MULTILINE)
-    command = [sys.executable, "-m", "agoq_megatron.plan", "--gpus", str(gpus), "--gpu-memory", "80GiB"]
-    command += [*text.split(), "--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "128000"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=200)
-    assert done.returncode == 0, done.stderr[-2000:]
-    mine = re.search(r"^ +these flags +([\d.]+) .*? yes ", done.stdout, re.MULTILINE)
+    flags = f"--gpus {gpus} --gpu-memory 80GiB {text} --mock-data --tokenizer-type NullTokenizer"
+    run = launcher.plan(*flags.split(), "--vocab-size", 128000)
+    assert run.ok, run.log[-2000:]
+    mine = re.search(r"^ +these flags +([\d.]+) .*? yes ", run.log, re.MULTILINE)
     assert mine and float(mine[1]) < 75
 
 
