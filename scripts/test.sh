@@ -18,5 +18,6 @@ fi
 bin="$(dirname "$AGOQ_PYTHON")"
 "$bin/ruff" check .
 "$bin/lint-imports" --no-cache | sed -n '/^Contracts$/,$p'
-# Two files of tests at a time: most of a run's ranks wait for each other most of the time.
-exec "$AGOQ_PYTHON" -m pytest -n 2 --dist loadfile
+# Two files of tests at a time: most of a run's ranks wait for each other most of the time. In the order of
+# tests/conftest.py, long ones first; xdist's own begins with the files that hold the most tests.
+exec "$AGOQ_PYTHON" -m pytest -n 2 --dist loadfile --no-loadscope-reorder
