@@ -23,8 +23,8 @@ if not torch.cuda.is_available():
 _SESSION_SEED = int(os.environ.get("AGOQ_TEST_SEED") or random.SystemRandom().randrange(2**31))
 
 
-# Whole training runs first: two processes share the files, and the last one to end should be a short one.
-FIRST = ("training", "optimizer", "planning", "gradients", "scripts")
+# Long files first: two processes share the files, and the last one to end should be a short one.
+FIRST = ("training", "optimizer", "planning", "gradients", "scripts", "kernels", "convert")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
