@@ -179,20 +179,35 @@ def _(grad, x, scale, zero, residual_grad, weight, bias, eps, kind, fmt, output_
 # --- Activation -----------------------------------------------------------------------------------
 
 
-def activation_forward(x: Tensor, kind: str, fmt: Format | None = None, key: int = 0) -> tuple[Tensor, Kept]:
-    """The activation's output ``[..., f]``, and its input ``x`` (``[..., 2f]`` for swiglu) packed."""
-    y, *packed = activation_forward_op(x, kind, format_name(fmt), key)
+def activation_forward(
+    x: Tensor, kind: str, fmt: Format | None = None, key: int = 0, output_into_x: bool = False
+) -> tuple[Tensor, Kept]:
+    """The activation's output ``[..., f]``, and its input ``x`` (``[..., 2f]`` for swiglu) packed.
+
+    ``output_into_x``: the output overwrites the first ``f`` columns of ``x``, then contiguous, and is a view
+    of them.
+    """
+    assert x.is_contiguous() or not output_into_x
+    y, *packed = activation_forward_op(x, kind, format_name(fmt), key, output_into_x)
+    if output_into_x:
+        y = x.chunk(2, -1)[0] if kind == "swiglu" else x
     return y, tuple(packed)
 
 
-@operator("activation_forward")
-def activation_forward_op(x: Tensor, kind: str, fmt: str, key: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return activations.activation(x, kind), *_pack(x, _format(fmt), key)
+@operator("activation_forward", mutates_args=("x",))
+def activation_forward_op(
+    x: Tensor, kind: str, fmt: str, key: int, output_into_x: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y, packed = activations.activation(x, kind), _pack(x, _format(fmt), key)
+    if output_into_x:
+        x[..., : y.shape[-1]] = y
+        y = x.new_empty(0)
+    return y, *packed
 
 
 @activation_forward_op.register_kernel("cuda")
-def _(x, kind, fmt, key):
-    y, packed = _triton().activation_forward(x, kind, _format(fmt), key)
+def _(x, kind, fmt, key, output_into_x):
+    y, packed = _triton().activation_forward(x, kind, _format(fmt), key, output_into_x)
     return y, *packed
 
 

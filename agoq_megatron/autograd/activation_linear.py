@@ -13,6 +13,7 @@ from agoq_kernels.fused import activation_backward, activation_forward
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from agoq_megatron.autograd import probing
 from agoq_megatron.autograd.linear import input_gradient, linear, weight_gradient
 from agoq_megatron.autograd.saving import SavedTensor, Shelf
 
@@ -51,12 +52,16 @@ class ActivationLinear(torch.autograd.Function):
     ) -> Tensor:
         """``x`` ``[s, b, 2f]`` for SwiGLU, ``[s, b, f]`` for GELU -> ``[s, b, h]``, a partial sum.
 
+        ``x`` is overwritten where it is kept in codes, or not at all.
+
         The product is added to ``total`` ``[s, b, h]``, with ``overwrite`` in place. The sum is rounded
         once and is the same either way, so that what is kept does not change what is computed.
         """
         saved = spec.pre_activation
         fmt, key = (saved.rule.format, saved.next_key()) if keep else (None, 0)
-        y, packed = activation_forward(x, spec.kind, fmt, key)
+        # Nobody reads x again but who compares it with its codes, or keeps it or the output as they are.
+        free = not keep or (fmt is not None and spec.output.rule.recompute and not probing.active())
+        y, packed = activation_forward(x, spec.kind, fmt, key, output_into_x=free)
         if keep:
             shelf = Shelf()
             shelf.put(saved, x, packed)

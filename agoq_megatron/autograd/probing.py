@@ -76,6 +76,11 @@ def probe(tally: ErrorTally | None) -> None:
     _tally = tally
 
 
+def active() -> bool:
+    """Whether tensors are compared with what is kept of them."""
+    return _tally is not None
+
+
 def observe(site: Site, layer_number: int, x: Tensor, kept: Kept, fmt: Format, entry: bool) -> None:
     """Report that ``x`` was packed; see :meth:`ErrorTally.add`."""
     if _tally is not None:

@@ -4,10 +4,10 @@ Weights, gradients and optimizer states follow from the number of parameters. Sa
 plan's bytes (``agoq_megatron.memory``) times what Megatron's schedule holds (:mod:`in_flight`). What lives
 for a moment is the largest of these moments, in units of U, a hidden state, and F, an MLP's inner state,
 of one micro-batch: the loss (the logits and 5 U; where nothing holds the output layer's gradient in FP32 yet,
-then that gradient, the logits and 3 U), an MLP (3 F, and 1 U where its input is kept as it is, else 3), the
-backward pass of an attention (with cuDNN's workspace) and a layer that is recomputed (all it saves, and its
-MLP or its attention). These agree with measured peaks (docs/planner.md) and with what lives between the
-operations of a step (tests/planning/test_moments.py).
+then that gradient, the logits and 3 U), an MLP (backward 3 F and 1 U; where its input is not kept as it is,
+also forward: 2 F or 3 F, and 3 U), the backward pass of an attention (with cuDNN's workspace) and a layer
+that is recomputed (all it saves, and its MLP or its attention). These agree with measured peaks
+(docs/planner.md) and with what lives between the operations of a step (tests/planning/test_moments.py).
 """
 
 from __future__ import annotations
@@ -154,23 +154,31 @@ def _momentary(args, config, plan: Plan, sizes: _Sizes, last: bool) -> tuple[flo
 def _layer_moment(config, plan: Plan, sizes: _Sizes) -> float:
     """Bytes beside what is kept at the worst moment of a layer."""
     chunks = getattr(config, "mlp_chunks_for_training", 1) or 1
-    inner = 3 * sizes.f / chunks
     full = config.recompute_granularity == "full"
     # "uniform" runs its whole group again at a time, "block" one layer.
     again = config.recompute_num_layers if full and config.recompute_method == "uniform" else 1
     numbers = list(plan.layers)
-    if all(config.agoq.rule(Site.NORM2_INPUT, n).keep for n in numbers):
-        # The worst moment is the MLP's backward; what it starts from is kept, and counted there.
-        beside = inner + sizes.u
-    else:
-        # The MLP's forward: the layer's input, the sum after attention, a third hidden state (the embedding's
+    kept = all(config.agoq.rule(Site.NORM2_INPUT, n).keep for n in numbers)
+    # The MLP's backward: the gradient that it starts from; where layers run again, their input and output.
+    beside = 3 * sizes.f / chunks + (3 if full and not kept else 1) * sizes.u
+    if not kept:
+        # Its forward: the layer's input, the sum after attention, a third hidden state (the embedding's
         # output, held by Megatron's model; with recomputation the gradient that waits), finished pieces.
-        beside = inner + (3 + (chunks > 1) + (again > 1)) * sizes.u
+        inner = max(_inner_states(config, n) for n in numbers) * sizes.f / chunks
+        beside = max(beside, inner + (3 + (chunks > 1) + (again > 1)) * sizes.u)
     if full:
         return _again(config, numbers[0], sizes, again, beside)
     # Attention's backward, with the gradient of the sum before it.
     attentions = (_attention_moment(config, plan, n, sizes.tokens) + sizes.u for n in numbers)
     return max(beside, *attentions)
+
+
+def _inner_states(config, number: int) -> int:
+    """How many F an MLP's forward has at a time: the activation's output overwrites its input where nobody
+    wants that any more (``autograd.activation_linear``)."""
+    rule = config.agoq.rule
+    free = rule(Site.FC1_OUTPUT, number).format is not None and rule(Site.FC2_INPUT, number).recompute
+    return 2 if free else 3
 
 
 def _again(config, first: int, sizes: _Sizes, layers: int, beside: float) -> float:
@@ -214,6 +222,13 @@ def workspace_of_attention(config, numel: int) -> float:
     return numel * (4 + (2 * config.params_dtype.itemsize if shared else 0))
 
 
+def _angles_bytes(args, config) -> float:
+    """Of the rotary angles, one table for all layers."""
+    if args.position_embedding_type != "rope":
+        return 0.0
+    return 4 * args.seq_length * config.kv_channels * args.rotary_percent
+
+
 def footprints(args, config, plan: Plan | None = None) -> list[Footprint]:
     """Of every stage.
 
@@ -243,7 +258,7 @@ def footprints(args, config, plan: Plan | None = None) -> list[Footprint]:
             "saved activations": held,
             "inputs of stages": schedule.peak(stage, inputs) if schedule.stages > 1 else 0.0,
             "logits": logits,
-            "transients": other + WORKSPACE,
+            "transients": other + WORKSPACE + _angles_bytes(args, config),
             "reduction": reduction_bytes(args, count),
         }
         found.append(Footprint(stage, parts, schedule.counts(stage), count.total))

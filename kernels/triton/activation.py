@@ -66,8 +66,9 @@ def _place(n, R: tl.constexpr, FMT: tl.constexpr):
 
 @triton.jit(do_not_specialize=["key_a", "key_b"])
 def _forward_kernel(
-    x_ptr, y_ptr, codes_ptr, scale_ptr, zero_ptr, tables_ptr, n, x_stride, key_a, key_b,
-    KIND: tl.constexpr, QUANTIZE: tl.constexpr, R: tl.constexpr, FMT: tl.constexpr,
+    x_ptr, y_ptr, codes_ptr, scale_ptr, zero_ptr, tables_ptr, n, x_stride, y_stride, key_a, key_b,
+    KIND: tl.constexpr, QUANTIZE: tl.constexpr, OUTPUT_INTO_X: tl.constexpr, R: tl.constexpr,
+    FMT: tl.constexpr,
 ):  # fmt: skip
     LANES: tl.constexpr = FMT.lanes
     B: tl.constexpr = FMT.group // LANES
@@ -83,10 +84,15 @@ def _forward_kernel(
         if GATED:
             up = widen(tl.load(source + n + column, mask=column < n, other=0.0))
             ups = ups + (up,)
-            y = gate * _sigmoid(gate) * up
+    if OUTPUT_INTO_X:
+        tl.debug_barrier()  # all threads have read what is overwritten
+    for i in tl.static_range(LANES):
+        column = columns + i * B
+        if GATED:
+            y = gates[i] * _sigmoid(gates[i]) * ups[i]
         else:
-            y, _ = _gelu(gate, KIND)
-        tl.store(y_ptr + row * n + column, cast(y, y_ptr.dtype.element_ty), mask=column < n)
+            y, _ = _gelu(gates[i], KIND)
+        tl.store(y_ptr + row * y_stride + column, cast(y, y_ptr.dtype.element_ty), mask=column < n)
     if QUANTIZE:
         per_half = n // FMT.group
         mask = group < per_half
@@ -172,17 +178,21 @@ def _launch(rows: int, n: int, fmt: Format | None) -> tuple[tuple[int], dict]:
     return (rows * triton.cdiv(groups, per_program),), tile
 
 
-def activation_forward(x: Tensor, kind: str, fmt: Format | None, key: int) -> tuple[Tensor, Packed]:
-    """See fused.activation_forward(); half of x's last axis is a multiple of the group."""
+def activation_forward(
+    x: Tensor, kind: str, fmt: Format | None, key: int, output_into_x: bool
+) -> tuple[Tensor, Packed]:
+    """See fused.activation_forward_op(); half of x's last axis is a multiple of the group."""
     rows = as_rows(x)
     n = x.shape[-1] // (2 if kind == "swiglu" else 1)
-    y = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
+    shape = (0,) if output_into_x else (*x.shape[:-1], n)
+    y = torch.empty(shape, dtype=x.dtype, device=x.device)
     packed = empty_packed(x.shape[:-1], x.shape[-1], fmt, x.device)
     if rows.numel():
         grid, tile = _launch(rows.shape[0], n, fmt)
         _forward_kernel[grid](
-            rows, y, *packed_arguments(packed, fmt), n, rows.stride(0), *signed_key(key),
-            KIND=kind, QUANTIZE=fmt is not None, **tile,
+            rows, rows if output_into_x else y, *packed_arguments(packed, fmt), n, rows.stride(0),
+            rows.stride(0) if output_into_x else n, *signed_key(key), KIND=kind,
+            QUANTIZE=fmt is not None, OUTPUT_INTO_X=output_into_x, **tile,
         )  # fmt: skip
     return y, packed
 

@@ -24,13 +24,16 @@ __all__ = [
 ]
 
 
-def activation_forward(x: Tensor, kind: str, fmt: Format | None, key: int) -> tuple[Tensor, Packed]:
-    """See fused.activation_forward()."""
+def activation_forward(
+    x: Tensor, kind: str, fmt: Format | None, key: int, output_into_x: bool = False
+) -> tuple[Tensor, Packed]:
+    """See fused.activation_forward_op()."""
     half = x.shape[-1] // 2
     if fmt is None or kind != "swiglu" or half % fmt.group == 0:
-        return activation.activation_forward(x, kind, fmt, key)
-    y, _ = activation.activation_forward(x, kind, None, key)
-    return y, quantize(x, fmt, key)
+        return activation.activation_forward(x, kind, fmt, key, output_into_x)
+    packed = quantize(x, fmt, key)
+    y, _ = activation.activation_forward(x, kind, None, key, output_into_x)
+    return y, packed
 
 
 def activation_backward(
