@@ -292,6 +292,19 @@ def bind_wandb_opening(wrap: Callable[[Callable], Callable]) -> None:
     global_vars._set_wandb_writer = wrap(global_vars._set_wandb_writer)
 
 
+def bind_wandb_artifacts(wrap: Callable[[Callable], Callable]) -> None:
+    """After a save the last rank makes a W&B artifact of the checkpoint and adds the tracker file, which only
+    rank 0 writes: it may not be there yet, or still be that of the save before. Megatron does not wait for
+    it, and lets what W&B raises end the last rank alone.
+
+    Args:
+        wrap: takes Megatron's function, returns one in its place.
+    """
+    import megatron.training.wandb_utils as wandb_utils
+
+    wandb_utils.on_save_checkpoint_success = wrap(wandb_utils.on_save_checkpoint_success)
+
+
 def bind_wandb(log: Callable[[Callable], Callable], finish: Callable[[Callable], Callable]) -> None:
     """Megatron's W&B writer is the module ``wandb`` itself: it logs by ``wandb.log(values, iteration)``, and
     W&B drops steps that go back, as those of a resumed run may. To be called once the W&B run is open, as

@@ -281,7 +281,7 @@ def prepare(on_cpu: bool) -> tuple[argparse.Namespace, Plan]:
             plan.print()
         if args.agoq_dry_run:
             sys.exit(0)
-        compat.bind_wandb_opening(wrap_opening(compat.bind_wandb))
+        compat.bind_wandb_opening(wrap_opening(compat.bind_wandb, compat.bind_wandb_artifacts))
         set_global_variables(args)
     except REFUSALS as problem:
         refuse(paragraph(problem))

@@ -13,7 +13,8 @@ That step is kept in ``SAVE/wandb_last_step``. (W&B can also rewind a run, which
 it needs the server, so an offline run could not.) Repeated iterations thus appear twice.
 
 *Never stops it.* Whatever W&B raises is one line on the log. Not logged in, or not reachable at the start:
-the run is written offline, to be sent later.
+the run is written offline, to be sent later. A checkpoint becomes an artifact of the run with the file that
+names its iteration, for which the last rank waits, but not for ever.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import time
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +34,11 @@ INIT_SECONDS, FINISH_SECONDS = 30, 60
 """How long to wait for W&B at the start, where it may take 15 seconds more to ask the server what it can do,
 and at the end for what is not sent yet: that stays on disk for ``wandb sync``. ``WANDB_INIT_TIMEOUT`` and
 ``WANDB_FINISH_TIMEOUT`` override them."""
+TRACKER_SECONDS, LATER_TRACKER_SECONDS = 40, 1
+"""How long the last rank waits for rank 0's tracker file, and the others with it: a client of NFS that has
+looked for a file too early may not see it for 30 seconds. Where it did not come (nodes without a common
+folder) no later save is held up for long."""
+_LOOK_SECONDS = 0.05
 
 
 class NotLoggedIn(Exception):
@@ -57,11 +64,14 @@ def continued_run(args: Namespace) -> str | None:
     return kept.read_text().strip() or None
 
 
-def wrap_opening(bind: Callable[[Callable, Callable], None]) -> Callable[[Callable], Callable]:
+def wrap_opening(
+    bind: Callable[[Callable, Callable], None], bind_artifacts: Callable[[Callable], None]
+) -> Callable[[Callable], Callable]:
     """What opens the W&B writer in the place of Megatron's function.
 
     Args:
         bind: replaces ``wandb.log`` and ``wandb.finish`` by ``wrap(stock)``; takes the two wraps.
+        bind_artifacts: the same of Megatron's function that makes artifacts of checkpoints; takes its wrap.
 
     Returns:
         Takes Megatron's function ``(args) -> None``, returns ours.
@@ -74,7 +84,7 @@ def wrap_opening(bind: Callable[[Callable, Callable], None]) -> Callable[[Callab
                 stock(args)
                 return
             try:
-                _open(stock, args, bind)
+                _open(stock, args, bind, bind_artifacts)
             except Exception as problem:  # W&B's own, a full disk, a broken installation
                 _say(f"W&B is not used: {_text(problem)} Training goes on.")
 
@@ -83,7 +93,7 @@ def wrap_opening(bind: Callable[[Callable, Callable], None]) -> Callable[[Callab
     return wrap
 
 
-def _open(stock, args: Namespace, bind) -> None:
+def _open(stock, args: Namespace, bind, bind_artifacts) -> None:
     import wandb
 
     run_id = continued_run(args)
@@ -106,6 +116,7 @@ def _open(stock, args: Namespace, bind) -> None:
             f"W&B: {_text(problem)} Training goes on, and the run is written to {folder}; "
             f"`wandb sync {folder}` sends it."
         )
+    bind_artifacts(wrap_artifact)  # a disabled run makes them too, and only sends none
     if wandb.run.disabled:
         return
     # Megatron sets this once more, without leave to change it: an error in a resumed job of another name.
@@ -180,6 +191,52 @@ def wrap_log(steps: Steps, stock: Callable) -> Callable:
             _say(f"W&B takes no more values: {_text(problem)} Training goes on without it.")
 
     return log
+
+
+def wrap_artifact(stock: Callable) -> Callable:
+    """Megatron's function that makes an artifact of a checkpoint, once rank 0 has written the tracker file.
+
+    Not all ranks come here, so that it takes no collective. Rank 0 goes on to the next save only with this
+    rank: the file stays as it is until it is copied.
+    """
+    patience, said = TRACKER_SECONDS, False
+
+    def say(iteration: int, why: str) -> None:
+        nonlocal said
+        if not said:
+            _say(
+                f"W&B: the checkpoint of iteration {iteration} is not logged as an artifact: {why} Training "
+                "goes on, and this is said once."
+            )
+        said = True
+
+    @functools.wraps(stock)
+    def on_save_checkpoint_success(checkpoint_path, tracker_filename, save_dir, iteration) -> None:
+        nonlocal patience
+        name = "release" if Path(checkpoint_path).name == "release" else str(iteration)
+        try:
+            # Object storage cannot be read as a file: W&B says what it thinks of it.
+            if "://" not in str(tracker_filename) and not _names(Path(tracker_filename), name, patience):
+                say(iteration, f"{tracker_filename} did not name it within {patience} seconds.")
+                patience = LATER_TRACKER_SECONDS
+                return
+            stock(checkpoint_path, tracker_filename, save_dir, iteration)
+        except Exception as problem:
+            say(iteration, _text(problem))
+
+    return on_save_checkpoint_success
+
+
+def _names(tracker: Path, name: str, seconds: float) -> bool:
+    """Whether a tracker file names this iteration in time; an older one is that of the save before."""
+    end = time.monotonic() + seconds
+    while True:
+        with contextlib.suppress(OSError, ValueError):
+            if tracker.read_text().strip() == name:
+                return True
+        if time.monotonic() >= end:
+            return False
+        time.sleep(_LOOK_SECONDS)
 
 
 def wrap_finish(stock: Callable) -> Callable:

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import itertools
+import json
 import os
 import signal
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from wandb_file import WandbRun, read_run
+from wandb_file import WandbRun, read_run, records
 
 from agoq_megatron import wandb_run
 from agoq_megatron.policy.sites import Site
+from agoq_megatron.resuming.checksums import COMPLETE
 
 slow = pytest.mark.slow
+
+LATE_TRACKER = Path(__file__).with_name("late_tracker_entry.py")
 
 
 def flags(folder: Path, *more: object) -> list:
@@ -179,9 +188,40 @@ def test_without_wandb_training_goes_on(launcher, tmp_path, case):
     assert logged.run_id == (tmp_path / "ckpt" / "wandb_run_id").read_text().strip()
 
 
+def artifacts(folder: Path) -> list:
+    from wandb.proto import wandb_internal_pb2
+
+    (file,) = folder.rglob("*.wandb")
+    found = (wandb_internal_pb2.Record.FromString(data) for data in records(file))
+    return [record.artifact for record in found if record.WhichOneof("record_type") == "artifact"]
+
+
+@slow
+def test_artifacts_of_checkpoints_wait_for_the_tracker_file(launcher, tmp_path):
+    """Rank 0 writes it late, into a new folder and then over an older one. The last rank, which copies it
+    into the artifact, must neither end for want of it nor take the older."""
+    common = flags(tmp_path, "--train-iters", 5)
+    common[common.index("--save-interval") + 1] = 2
+    run = launcher.run(*common, ranks=2, entry=LATE_TRACKER)
+    assert run.ok, run.log[-4000:]
+    assert "AGoQ: W&B" not in run.log
+    made = artifacts(tmp_path / "ckpt" / "wandb")
+    assert [json.loads(artifact.metadata) for artifact in made] == [{"iteration": i} for i in (2, 4, 5)]
+    for artifact, iteration in zip(made, (2, 4, 5), strict=True):
+        entries = {entry.path: entry for entry in artifact.manifest.contents}
+        copied = entries.pop("latest_checkpointed_iteration.txt")
+        digest = hashlib.md5(str(iteration).encode()).digest()
+        assert copied.digest == base64.b64encode(digest).decode()
+        folder = (tmp_path / "ckpt").resolve() / f"iter_{iteration:07d}"
+        assert {entry.ref for entry in entries.values()} >= {f"file://{folder}/{n}" for n in COMPLETE}
+        assert folder.name in artifact.aliases
+
+
 @slow
 def test_disabled_by_the_user(launcher, tmp_path):
-    run = launcher.run(*flags(tmp_path, "--train-iters", 2), env={"WANDB_MODE": "disabled"})
+    """A disabled run copies the tracker file all the same."""
+    env = {"WANDB_MODE": "disabled"}
+    run = launcher.run(*flags(tmp_path, "--train-iters", 2), ranks=2, env=env, entry=LATE_TRACKER)
     assert run.ok, run.log[-4000:]
     assert not list(tmp_path.rglob("*.wandb")) and not (tmp_path / "ckpt" / "wandb_run_id").exists()
     assert "AGoQ: W&B" not in run.log
@@ -248,6 +288,68 @@ def test_a_wandb_that_fails_later_is_left_alone(capsys):
     assert "could not finish the run: BrokenPipeError: gone" in capsys.readouterr().out
 
 
+def saving(tmp_path: Path, stock) -> tuple[Path, Callable[[int], None]]:
+    """(the tracker file, what the last rank calls after a save)."""
+    tracker = tmp_path / "latest_checkpointed_iteration.txt"
+    wrapped = wandb_run.wrap_artifact(stock)
+
+    def saved(iteration: int, name: str = "") -> None:
+        folder = tmp_path / (name or f"iter_{iteration:07d}")
+        wrapped(str(folder), str(tracker), str(tmp_path), iteration)
+
+    return tracker, saved
+
+
+def test_a_tracker_file_that_does_not_come_is_said_once(tmp_path, capsys, monkeypatch):
+    """None at all, that of another iteration, or no number; later saves wait less."""
+    monkeypatch.setattr(wandb_run, "TRACKER_SECONDS", 0.4)
+    monkeypatch.setattr(wandb_run, "LATER_TRACKER_SECONDS", 0.1)
+    made = []
+    tracker, saved = saving(tmp_path, lambda *call: made.append(call[-1]))
+    start = time.monotonic()
+    saved(4)
+    assert 0.4 <= time.monotonic() - start
+    said = capsys.readouterr().out
+    assert "the checkpoint of iteration 4 is not logged" in said and "within 0.4 seconds" in said
+    for text in ("4", "60", "", "\ud8ff"):
+        tracker.write_bytes(text.encode("utf-8", "surrogatepass"))
+        start = time.monotonic()
+        saved(6)
+        assert 0.1 <= time.monotonic() - start < 0.4
+    assert not made and not capsys.readouterr().out
+
+    timer = threading.Timer(0.05, tracker.write_text, ["8"])
+    timer.start()
+    saved(8)
+    timer.join()
+    tracker.write_text("release")
+    saved(9, "release")
+    assert made == [8, 9] and not capsys.readouterr().out
+
+
+def test_an_artifact_that_wandb_refuses_stops_nothing(tmp_path, capsys):
+    made = []
+
+    def stock(checkpoint_path, tracker_filename, save_dir, iteration):
+        if iteration < 6:
+            raise BrokenPipeError("gone")
+        made.append(iteration)
+
+    tracker, saved = saving(tmp_path, stock)
+    for iteration in (2, 4, 6):
+        tracker.write_text(str(iteration))
+        saved(iteration)
+    assert made == [6]
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "iteration 2 is not logged as an artifact: BrokenPipeError: gone. Training goes on" in line
+
+
+def test_an_artifact_in_object_storage_is_not_waited_for():
+    calls, given = [], ("msc://a/iter_0000002", "msc://a/latest_checkpointed_iteration.txt", "msc://a", 2)
+    wandb_run.wrap_artifact(lambda *call: calls.append(call))(*given)
+    assert calls == [given]
+
+
 def test_nothing_that_opening_raises_stops_the_run(capsys, monkeypatch):
     def stock(args):
         raise OSError(28, "No space left on device")
@@ -256,8 +358,8 @@ def test_nothing_that_opening_raises_stops_the_run(capsys, monkeypatch):
     for name in ("WANDB_RESUME", "WANDB_INIT_TIMEOUT", "WANDB_FINISH_TIMEOUT"):
         monkeypatch.setenv(name, os.environ.get(name, "5" if "TIMEOUT" in name else "allow"))
     args = SimpleNamespace(wandb_project="p", rank=1, world_size=2, save=None, load=None, finetune=False)
-    wandb_run.wrap_opening(None)(stock)(args)
+    wandb_run.wrap_opening(None, None)(stock)(args)
     assert "AGoQ: W&B is not used: OSError: [Errno 28] No space left" in capsys.readouterr().out
     args.rank = 0  # where Megatron opens nothing
     with pytest.raises(OSError):
-        wandb_run.wrap_opening(None)(stock)(args)
+        wandb_run.wrap_opening(None, None)(stock)(args)
