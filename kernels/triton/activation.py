@@ -11,6 +11,7 @@ import triton.language as tl
 from agoq_kernels.formats import Format
 from agoq_kernels.triton.codec import INTERPRET, cast, load_dequantize, quantize_store, widen
 from agoq_kernels.triton.constants import constants
+from agoq_kernels.triton.launch import Kernel
 from agoq_kernels.triton.quantize import (
     Packed,
     as_rows,
@@ -64,6 +65,7 @@ def _place(n, R: tl.constexpr, FMT: tl.constexpr):
     return row.to(tl.int64), group, columns
 
 
+@Kernel
 @triton.jit(do_not_specialize=["key_a", "key_b"])
 def _forward_kernel(
     x_ptr, y_ptr, codes_ptr, scale_ptr, zero_ptr, tables_ptr, n, x_stride, y_stride, key_a, key_b,
@@ -121,6 +123,7 @@ def _load_kept(
         return xs
 
 
+@Kernel
 @triton.jit
 def _backward_kernel(
     grad_ptr, x_ptr, scale_ptr, zero_ptr, tables_ptr, grad_x_ptr, n, grad_stride,

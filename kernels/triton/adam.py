@@ -10,6 +10,7 @@ from agoq_kernels.adam import AdamSettings, Gradient
 from agoq_kernels.states import BLOCK, AdamStates
 from agoq_kernels.triton.codec import INTERPRET, ROUND, _halves, _nan_max, _word, widen
 from agoq_kernels.triton.gradients import load_rows, sum_of_blocks
+from agoq_kernels.triton.launch import Kernel
 from agoq_kernels.triton.quantize import signed_key
 from torch import Tensor
 
@@ -138,6 +139,7 @@ def _encode(exp_avg, exp_avg_sq, root, own, key_a, key_b, STOCHASTIC: tl.constex
 # --- The step -------------------------------------------------------------------------------------
 
 
+@Kernel
 @triton.jit(do_not_specialize=["first", "n", "key_a", "key_b"])
 def _adam_kernel(
     codes_ptr, scales_ptr, multiplier_ptr, exp_avg_ptr, exp_avg_sq_ptr, state_scales_ptr, master_ptr,

@@ -24,7 +24,7 @@ def _fp32(value: float) -> float:
     return torch.tensor(value, dtype=torch.float32).item()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # there is one of each: they are told apart by identity, at every launch
 class Constants:
     """A format as numbers. Everything a kernel's code depends on, and nothing else.
 

@@ -6,11 +6,13 @@ import torch
 import triton
 import triton.language as tl
 from agoq_kernels.triton.codec import cast, widen
+from agoq_kernels.triton.launch import Kernel
 from torch import Tensor
 
 BLOCK = 8192
 
 
+@Kernel
 @triton.jit(do_not_specialize=["n_rows"])
 def _forward_kernel(logits_ptr, target_ptr, stats_ptr, n_rows, n, row_stride, start, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
@@ -33,6 +35,7 @@ def _forward_kernel(logits_ptr, target_ptr, stats_ptr, n_rows, n, row_stride, st
     tl.store(stats_ptr + 2 * n_rows.to(tl.int64) + row, picked)
 
 
+@Kernel
 @triton.jit
 def _backward_kernel(
     logits_ptr, target_ptr, log_sum_exp_ptr, grad_ptr, n, row_stride, start, BLOCK: tl.constexpr

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from agoq_kernels.gradients import BLOCK, NORM_STRETCH, GradientFormat, segment_bytes
 from agoq_kernels.triton.codec import INTERPRET, MAGIC, ROUND, _centred, _clamp, _nan_max, _word, widen
+from agoq_kernels.triton.launch import Kernel
 from agoq_kernels.triton.quantize import signed_key
 from torch import Tensor
 
@@ -64,6 +65,7 @@ def _round(y, seeds, column, STOCHASTIC: tl.constexpr):
     return (y + ROUND) - ROUND
 
 
+@Kernel
 @triton.jit(do_not_specialize=["first", "n", "key_a", "key_b"])
 def _accumulate_kernel(
     codes_ptr, scales_ptr, residual_ptr, grad_ptr, blocks, first, n, key_a, key_b,
@@ -161,6 +163,7 @@ def sum_of_blocks(codes_ptr, scales_ptr, stride, blocks, block, mask, segments, 
     return total
 
 
+@Kernel
 @triton.jit(do_not_specialize=["first", "n"])
 def _sum_kernel(
     codes_ptr, scales_ptr, out_ptr, stride, blocks, first, n, segments, factor,

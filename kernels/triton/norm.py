@@ -17,6 +17,7 @@ import triton.language as tl
 from agoq_kernels.formats import Format
 from agoq_kernels.triton.codec import INTERPRET, cast, load_packed, quantize_store, unpack, widen
 from agoq_kernels.triton.constants import constants
+from agoq_kernels.triton.launch import Kernel
 from agoq_kernels.triton.quantize import (
     Packed,
     as_rows,
@@ -106,6 +107,7 @@ def _scale_and_shift(xs, weight_ptr, bias_ptr, columns, n, HAS_BIAS: tl.constexp
     return ys
 
 
+@Kernel
 @triton.jit(do_not_specialize=["key_a", "key_b"])
 def _forward_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, total_ptr,
@@ -159,6 +161,7 @@ def _unpack_kept(kept, tables_ptr, QUANTIZED: tl.constexpr, FMT: tl.constexpr):
         return _widen_lanes(kept, FMT)
 
 
+@Kernel
 @triton.jit
 def _from_kept_kernel(
     x_ptr, scale_ptr, zero_ptr, tables_ptr, weight_ptr, bias_ptr, y_ptr, n, eps,
@@ -195,6 +198,7 @@ def _sum_both(xs, ys, FMT: tl.constexpr):
         return tl.reduce((x, y), 0, _add_pairs)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["n_rows"])
 def _backward_kernel(
     grad_ptr, x_ptr, scale_ptr, zero_ptr, tables_ptr, residual_grad_ptr, weight_ptr, bias_ptr,

@@ -9,6 +9,7 @@ from agoq_kernels.formats import Format
 from agoq_kernels.rng import key_words
 from agoq_kernels.triton.codec import cast, load_dequantize, quantize_store, widen
 from agoq_kernels.triton.constants import constants, tables
+from agoq_kernels.triton.launch import Kernel
 from torch import Tensor
 
 Packed = tuple[Tensor, Tensor, Tensor]
@@ -16,6 +17,7 @@ Packed = tuple[Tensor, Tensor, Tensor]
 TILE = 4096  # elements a program
 
 
+@Kernel
 @triton.jit(do_not_specialize=["key_a", "key_b", "n_groups"])
 def _quantize_kernel(
     x_ptr, codes_ptr, scale_ptr, zero_ptr, tables_ptr, n_groups, groups_per_row, row_stride,
@@ -36,6 +38,7 @@ def _quantize_kernel(
     quantize_store(xs, groups, mask, codes_ptr, scale_ptr, zero_ptr, tables_ptr, key_a, key_b, FMT)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["n_groups"])
 def _dequantize_kernel(
     codes_ptr, scale_ptr, zero_ptr, tables_ptr, x_ptr, n_groups, R: tl.constexpr, FMT: tl.constexpr

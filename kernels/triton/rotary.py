@@ -12,12 +12,14 @@ import triton.language as tl
 from agoq_kernels.formats import Format
 from agoq_kernels.triton.codec import cast, quantize_store, widen
 from agoq_kernels.triton.constants import constants
+from agoq_kernels.triton.launch import Kernel
 from agoq_kernels.triton.quantize import Packed, empty_packed, packed_arguments, signed_key
 from torch import Tensor
 
 TILE = 4096  # elements a program, at most
 
 
+@Kernel
 @triton.jit(do_not_specialize=["n_tokens", "key_a", "key_b"])
 def _rotate_kernel(
     source_ptr, out_ptr, cos_ptr, sin_ptr, codes_ptr, scale_ptr, zero_ptr, tables_ptr,
