@@ -214,7 +214,7 @@ def predict(args: argparse.Namespace, command: list[str]) -> list[float] | None:
 def execute(command: list[str], log: Path, timeout: float) -> int | None:
     """Run a command with all it prints in ``log``; its exit status, or None after ``timeout`` seconds."""
     environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **os.environ}
-    environment["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     with log.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
         try:
