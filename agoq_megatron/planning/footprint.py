@@ -5,9 +5,10 @@ plan's bytes (``agoq_megatron.memory``) times what Megatron's schedule holds (:m
 for a moment is the largest of these moments, in units of U, a hidden state, and F, an MLP's inner state,
 of one micro-batch: the loss (the logits and 5 U; where nothing holds the output layer's gradient in FP32 yet,
 then that gradient, the logits and 3 U), an MLP (backward 3 F and 1 U; where its input is not kept as it is,
-also forward: 2 F or 3 F, and 3 U), the backward pass of an attention (with cuDNN's workspace) and a layer
-that is recomputed (all it saves, and its MLP or its attention). These agree with measured peaks
-(docs/planner.md) and with what lives between the operations of a step (tests/planning/test_moments.py).
+also forward: 2 F or 3 F, and 3 U; 1 F less where nothing gates), the backward pass of an attention (with
+cuDNN's workspace) and what is recomputed, a layer or its MLP alone (all it saves, and its own moment). These
+agree with measured peaks (docs/planner.md) and with what lives between the operations of a step
+(tests/planning/test_moments.py).
 """
 
 from __future__ import annotations
@@ -153,18 +154,24 @@ def _momentary(args, config, plan: Plan, sizes: _Sizes, last: bool) -> tuple[flo
 
 def _layer_moment(config, plan: Plan, sizes: _Sizes) -> float:
     """Bytes beside what is kept at the worst moment of a layer."""
-    chunks = getattr(config, "mlp_chunks_for_training", 1) or 1
+    mlp_again = config.recompute_granularity == "selective" and "mlp" in config.recompute_modules
+    # Megatron runs an MLP again as a whole, whatever the parts.
+    chunks = 1 if mlp_again else getattr(config, "mlp_chunks_for_training", 1) or 1
     full = config.recompute_granularity == "full"
     # "uniform" runs its whole group again at a time, "block" one layer.
     again = config.recompute_num_layers if full and config.recompute_method == "uniform" else 1
     numbers = list(plan.layers)
     kept = all(config.agoq.rule(Site.NORM2_INPUT, n).keep for n in numbers)
     # The MLP's backward: the gradient that it starts from; where layers run again, their input and output.
-    beside = 3 * sizes.f / chunks + (3 if full and not kept else 1) * sizes.u
+    beside = (_fc1_states(config) + 1) * sizes.f / chunks + (3 if full and not kept else 1) * sizes.u
+    if mlp_again:
+        beside += _mlp_again(config, numbers, sizes)
     if not kept:
         # Its forward: the layer's input, the sum after attention, a third hidden state (the embedding's
         # output, held by Megatron's model; with recomputation the gradient that waits), finished pieces.
         inner = max(_inner_states(config, n) for n in numbers) * sizes.f / chunks
+        if chunks > 1:  # after the last piece: all of them joined, and the layer's output
+            inner = max(inner, 2 * sizes.u)
         beside = max(beside, inner + (3 + (chunks > 1) + (again > 1)) * sizes.u)
     if full:
         return _again(config, numbers[0], sizes, again, beside)
@@ -173,12 +180,35 @@ def _layer_moment(config, plan: Plan, sizes: _Sizes) -> float:
     return max(beside, *attentions)
 
 
+def _fc1_states(config) -> int:
+    """How many F FC1's output has: gate and up, or one."""
+    return 2 if config.gated_linear_unit else 1
+
+
 def _inner_states(config, number: int) -> int:
     """How many F an MLP's forward has at a time: the activation's output overwrites its input where nobody
     wants that any more (``autograd.activation_linear``)."""
     rule = config.agoq.rule
     free = rule(Site.FC1_OUTPUT, number).format is not None and rule(Site.FC2_INPUT, number).recompute
-    return 2 if free else 3
+    return _fc1_states(config) + (not free)
+
+
+def _mlp_again(config, numbers: list[int], sizes: _Sizes) -> float:
+    """Bytes beside an MLP's backward that are there because it alone has run again, in the worst layer: what
+    it keeps, its output, and its input, which is not made anew where it was kept as it is."""
+    plan, found = Plan(_without_recomputation(config)), 0.0
+    for number in numbers:
+        kept = config.agoq.rule(Site.NORM2_INPUT, number).keep
+        again = sum(plan.bytes_of(site, number) for site in (MLP_SITES[1:] if kept else MLP_SITES))
+        found = max(found, again * sizes.tokens + (1 if kept else 2) * sizes.u)
+    return found
+
+
+def _without_recomputation(config):
+    """A copy of the config that recomputes nothing."""
+    exact = copy.copy(config)
+    exact.recompute_granularity = None
+    return exact
 
 
 def _again(config, first: int, sizes: _Sizes, layers: int, beside: float) -> float:
@@ -188,8 +218,7 @@ def _again(config, first: int, sizes: _Sizes, layers: int, beside: float) -> flo
         first: number of a layer.
         beside: bytes beside what they keep, in their MLP.
     """
-    exact = copy.copy(config)
-    exact.recompute_granularity = None
+    exact = _without_recomputation(config)
     plan = Plan(exact)
     kept = plan.planned_bytes_per_token_layer * sizes.tokens
     # Attention's backward: the layer's input and output, and the gradients of its output and of the sum.
@@ -203,7 +232,8 @@ def _attention_moment(config, plan: Plan, number: int, tokens: int) -> float:
     tp = config.tensor_model_parallel_size
     q = o = config.num_attention_heads * config.kv_channels / tp
     k = v = config.num_query_groups * config.kv_channels / tp
-    held = [config.agoq.rule(site, number).keep for site in ATTENTION_SITES]
+    # An output that is recomputed has no bytes in the plan.
+    held = [config.agoq.rule(s, number).keep and plan.bytes_of(s, number) > 0 for s in ATTENTION_SITES]
     here = config.params_dtype.itemsize * tokens
     groups = config.num_query_groups // tp
     some = groups_at_a_time(int(q * tokens), groups) / groups  # of the heads

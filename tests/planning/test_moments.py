@@ -31,7 +31,10 @@ MODEL = """
     --use-distributed-optimizer
 """.split()
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers"
+SELECTIVE = "--recompute-granularity selective --recompute-modules"
 PARTS = "--mlp-chunks-for-training 4"
+GELU = "GELU"
+"""Takes --swiglu out of the model's flags."""
 RUNS = {
     "off": "--agoq-activations off",
     "off, MLP in parts": f"--agoq-activations off {PARTS}",
@@ -42,10 +45,22 @@ RUNS = {
     "agoq, full recomputation, MLP in parts": f"{FULL} 1 {PARTS}",
     "agoq, full recomputation of two layers": f"{FULL} 2",
     "uniform4, full recomputation, MLP in parts": f"--agoq-activations uniform4 {FULL} 1 {PARTS}",
+    "off, two layers, MLP run again": f"--agoq-activations off --num-layers 2 {SELECTIVE} mlp",
+    "agoq, MLP run again": f"{SELECTIVE} mlp",
+    "agoq, MLP run again, which cancels its parts": f"{SELECTIVE} mlp {PARTS}",
+    "off, attention run again": f"--agoq-activations off {SELECTIVE} core_attn",
+    "agoq, attention run again": f"{SELECTIVE} core_attn",
+    "agoq, attention run again, MLP in parts": f"{SELECTIVE} core_attn {PARTS}",
+    "agoq, attention and MLP run again": f"{SELECTIVE} core_attn mlp",
+    "off, two layers, GELU": f"--agoq-activations off --num-layers 2 {GELU}",
+    "agoq, GELU": GELU,
+    "agoq, GELU, MLP in parts": f"{GELU} {PARTS}",
+    "agoq, GELU, full recomputation": f"{GELU} {FULL} 1",
 }
 ALWAYS = {
     "off", "agoq", "agoq, MLP in parts", "agoq, full recomputation, MLP in parts",
-    "agoq, full recomputation of two layers",
+    "agoq, full recomputation of two layers", "off, two layers, MLP run again",
+    "off, two layers, GELU",
 }  # fmt: skip
 
 
@@ -92,7 +107,8 @@ def measure(flags: str, out: Path) -> None:
         return passes
 
     megatron.get_forward_backward_func = counted
-    sys.argv = ["pretrain_gpt_agoq.py", *MODEL, *flags.split()]
+    model = [flag for flag in MODEL if flag != "--swiglu" or GELU not in flags]
+    sys.argv = ["pretrain_gpt_agoq.py", *model, *flags.replace(GELU, "").split()]
     cpu.install()
     training.main(on_cpu=True)
     args = get_args()
@@ -111,6 +127,7 @@ def moments(launcher, tmp_path_factory, request) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(450)  # the first one waits for all runs
 @pytest.mark.parametrize("name", covering(RUNS, ALWAYS))
 def test_worst_moment(moments, name):
     measured, planned = json.loads((moments / f"{name}.json").read_text())
