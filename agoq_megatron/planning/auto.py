@@ -16,13 +16,18 @@ from dataclasses import replace
 
 from agoq_megatron.memory import Plan, ranges
 from agoq_megatron.planning.footprint import FRAGMENTATION, OUTSIDE, Footprint, footprints
-from agoq_megatron.planning.knapsack import Knapsack, RulesPolicy, stage_of
+from agoq_megatron.planning.knapsack import Knapsack, RulesPolicy, stage_of, with_policy
 from agoq_megatron.planning.parameters import padded_vocabulary
 from agoq_megatron.planning.shipped import FOLDER, sensitivities_of
 from agoq_megatron.planning.solver import Choice, DoesNotFit
 from agoq_megatron.policy.policy import SOLVED, Rule, load_policy
+from agoq_megatron.policy.sites import Site
 from agoq_megatron.refusals import UsageError
 from agoq_megatron.sizes import parse_size, readable
+
+ROUNDS = 8
+"""Of solving within what the last widths leave. Up to three were needed: narrower codes free bytes in every
+layer in flight, and add to the moment of one."""
 
 
 class AutoPolicy(RulesPolicy):
@@ -57,7 +62,7 @@ def auto_policy(args) -> AutoPolicy:
     knapsack = Knapsack(args, sensitivities_of(args))
     budgets = stage_budgets(args, knapsack)
     try:
-        choice = knapsack.solve(budgets)
+        budgets, choice = _solve(args, knapsack, budgets)
     except DoesNotFit as problem:
         raise UsageError(_does_not_fit(args, knapsack, problem)) from problem
     chosen = knapsack.policy(SOLVED, choice)
@@ -69,24 +74,52 @@ def auto_policy(args) -> AutoPolicy:
     return AutoPolicy(chosen, list(_summary(args, record)), record)
 
 
+def _solve(args, knapsack: Knapsack, budgets: list[int]) -> tuple[list[int], Choice]:
+    """Widths that fit the card with all that lives beside them, and the budgets that they were solved in.
+
+    What lives for a moment depends on the widths: the fewer bytes an MLP has left behind, the more the
+    backward pass of attention adds. So the footprint of what was chosen says what it really leaves for saved
+    activations; where that is less than it keeps, it is solved again within that. A bound over all widths
+    beforehand would be simpler, but gives away up to all that the MLP of a layer keeps: it is there for the
+    case that this has not settled after :data:`ROUNDS`.
+
+    Raises:
+        DoesNotFit: not even the fewest bits do.
+    """
+    if args.agoq_activation_memory:
+        return budgets, knapsack.solve(budgets)
+    narrow = knapsack.narrowest()
+    for _ in range(ROUNDS):
+        try:
+            choice = knapsack.solve(budgets)
+        except DoesNotFit:  # what is missing then is counted beside the fewest bits' own moment
+            knapsack.solve(list(map(min, budgets, _left(args, knapsack, narrow))))
+            raise
+        policy = knapsack.policy(SOLVED, choice)
+        left = _left(args, knapsack, policy)
+        if all(peak <= room for peak, room in zip(knapsack.peaks(policy), left, strict=True)):
+            return budgets, choice
+        budgets = list(map(min, budgets, left))
+    # In an MLP's forward FC1's output in 16 bits is worse: the activation's output cannot overwrite it.
+    rules = {key: rule for key, rule in narrow.rules.items() if key[1] is not Site.FC1_OUTPUT}
+    budgets = list(map(min, budgets, _left(args, knapsack, narrow, RulesPolicy(SOLVED, rules))))
+    return budgets, knapsack.solve(budgets)
+
+
 def stage_budgets(args, knapsack: Knapsack) -> list[int]:
-    """Bytes that each stage has for saved activations.
+    """Bytes that each stage has for saved activations, as far as that is known before their widths are.
 
     Raises:
         UsageError: something else already fills the GPU.
     """
     if args.agoq_activation_memory:
         return [parse_size(args.agoq_activation_memory)] * knapsack.schedule.stages
-    size, known = parse_size(args.agoq_gpu_memory), copy.copy(args)
-    known.padded_vocab_size = padded_vocabulary(args)
     # What lives for a moment depends on what is kept as it is, which is not known yet: the worse of both.
-    ways = [footprints(known, config, Plan(config)) for config in (knapsack.config, knapsack.quantized)]
-    rows = [max(pair, key=_beside_saved) for pair in zip(*ways, strict=True)]
-    room = (size - OUTSIDE) / (1 + FRAGMENTATION)
-    left = [math.floor(room - _beside_saved(row)) for row in rows]
+    ends = knapsack.config.agoq, knapsack.quantized.agoq
+    left = _left(args, knapsack, *ends)
     worst = min(range(len(left)), key=left.__getitem__)
     if left[worst] <= 0:
-        row = rows[worst]
+        row = max((footprints_of(args, knapsack, end)[worst] for end in ends), key=_beside_saved)
         parts = row.parts | {"CUDA and NCCL": OUTSIDE, "fragmentation": FRAGMENTATION * row.peak}
         parts.pop("saved activations")
         largest = sorted(parts, key=parts.__getitem__, reverse=True)[:3]
@@ -98,6 +131,19 @@ def stage_budgets(args, knapsack: Knapsack) -> list[int]:
             "--agoq-loss-chunks, or more --tensor-model-parallel-size or --pipeline-model-parallel-size."
         )
     return left
+
+
+def footprints_of(args, knapsack: Knapsack, policy) -> list[Footprint]:
+    known, config = copy.copy(args), with_policy(knapsack.config, policy)
+    known.padded_vocab_size = padded_vocabulary(args)
+    return footprints(known, config, Plan(config))
+
+
+def _left(args, knapsack: Knapsack, *policies) -> list[int]:
+    """Bytes of each stage for saved activations beside what else lives under the worst of some policies."""
+    room = (parse_size(args.agoq_gpu_memory) - OUTSIDE) / (1 + FRAGMENTATION)
+    ways = [footprints_of(args, knapsack, policy) for policy in policies]
+    return [math.floor(room - max(map(_beside_saved, rows))) for rows in zip(*ways, strict=True)]
 
 
 def _beside_saved(row: Footprint) -> float:
@@ -221,11 +267,15 @@ def _does_not_fit(args, knapsack: Knapsack, problem: DoesNotFit) -> str:
 
 
 def _fits(args, knapsack: Knapsack) -> bool:
+    """With the fewest bits everywhere."""
+    narrow = knapsack.narrowest()
     try:
         budgets = stage_budgets(args, knapsack)
     except UsageError:
         return False
-    return all(size <= budget for size, budget in zip(knapsack.narrowest(), budgets, strict=True))
+    if not args.agoq_activation_memory:
+        budgets = list(map(min, budgets, _left(args, knapsack, narrow)))
+    return all(size <= budget for size, budget in zip(knapsack.peaks(narrow), budgets, strict=True))
 
 
 def _recomputation_that_fits(args, knapsack: Knapsack):

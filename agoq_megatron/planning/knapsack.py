@@ -140,14 +140,14 @@ class Knapsack:
         whole = self._whole(recompute_price) if recompute_price is not None else {}
         return solve(self._layers(whole), self._limits(budgets), gap=GAP)
 
-    def narrowest(self) -> list[float]:
-        """Bytes of each stage at its peak with the fewest bits everywhere."""
+    def narrowest(self) -> RulesPolicy:
+        """The fewest bits everywhere."""
         fewest = {
             (number, site): Rule(format=self.format(site, min(self._offered(number, row, site))))
             for number, row, site in self._kept()
             if min(self._offered(number, row, site)) != KEPT
         }
-        return self.peaks(RulesPolicy("narrowest", fewest))
+        return RulesPolicy("narrowest", fewest)
 
     def policy(self, name: str, choice: Choice) -> RulesPolicy:
         """What a choice without recomputed layers means."""
