@@ -42,10 +42,10 @@ RUNS = {
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 MEASURED = {
     "off": ("llama3-8b", "--agoq-activations off", 53577),
-    "agoq": ("llama3-8b", "", 40088),
-    "8-bit gradients": ("llama3-8b", "--agoq-grad-bits 8", 34406),
+    "agoq": ("llama3-8b", "", 39865),
+    "8-bit gradients": ("llama3-8b", "--agoq-grad-bits 8", 34183),
     "residual": ("llama3-8b", "--agoq-grad-bits 8 --agoq-grad-residual-bits 4", 35363),
-    "8-bit gradients and states": ("llama3-8b", "--agoq-grad-bits 8 --agoq-optimizer-bits 8", 19955),
+    "8-bit gradients and states": ("llama3-8b", "--agoq-grad-bits 8 --agoq-optimizer-bits 8", 19733),
     "7B, off": ("llama2-7b", "--agoq-activations off", 50457),
     "7B, agoq": ("llama2-7b", "", 38068),
     "13B, off": ("llama2-13b", "--agoq-activations off", 71673),
@@ -58,7 +58,15 @@ MEASURED = {
     ),
     "32k, agoq, MLP and loss in parts": (
         "llama3-8b", "--seq-length 32768 --micro-batch-size 1 --mlp-chunks-for-training 4 "
-        "--agoq-loss-chunks 8", 43994,
+        "--agoq-loss-chunks 8", 43672,
+    ),
+    "32k, agoq, MLP in 3 parts, loss in 4": (
+        "llama3-8b", "--seq-length 32768 --micro-batch-size 1 --mlp-chunks-for-training 3 "
+        "--agoq-loss-chunks 4", 43672,
+    ),
+    "32k, agoq, MLP in 2 parts, loss in 4": (
+        "llama3-8b", "--seq-length 32768 --micro-batch-size 1 --mlp-chunks-for-training 2 "
+        "--agoq-loss-chunks 4", 43878,
     ),
     "longest sequence": (
         "llama3-8b", "--seq-length 125440 --max-position-embeddings 125440 --micro-batch-size 1", 77212,
