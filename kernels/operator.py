@@ -11,7 +11,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-_LIBRARY = torch.library.Library("agoq", "DEF")
+# Kept where this module is loaded again: a namespace can be taken only once, and who calls an operator of a
+# library that has ended reads freed memory.
+_LIBRARY: torch.library.Library = globals().get("_LIBRARY") or torch.library.Library("agoq", "DEF")
+_SCHEMAS: dict[str, str] = globals().get("_SCHEMAS", {})
 
 
 class Operator:
@@ -20,14 +23,21 @@ class Operator:
     Args:
         name: without a namespace.
         function: annotated, for the schema.
-        mutates_args: names of the tensors that it writes to. Their version counters do not move.
+        mutates_args: names of the tensors that it writes to. Their version counters do not move where
+            Triton writes, on a GPU; torch's own operators, which serve the rest, move them.
+
+    Raises:
+        RuntimeError: there is one of this name with another schema. With the same one, as when a module is
+            loaded again, the function takes the place of the earlier.
     """
 
     def __init__(self, name: str, function: Callable, mutates_args: Sequence[str]):
         self.name, self.__doc__ = name, function.__doc__
         schema = torch.library.infer_schema(function, mutates_args=mutates_args)
-        _LIBRARY.define(name + schema)
-        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        if _SCHEMAS.get(name) != schema:
+            _LIBRARY.define(name + schema)
+            _SCHEMAS[name] = schema
+        _LIBRARY.impl(name, function, "CompositeExplicitAutograd", allow_override=True)
         self.overload = getattr(torch.ops.agoq, name).default
 
     def __call__(self, *args):
@@ -38,11 +48,12 @@ class Operator:
 
     def register_kernel(self, device: str) -> Callable[[Callable], None]:
         """Decorate what serves that device instead."""
-        return lambda function: _LIBRARY.impl(self.name, function, device.upper())
+        key = device.upper()
+        return lambda function: _LIBRARY.impl(self.name, function, key, allow_override=True)
 
     def register_fake(self, function: Callable) -> None:
         """Decorate what gives the shapes of the results, for tracing."""
-        torch.library.register_fake(f"agoq::{self.name}", function, lib=_LIBRARY)
+        torch.library.register_fake(f"agoq::{self.name}", function, lib=_LIBRARY, allow_override=True)
 
 
 def operator(name: str, mutates_args: Sequence[str] = ()) -> Callable[[Callable], Operator]:
