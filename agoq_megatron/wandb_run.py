@@ -13,8 +13,9 @@ That step is kept in ``SAVE/wandb_last_step``. (W&B can also rewind a run, which
 it needs the server, so an offline run could not.) Repeated iterations thus appear twice.
 
 *Never stops it.* Whatever W&B raises is one line on the log. Not logged in, or not reachable at the start:
-the run is written offline, to be sent later. A checkpoint becomes an artifact of the run with the file that
-names its iteration, for which the last rank waits, but not for ever.
+the run is written offline, to be sent later. Where the two files above cannot be written, it is logged
+without them. A checkpoint becomes an artifact of the run with the file that names its iteration, for which
+the last rank waits, but not for ever.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ and at the end for what is not sent yet: that stays on disk for ``wandb sync``. 
 ``WANDB_FINISH_TIMEOUT`` override them."""
 TRACKER_SECONDS, LATER_TRACKER_SECONDS = 40, 1
 """How long the last rank waits for rank 0's tracker file, and the others with it: a client of NFS that has
-looked for a file too early may not see it for 30 seconds. Where it did not come (nodes without a common
-folder) no later save is held up for long."""
+looked for a file too early may not see it for 30 seconds. Where it did not come and never does (nodes without
+a common folder) no later save is held up for long."""
 _LOOK_SECONDS = 0.05
 
 
@@ -84,16 +85,19 @@ def wrap_opening(
                 stock(args)
                 return
             try:
-                _open(stock, args, bind, bind_artifacts)
+                _open(stock, args)
             except Exception as problem:  # W&B's own, a full disk, a broken installation
                 _say(f"W&B is not used: {_text(problem)} Training goes on.")
+                return
+            # Megatron logs from here on, whatever else fails.
+            _guard(args, bind, bind_artifacts)
 
         return set_writer
 
     return wrap
 
 
-def _open(stock, args: Namespace, bind, bind_artifacts) -> None:
+def _open(stock, args: Namespace) -> None:
     import wandb
 
     run_id = continued_run(args)
@@ -116,16 +120,35 @@ def _open(stock, args: Namespace, bind, bind_artifacts) -> None:
             f"W&B: {_text(problem)} Training goes on, and the run is written to {folder}; "
             f"`wandb sync {folder}` sends it."
         )
-    bind_artifacts(wrap_artifact)  # a disabled run makes them too, and only sends none
+
+
+def _guard(args: Namespace, bind, bind_artifacts) -> None:
+    """Put what is ours around a W&B run that is open. Raises nothing: W&B's process may be gone by now."""
+    import wandb
+
+    bind_artifacts(functools.partial(wrap_artifact, args))  # a disabled run makes them too, only sends none
     if wandb.run.disabled:
         return
-    # Megatron sets this once more, without leave to change it: an error in a resumed job of another name.
+    server = wandb.run.starting_step - 1
+    try:
+        steps = Steps(args.save, wandb.run.id, server)
+    except OSError as problem:
+        _say(
+            f"W&B: the run's id and last step are not kept: {_text(problem)} Training goes on; a run that "
+            "goes on from its checkpoints may not find this W&B run, or W&B may drop what it repeats."
+        )
+        steps = Steps(None, wandb.run.id, server)
+    bind(functools.partial(wrap_log, steps), wrap_finish)
+    # Megatron calls it once the model is made. Set past the config's own way, which would make it a setting.
+    object.__setattr__(wandb.config, "update", wrap_update(wandb.config.update))
+    # Megatron sets this, without leave to change it: an error in a resumed job of another name.
     name = os.environ.get("SLURM_JOB_NAME", "N/A")
     wandb.config.update({"slurm_job_name": name}, allow_val_change=True)
-    wandb.define_metric(STEP_METRIC, hidden=True)
-    wandb.define_metric("*", step_metric=STEP_METRIC)
-    steps = Steps(args.save, wandb.run.id, wandb.run.starting_step - 1)
-    bind(functools.partial(wrap_log, steps), wrap_finish)
+    try:
+        wandb.define_metric(STEP_METRIC, hidden=True)
+        wandb.define_metric("*", step_metric=STEP_METRIC)
+    except Exception as problem:
+        _say(f"W&B: {STEP_METRIC} is not the x axis of its charts: {_text(problem)} Training goes on.")
 
 
 class Steps:
@@ -135,10 +158,13 @@ class Steps:
         save: the --save folder, which keeps the run's id and last step; None keeps nothing.
         run_id: of the W&B run. What was kept of another one says nothing.
         server: the last step that the server knows of, -1 for none.
+
+    Raises:
+        OSError: the folder takes no files.
     """
 
     def __init__(self, save: str | None, run_id: str, server: int = -1):
-        self._run_id, self.last, self._shift = run_id, server, None
+        self._run_id, self.last, self._shift, self._said = run_id, server, None, False
         self._file: int | None = None
         if save is None:
             return
@@ -167,9 +193,14 @@ class Steps:
         return step
 
     def _keep(self) -> None:
-        if self._file is not None:
-            with contextlib.suppress(OSError):  # a full disk
-                os.pwrite(self._file, f"{self._run_id} {self.last:>20}\n".encode(), 0)
+        if self._file is None:
+            return
+        try:
+            os.pwrite(self._file, f"{self._run_id} {self.last:>20}\n".encode(), 0)
+        except OSError as problem:  # a full disk, which may have room again in the next iteration
+            if not self._said:
+                _say(f"W&B: the last step could not be kept: {_text(problem)} Training goes on.")
+            self._said = True
 
 
 def wrap_log(steps: Steps, stock: Callable) -> Callable:
@@ -193,36 +224,50 @@ def wrap_log(steps: Steps, stock: Callable) -> Callable:
     return log
 
 
-def wrap_artifact(stock: Callable) -> Callable:
+def wrap_artifact(args: Namespace, stock: Callable) -> Callable:
     """Megatron's function that makes an artifact of a checkpoint, once rank 0 has written the tracker file.
 
     Not all ranks come here, so that it takes no collective. Rank 0 goes on to the next save only with this
     rank: the file stays as it is until it is copied.
-    """
-    patience, said = TRACKER_SECONDS, False
 
-    def say(iteration: int, why: str) -> None:
-        nonlocal said
-        if not said:
+    A local checkpoint, of which each rank has its part on its own node, has no such file, and no artifact.
+    """
+    missed: dict[str, str] = {}  # what the file of each folder did not name in time, at the last save there
+    said: set[str] = set()  # folders with artifacts missing since the last one
+
+    def say(folder: str, iteration: int, why: str) -> None:
+        if folder not in said:
             _say(
                 f"W&B: the checkpoint of iteration {iteration} is not logged as an artifact: {why} Training "
-                "goes on, and this is said once."
+                f"goes on, and of {folder} no more is said until one is logged."
             )
-        said = True
+        said.add(folder)
+
+    def patience(folder: str, tracker: Path) -> float:
+        # A file that came too late is that of a slow file system: worth waiting for again.
+        came = folder not in missed or _names(tracker, missed[folder], 0)
+        return TRACKER_SECONDS if came else LATER_TRACKER_SECONDS
 
     @functools.wraps(stock)
     def on_save_checkpoint_success(checkpoint_path, tracker_filename, save_dir, iteration) -> None:
-        nonlocal patience
+        folder, tracker = str(save_dir), Path(tracker_filename)
+        # Of the two kinds of saves that such a run makes, Megatron does not say which one this is.
+        if args.non_persistent_ckpt_type == "local" and folder != str(args.save):
+            return
         name = "release" if Path(checkpoint_path).name == "release" else str(iteration)
         try:
             # Object storage cannot be read as a file: W&B says what it thinks of it.
-            if "://" not in str(tracker_filename) and not _names(Path(tracker_filename), name, patience):
-                say(iteration, f"{tracker_filename} did not name it within {patience} seconds.")
-                patience = LATER_TRACKER_SECONDS
-                return
+            if "://" not in str(tracker_filename):
+                seconds = patience(folder, tracker)
+                if not _names(tracker, name, seconds):
+                    missed[folder] = name
+                    say(folder, iteration, f"{tracker} did not name it within {seconds} seconds.")
+                    return
+                missed.pop(folder, None)
             stock(checkpoint_path, tracker_filename, save_dir, iteration)
+            said.discard(folder)
         except Exception as problem:
-            say(iteration, _text(problem))
+            say(folder, iteration, _text(problem))
 
     return on_save_checkpoint_success
 
@@ -239,17 +284,26 @@ def _names(tracker: Path, name: str, seconds: float) -> bool:
         time.sleep(_LOOK_SECONDS)
 
 
-def wrap_finish(stock: Callable) -> Callable:
-    """``wandb.finish``, which must not keep a run from ending well."""
+def _sparing(what: str) -> Callable[[Callable], Callable]:
+    """Takes a function of W&B's, returns one that says what it could not do where that one raises."""
 
-    @functools.wraps(stock)
-    def finish(*args, **kwargs) -> None:
-        try:
-            stock(*args, **kwargs)
-        except Exception as problem:
-            _say(f"W&B could not finish the run: {_text(problem)}")
+    def wrap(stock: Callable) -> Callable:
+        @functools.wraps(stock)
+        def spare(*args, **kwargs) -> None:
+            try:
+                stock(*args, **kwargs)
+            except Exception as problem:
+                _say(f"W&B could not {what}: {_text(problem)}")
 
-    return finish
+        return spare
+
+    return wrap
+
+
+wrap_update = _sparing("take the run's settings")
+"""``wandb.config.update``."""
+wrap_finish = _sparing("finish the run")
+"""``wandb.finish``, which must not keep a run from ending well."""
 
 
 def _text(problem: Exception) -> str:
