@@ -9,10 +9,17 @@ what is missing if that does not help.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
+
+
+def connect(groups: Iterable[dist.ProcessGroup | None]) -> None:
+    """Use groups of this rank for the first time."""
+    for group in groups:
+        if group is not None and dist.get_backend(group) == dist.Backend.NCCL:
+            dist.all_reduce(torch.zeros(1, device="cuda"), group=group)
 
 
 def connect_first(build: Callable) -> Callable:
@@ -23,14 +30,11 @@ def connect_first(build: Callable) -> Callable:
     def connected(*args, **kwargs):
         from megatron.core import parallel_state
 
-        groups = (
+        connect((
             parallel_state.get_model_parallel_group(),
             parallel_state.get_data_parallel_group(with_context_parallel=True),
             parallel_state.get_intra_distributed_optimizer_instance_group(check_initialized=False),
-        )
-        for group in groups:
-            if group is not None and dist.get_backend(group) == dist.Backend.NCCL:
-                dist.all_reduce(torch.zeros(1, device="cuda"), group=group)
+        ))  # fmt: skip
         return build(*args, **kwargs)
 
     return connected

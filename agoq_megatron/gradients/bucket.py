@@ -82,14 +82,13 @@ class GradientBucket:
     @property
     def nbytes(self) -> int:
         """Bytes held, outside of a reduction."""
-        held = (self._residual, self._held, self._reduced)
-        return sum(t.nbytes for t in held if t is not None)
+        return self._residual.nbytes + (0 if self._held is None else self._held.nbytes)
 
     @property
     def _segments(self) -> Tensor | None:
         """uint8 ``[segments, segment_bytes(blocks)]``, made when it is first needed: Megatron wraps models on
         a stream of its own, whose memory the reductions' stream could not use again."""
-        if self._held is None and self._reduced is None:
+        if self._held is None:
             self._held = self._segments_for(self.group)
             zero_(self._held, self.blocks)
         return self._held
@@ -107,7 +106,7 @@ class GradientBucket:
 
     def _forget(self) -> None:
         self._factor, self._multiplier = 1.0, None
-        self._reduced: Tensor | None = None  # FP32 [part], instead of segments
+        self._reduced: Tensor | None = None  # FP32 [part], in the memory of the segments, instead of them
         self._is_parts = True  # the segments are all owners' parts; else all to be summed, this rank's part
         self.sent_bytes = 0
 
@@ -223,9 +222,8 @@ class GradientBucket:
         yield from (self._two_hops if self._hops else self._one_hop)(async_op, workspace)
         if share:
             own = self._quantize_sum(None if self._reduced is not None else self._segments, workspace)
-            if self._reduced is not None:
-                workspace.last_use(self._reduced)
-                self._held = workspace.kept(self.group.size(), segment_bytes(self.blocks), dtype=torch.uint8)
+            if self._multiplier is not None:
+                workspace.last_use(self._multiplier)
             self._reduced, self._factor, self._multiplier = None, 1.0, None
             self._count(own, self.group)
             yield dist.all_gather_into_tensor(self._held.view(-1), own, group=self.group, async_op=async_op)
@@ -248,8 +246,6 @@ class GradientBucket:
         nodes, ranks = self._hops.between.size(), self._hops.within.size()
         leaving = workspace.scratch(0, ranks, nodes, segment_bytes(self.blocks))
         leaving.copy_(self._segments.view(nodes, ranks, -1).transpose(0, 1))
-        workspace.last_use(self._segments)
-        self._segments = None
         arriving = workspace.scratch(1, *leaving.shape)
         self._count(leaving[0], self._hops.within)
         yield dist.all_to_all_single(
@@ -265,7 +261,8 @@ class GradientBucket:
         yield dist.all_to_all_single(
             arriving.view(torch.uint8), leaving.view(torch.uint8), group=self._hops.between, async_op=async_op
         )
-        self._reduced = workspace.kept(self.part, dtype=torch.float32).copy_(arriving[0])
+        # Where the segments were, which have left: 4 ranks' or more are as large.
+        self._reduced = self._held.view(-1)[: 4 * self.part].view(torch.float32).copy_(arriving[0])
         for sums in arriving[1:]:
             self._reduced += sums
         self._is_parts = False

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+import sys
 
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
@@ -14,6 +16,12 @@ from megatron.core.utils import get_attr_wrapped_model, get_pg_size
 
 from agoq_megatron import compat
 from agoq_megatron.gradients.buffer import QuantizedGradient, layout_of, replaced_classes
+from agoq_megatron.gradients.settings import waits_in_one_queue
+
+
+@functools.cache  # there may be several chunks
+def _say(note: str) -> None:
+    print(note, file=sys.stderr, flush=True)
 
 
 class QuantizedGradientDDP(DistributedDataParallel):
@@ -42,6 +50,10 @@ class QuantizedGradientDDP(DistributedDataParallel):
             super().__init__(
                 config, ddp_config, module, disable_bucketing, pg_collection, FullParamLayout(layouts)
             )
+        connections = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS")
+        note = waits_in_one_queue(ddp_config.overlap_grad_reduce, ranks, connections)
+        if note and dist.get_rank() == 0 and params[0].is_cuda:
+            _say(note)
 
     @property
     def gradient_bytes(self) -> int:

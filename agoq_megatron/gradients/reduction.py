@@ -55,10 +55,6 @@ class Workspace:
         """Like ``torch.empty``. What was in that slot (0 or 1) is lost."""
         return torch.empty(shape, dtype=dtype, device=self._device)
 
-    def kept(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        """Like ``torch.empty``, for a result."""
-        return torch.empty(shape, dtype=dtype, device=self._device)
-
     def last_use(self, tensor: Tensor) -> None:
         """Called before the last reference to a tensor from before the reduction is dropped."""
 
@@ -91,12 +87,10 @@ class Lane(Workspace):
         if block is None or block.nbytes < nbytes:
             if block is not None:
                 self._outgrown.append(block)
-            block = self._slots[slot] = self.kept(self._largest[slot], dtype=torch.uint8)
+            with torch.cuda.stream(self._home):
+                block = torch.empty(self._largest[slot], dtype=torch.uint8, device=self._device)
+            self._slots[slot] = block
         return block[:nbytes].view(dtype).view(shape)
-
-    def kept(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        with torch.cuda.stream(self._home):
-            return super().kept(*shape, dtype=dtype)
 
     def last_use(self, tensor: Tensor) -> None:
         tensor.record_stream(self._stream)
@@ -106,9 +100,13 @@ class Lane(Workspace):
         self._running += 1
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         self._stream.wait_stream(self._home)  # which may still use what it has freed
-        with torch.cuda.stream(self._stream):
-            for _ in steps:
-                pass
+        try:
+            with torch.cuda.stream(self._stream):
+                for _ in steps:
+                    pass
+        except BaseException:
+            self._running -= 1
+            raise
         return LaneReduction(self, self._stream.record_event())
 
     def finish(self, event: torch.cuda.Event) -> None:

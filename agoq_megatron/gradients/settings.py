@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from agoq_kernels.gradients import BLOCK, GradientFormat, segment_bytes
 
+from agoq_megatron.communicators import connect
 from agoq_megatron.gradients.bucket import Hops
 
 MIN_NUMEL = 4096
@@ -114,6 +115,20 @@ def launched_on_a_node() -> int:
     return max(torch.cuda.device_count(), 1)
 
 
+def waits_in_one_queue(overlap: bool, ranks: int, connections: str | None) -> str | None:
+    """What to say where the GPU's one hardware queue takes from overlapped reductions what they could hide.
+
+    With fewer queues than streams, kernels behind work that waits for a collective wait too.
+    """
+    if not overlap or ranks == 1 or connections != "1":
+        return None
+    return (
+        "AGoQ: with CUDA_DEVICE_MAX_CONNECTIONS=1 the backward pass waits at times for reductions of 8-bit "
+        "gradients. Set it to 8 where Megatron lets you (it wants 1 with tensor or context parallelism, before "
+        "Blackwell)."
+    )
+
+
 _hops: dict[tuple[int, ...], Hops | None] = {}
 
 
@@ -153,5 +168,7 @@ def hops_for(group: dist.ProcessGroup, settings: GradientSettings) -> Hops | Non
         if ranks == mine:
             place = mine.index(dist.get_rank())
             hops = Hops(within[place // each], between[place % each])
+    if hops is not None:
+        connect((hops.within, hops.between))
     _hops[mine] = hops
     return hops

@@ -293,3 +293,14 @@ def test_the_grid_is_whole():
 
 if __name__ == "__main__":
     collect(Path(sys.argv[1]))
+
+
+def test_one_queue_is_named_where_it_matters():
+    from agoq_megatron.gradients.settings import waits_in_one_queue
+
+    said = waits_in_one_queue(True, 2, "1")
+    assert "CUDA_DEVICE_MAX_CONNECTIONS=1" in said and "Set it to 8" in said
+    assert not any((
+        waits_in_one_queue(False, 2, "1"), waits_in_one_queue(True, 1, "1"), waits_in_one_queue(True, 2, None),
+        waits_in_one_queue(True, 2, "8"),
+    ))  # fmt: skip
