@@ -124,8 +124,8 @@ def waits_in_one_queue(overlap: bool, ranks: int, connections: str | None) -> st
         return None
     return (
         "AGoQ: with CUDA_DEVICE_MAX_CONNECTIONS=1 the backward pass waits at times for reductions of 8-bit "
-        "gradients. Set it to 8 where Megatron lets you (it wants 1 with tensor or context parallelism, before "
-        "Blackwell)."
+        "gradients. Set it to 8 where Megatron lets you (before Blackwell it wants 1 with tensor or context "
+        "parallelism)."
     )
 
 
