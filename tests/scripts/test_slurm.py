@@ -83,6 +83,20 @@ def test_a_job_that_ends_by_itself(cluster):
     assert not (cluster / "scontrol").exists() and "ended with status 0" in err
 
 
+@pytest.mark.parametrize("flags, given, queues", [
+    ([], None, "8"), (["--tensor-model-parallel-size", "2"], None, "1"),
+    (["--context-parallel-size=2"], None, "1"),
+    (["--tensor-model-parallel-size", "2"], "16", "16"),
+])  # fmt: skip
+def test_hardware_queues(cluster, monkeypatch, flags, given, queues):
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    more = {} if given is None else {"CUDA_DEVICE_MAX_CONNECTIONS": given}
+    python(cluster, "print(os.environ['CUDA_DEVICE_MAX_CONNECTIONS'])")
+    job = batch(cluster, "train.sbatch", "tiny.flags", "--save=x", *flags, **more)
+    out, err = job.communicate(timeout=30)
+    assert out.split() == [queues], err
+
+
 def test_a_job_that_fails_is_not_requeued(cluster):
     python(cluster, "sys.exit(3)")
     job = batch(cluster, "train.sbatch", "tiny.flags", "--save=x", "--load=y")
