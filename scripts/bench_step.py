@@ -51,6 +51,11 @@ MODELS = {
 }
 # Divisible by 1: Megatron would pad the vocabulary to a multiple of 128 times the tensor-parallel size.
 # Log interval 1: before each of its lines Megatron waits for the device and for all ranks.
+# Each rank is a node to NCCL, and shares GPU 0.
+AS_BETWEEN_NODES = (
+    "export LOCAL_RANK=0 NCCL_HOSTID=rank-$RANK NCCL_SOCKET_IFNAME=lo NCCL_IB_DISABLE=1 NCCL_P2P_DISABLE=1 "
+    'NCCL_SHM_DISABLE=1; exec "$@"'
+)
 MOCK_DATA = "--mock-data --tokenizer-type NullTokenizer --vocab-size 32000".split()
 COMMON_FLAGS = """
     --swiglu --normalization RMSNorm --position-embedding-type rope --group-query-attention --lr 1e-4
@@ -193,7 +198,10 @@ def build_command(args: argparse.Namespace, name: str, label: str, shape: dict, 
         values |= {"train-iters": iterations + 2, "tensorboard-dir": args.profile / label / "tensorboard"}
     flags += [text for key, value in values.items() for text in (f"--{key}", str(value))]
     launcher = f"-m torch.distributed.run --standalone --nproc-per-node {args.nproc_per_node}".split()
-    return [sys.executable, *launcher, str(ROOT / "pretrain_gpt_agoq.py"), *flags, *more]
+    rank = [str(ROOT / "pretrain_gpt_agoq.py"), *flags, *more]
+    if args.one_gpu:
+        rank = ["--no-python", "bash", "-c", AS_BETWEEN_NODES, "rank", sys.executable, *rank]
+    return [sys.executable, *launcher, *rank]
 
 
 def predict(args: argparse.Namespace, command: list[str]) -> list[float] | None:
@@ -318,6 +326,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--corpus", metavar="PREFIX", help="train on what prepare_corpus.py --output PREFIX wrote")
     add("--repeat", type=int, default=3, help="runs of each configuration (default: 3)")
     add("--nproc-per-node", type=int, default=1, help="ranks (default: 1)")
+    add("--one-gpu", action="store_true", help="all ranks on GPU 0, talking over sockets as between nodes")
     add("--timeout", type=float, default=1800, help="seconds a run (default: 1800)")
     add("--out", type=Path, metavar="FILE.json", help="write everything there")
     add("--logs", type=Path, metavar="DIR", help="keep the logs there (default: keep them if a run fails)")

@@ -85,7 +85,7 @@ class GradientBucket:
         return self._residual.nbytes + (0 if self._held is None else self._held.nbytes)
 
     @property
-    def _segments(self) -> Tensor | None:
+    def _segments(self) -> Tensor:
         """uint8 ``[segments, segment_bytes(blocks)]``, made when it is first needed: Megatron wraps models on
         a stream of its own, whose memory the reductions' stream could not use again."""
         if self._held is None:
@@ -94,7 +94,7 @@ class GradientBucket:
         return self._held
 
     @_segments.setter
-    def _segments(self, segments: Tensor | None) -> None:
+    def _segments(self, segments: Tensor) -> None:
         self._held = segments
 
     def zero(self) -> None:
@@ -261,7 +261,7 @@ class GradientBucket:
         yield dist.all_to_all_single(
             arriving.view(torch.uint8), leaving.view(torch.uint8), group=self._hops.between, async_op=async_op
         )
-        # Where the segments were, which have left: 4 ranks' or more are as large.
+        # Where the segments were, which have left: those of 4 ranks, the fewest with two hops, are as large.
         self._reduced = self._held.view(-1)[: 4 * self.part].view(torch.float32).copy_(arriving[0])
         for sums in arriving[1:]:
             self._reduced += sums

@@ -118,14 +118,15 @@ def launched_on_a_node() -> int:
 def waits_in_one_queue(overlap: bool, ranks: int, connections: str | None) -> str | None:
     """What to say where the GPU's one hardware queue takes from overlapped reductions what they could hide.
 
-    With fewer queues than streams, kernels behind work that waits for a collective wait too.
+    With fewer queues than streams, kernels behind work that waits for a collective wait too: with two it was
+    so, with eight, CUDA's own choice, it was not.
     """
-    if not overlap or ranks == 1 or connections != "1":
+    if not overlap or ranks == 1 or connections not in ("1", "2"):
         return None
     return (
-        "AGoQ: with CUDA_DEVICE_MAX_CONNECTIONS=1 the backward pass waits at times for reductions of 8-bit "
-        "gradients. Set it to 8 where Megatron lets you (before Blackwell it wants 1 with tensor or context "
-        "parallelism)."
+        f"AGoQ: with CUDA_DEVICE_MAX_CONNECTIONS={connections} the backward pass waits at times for "
+        "reductions of 8-bit gradients. Set it to 8 where Megatron lets you (before Blackwell it wants 1 "
+        "with tensor or context parallelism)."
     )
 
 

@@ -298,7 +298,8 @@ if __name__ == "__main__":
 def test_one_queue_is_named_where_it_matters():
     from agoq_megatron.gradients.settings import waits_in_one_queue
 
-    said = waits_in_one_queue(True, 2, "1")
-    assert "CUDA_DEVICE_MAX_CONNECTIONS=1" in said and "Set it to 8" in said
+    for few in ("1", "2"):
+        said = waits_in_one_queue(True, 2, few)
+        assert f"CUDA_DEVICE_MAX_CONNECTIONS={few} " in said and "Set it to 8" in said
     for overlap, ranks, connections in ((False, 2, "1"), (True, 1, "1"), (True, 2, None), (True, 2, "8")):
         assert waits_in_one_queue(overlap, ranks, connections) is None

@@ -22,10 +22,7 @@ FITS = [
     *((LONG, memory) for memory in ("44GiB", "45GiB", "46GiB", "48GiB", "54GiB")),
     *((LONGER, memory) for memory in ("32GiB", "44GiB")),
     ("", "44GiB"),
-    (
-        "",
-        "48GiB",
-    ),  # FC1's output in 16 bits, the norm's input in codes: the MLP's forward is the worst moment
+    ("", "48GiB"),  # FC1's output in 16 bits, the norm's input in codes: an MLP's forward is the worst moment
 ]
 """Eight layers of LLaMA-3-8B: (flags, memory)."""
 DOES_NOT_FIT = LONG, "42GiB"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -249,6 +250,21 @@ def test_what_the_user_says_comes_last():
     assert flags["--lr"] == "3" and flags["--seed"] == "7"
     assert flags["--train-iters"] == "12" and flags["--profile-step-end"] == "12"
     assert flags["--tensorboard-dir"] == "traces/tp-1/tensorboard"
+
+
+def test_ranks_that_share_a_gpu():
+    """To NCCL each is a node of its own; what it is given arrives as it is."""
+    args = parse("--nproc-per-node", "2", "--one-gpu")
+    args.logs = Path("logs")
+    command = bench.build_command(args, "off", "off-1", args.shape, 10)
+    at = command.index(sys.executable, 1)
+    assert command[at + 1] == str(ROOT / "pretrain_gpt_agoq.py")
+    names = "LOCAL_RANK", "NCCL_HOSTID", "NCCL_SHM_DISABLE"
+    show = f"import os, sys; print(*map(os.environ.get, {names}), sys.argv[1:])"
+    rank = [*command[command.index("bash") : at], sys.executable, "-c", show, "a b", "$c"]
+    environment = os.environ | {"RANK": "1", "LOCAL_RANK": "1"}
+    done = subprocess.run(rank, env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "0 rank-1 1 ['a b', '$c']", done.stderr
 
 
 @pytest.mark.parametrize(
