@@ -166,6 +166,7 @@ def parse(argv: list[str]):
     from agoq_megatron.watching import restore_widths
 
     args.padded_vocab_size = padded_vocabulary(args)
+    args.agoq_grad_node_size = args.agoq_grad_node_size or mine.gpus_per_node
 
     compute_policy(args)
     restore_widths(args, compat.checkpoint_arguments)

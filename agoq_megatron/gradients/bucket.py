@@ -27,7 +27,7 @@ from agoq_kernels.gradients import (
 )
 from torch import Tensor
 
-from agoq_megatron.gradients.reduction import Lane, LaneReduction, Reduction, Workspace
+from agoq_megatron.gradients.reduction import Lane, Reduction, Workspace
 
 PIECE = 2**23
 """Numbers that are in FP32 at a time where a whole part is quantized once more."""
@@ -63,7 +63,7 @@ class GradientBucket:
         device: torch.device,
         hops: Hops | None = None,
     ):
-        self.group, self.format, self._hops, self._device = group, fmt, hops, device
+        self.group, self.format, self._hops, self.device = group, fmt, hops, device
         self.numel = numel
         self.blocks, rest = divmod(numel, BLOCK * group.size())  # in a segment
         if rest:
@@ -202,64 +202,61 @@ class GradientBucket:
 
     # ------------------------------------------------------------ reducing
 
-    def reduce(
-        self, share: bool = False, async_op: bool = False, lane: Lane | None = None
-    ) -> Reduction | LaneReduction:
+    def reduce(self, share: bool = False, lane: Lane | None = None) -> Reduction:
         """Sum over the group, each rank its own part; with ``share`` all get all sums, quantized.
 
         Args:
             share: as said.
-            async_op: return with the first collective under way; :meth:`Reduction.advance` goes on.
-            lane: return with all of it queued there, instead.
+            lane: where it goes on by itself; None: on the current stream, when it is waited for.
         """
         if lane is not None:
-            return lane.run(self._reduction(share, False, lane))
-        return Reduction(self._reduction(share, async_op, Workspace(self._device)))
+            return lane.begin(self._reduction(share, lane))
+        return Reduction(self._reduction(share, Workspace(self.device)))
 
-    def _reduction(self, share: bool, async_op: bool, workspace: Workspace) -> Iterator:
+    def _reduction(self, share: bool, workspace: Workspace) -> Iterator[dist.Work]:
         if self.group.size() == 1:
             return
-        yield from (self._two_hops if self._hops else self._one_hop)(async_op, workspace)
+        yield from (self._two_hops if self._hops else self._one_hop)(workspace)
         if share:
             own = self._quantize_sum(None if self._reduced is not None else self._segments, workspace)
             if self._multiplier is not None:
                 workspace.last_use(self._multiplier)
             self._reduced, self._factor, self._multiplier = None, 1.0, None
             self._count(own, self.group)
-            yield dist.all_gather_into_tensor(self._held.view(-1), own, group=self.group, async_op=async_op)
+            yield dist.all_gather_into_tensor(self._held.view(-1), own, group=self.group, async_op=True)
             self._is_parts = True
 
-    def _one_hop(self, async_op: bool, workspace: Workspace) -> Iterator:
+    def _one_hop(self, workspace: Workspace) -> Iterator[dist.Work]:
         """All-to-all of the segments as they lie."""
-        arriving = workspace.scratch(0, *self._segments.shape)
+        arriving = workspace.scratch("arriving", *self._segments.shape)
         self._count(self._segments[0], self.group)
-        yield dist.all_to_all_single(arriving, self._segments, group=self.group, async_op=async_op)
+        yield dist.all_to_all_single(arriving, self._segments, group=self.group, async_op=True)
         self._segments.copy_(arriving)
         self._is_parts = False
 
-    def _two_hops(self, async_op: bool, workspace: Workspace) -> Iterator:
+    def _two_hops(self, workspace: Workspace) -> Iterator[dist.Work]:
         """All-to-all of segments within the node; of their sums, in BF16, between nodes.
 
         The sums of a node are rounded to BF16, not to 8 bits, so that the error stays that of one 8-bit
         rounding; between nodes travel 2 bytes / ranks of a node.
         """
         nodes, ranks = self._hops.between.size(), self._hops.within.size()
-        leaving = workspace.scratch(0, ranks, nodes, segment_bytes(self.blocks))
+        leaving = workspace.scratch("leaving", ranks, nodes, segment_bytes(self.blocks))
         leaving.copy_(self._segments.view(nodes, ranks, -1).transpose(0, 1))
-        arriving = workspace.scratch(1, *leaving.shape)
+        arriving = workspace.scratch("arriving", *leaving.shape)
         self._count(leaving[0], self._hops.within)
         yield dist.all_to_all_single(
-            arriving.view(ranks, -1), leaving.view(ranks, -1), group=self._hops.within, async_op=async_op
+            arriving.view(ranks, -1), leaving.view(ranks, -1), group=self._hops.within, async_op=True
         )
-        leaving = workspace.scratch(0, nodes, self.part, dtype=torch.bfloat16)
+        leaving = workspace.scratch("leaving sums", nodes, self.part, dtype=torch.bfloat16)
         for node in range(nodes):
             leaving[node] = sum_segments(
                 arriving[:, node], self.blocks, 0, self.part, 1.0, self.format.code, torch.bfloat16
             )
-        arriving = workspace.scratch(1, *leaving.shape, dtype=torch.bfloat16)
+        arriving = workspace.scratch("arriving sums", *leaving.shape, dtype=torch.bfloat16)
         self._count(leaving[0], self._hops.between)
         yield dist.all_to_all_single(
-            arriving.view(torch.uint8), leaving.view(torch.uint8), group=self._hops.between, async_op=async_op
+            arriving.view(torch.uint8), leaving.view(torch.uint8), group=self._hops.between, async_op=True
         )
         # Where the segments were, which have left: those of 4 ranks, the fewest with two hops, are as large.
         self._reduced = self._held.view(-1)[: 4 * self.part].view(torch.float32).copy_(arriving[0])
@@ -271,7 +268,7 @@ class GradientBucket:
         """After the reduction: sum over ``group`` too, which holds the same parts of the same weights
         (embeddings tied between pipeline stages). Quantized once more; the same bits on all its ranks.
         """
-        everyone, workspace = group.size(), Workspace(self._device)
+        everyone, workspace = group.size(), Workspace(self.device)
         if self._is_parts and self.group.size() > 1:
             mine = self._segments
             theirs = torch.empty(everyone, *mine.shape, dtype=torch.uint8, device=mine.device)
@@ -290,11 +287,11 @@ class GradientBucket:
 
     def _segments_for(self, group: dist.ProcessGroup) -> Tensor:
         shape = group.size(), segment_bytes(self.blocks)
-        return torch.empty(shape, dtype=torch.uint8, device=self._device)
+        return torch.empty(shape, dtype=torch.uint8, device=self.device)
 
     def _quantize_sum(self, segments: Tensor | None, workspace: Workspace) -> Tensor:
         """A segment of the sum of segments (None: of the reduced numbers), times the factor."""
-        out = workspace.scratch(1, segment_bytes(self.blocks))
+        out = workspace.scratch("own", segment_bytes(self.blocks))
         zero_(out, self.blocks)
         nothing, fmt = self._residual.new_empty(0), GradientFormat(self.format.code)
         for start in range(0, self.part, PIECE):

@@ -24,7 +24,7 @@ from torch import Tensor
 from agoq_megatron.autograd.rounding import counter
 from agoq_megatron.gradients.bucket import GradientBucket
 from agoq_megatron.gradients.probe import Probe
-from agoq_megatron.gradients.reduction import Reduction, lane_of
+from agoq_megatron.gradients.reduction import lane_of
 from agoq_megatron.gradients.settings import GradientSettings, hops_for, stays_fp32
 
 
@@ -218,18 +218,11 @@ class QuantizedBuffer(_ParamAndGradBuffer):
 
 
 class QuantizedBucketGroup(_ParamAndGradBucketGroup):
-    """One bucket of codes: the stock schedule of when to reduce, our reduction.
+    """One bucket of codes: the stock schedule of when to reduce, our reduction."""
 
-    Args:
-        in_flight: reductions under way, of all groups of one model chunk. On a GPU they follow one another on
-            a lane. Elsewhere each new one first pushes the others on by a step. With the distributed
-            optimizer and one hop that ends them, so that one at a time holds memory for what arrives; two
-            hops, or sharing the sums, have one under way more each.
-    """
-
-    def __init__(self, bucket, ddp_config, group: dist.ProcessGroup, in_flight: list[Reduction]):
+    def __init__(self, bucket, ddp_config, group: dist.ProcessGroup):
         super().__init__([bucket], ddp_config, group, group.size())
-        self._group, self._in_flight = group, in_flight
+        self._group = group
         self._side_work = None
         self._factor = bucket.gradient_scaling_factor  # of the sum over the ranks
         if ddp_config.average_in_collective:
@@ -243,9 +236,6 @@ class QuantizedBucketGroup(_ParamAndGradBucketGroup):
         if self.ddp_config.check_for_nan_in_grad or self.ddp_config.check_for_large_grads:
             self.check_grads(self.ddp_config.check_for_nan_in_grad, self.ddp_config.check_for_large_grads)
         (bucket,) = self.buckets
-        for reduction in self._in_flight:
-            reduction.advance()
-        self._in_flight[:] = [r for r in self._in_flight if not r.done]
         async_op = self.ddp_config.overlap_grad_reduce
         bucket.probe.before_reduction()
         bucket.codes.scale(self._factor)
@@ -254,8 +244,7 @@ class QuantizedBucketGroup(_ParamAndGradBucketGroup):
             self._side_work = dist.all_reduce(bucket.side, group=self._group, async_op=async_op)
         share = not self.ddp_config.use_distributed_optimizer
         lane = lane_of(bucket.side.device) if async_op else None
-        self.grad_reduce_handle = bucket.codes.reduce(share, async_op, lane)
-        self._in_flight.append(self.grad_reduce_handle)
+        self.grad_reduce_handle = bucket.codes.reduce(share, lane)
 
     def finish_grad_sync(self, force_all_reduce: bool | None = False) -> None:
         """Wait for the reduction, having started it where that was left to this call."""
@@ -269,7 +258,6 @@ class QuantizedBucketGroup(_ParamAndGradBucketGroup):
             f"{len(self.params)} parameters have gradients)"
         )
         self.grad_reduce_handle.wait()
-        self._in_flight[:] = [r for r in self._in_flight if r is not self.grad_reduce_handle]
         self.grad_reduce_handle = None
         if self._side_work is not None:
             self._side_work.wait()
@@ -281,9 +269,8 @@ class QuantizedBucketGroup(_ParamAndGradBucketGroup):
 
 def bucket_groups(buffers: Iterable[QuantizedBuffer], **_) -> list[QuantizedBucketGroup]:
     """Takes the place of ``partition_buckets``: one group a bucket, always."""
-    in_flight: list[Reduction] = []
     return [
-        QuantizedBucketGroup(bucket, buffer.ddp_config, buffer.data_parallel_group, in_flight)
+        QuantizedBucketGroup(bucket, buffer.ddp_config, buffer.data_parallel_group)
         for buffer in buffers
         for bucket in buffer.buckets
     ]

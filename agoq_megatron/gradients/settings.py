@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -93,7 +94,7 @@ def stays_fp32(param) -> bool:
     )
 
 
-def node_layout(ranks: list[int], node_size: int) -> tuple[int, int] | None:
+def node_layout(ranks: Sequence[int], node_size: int) -> tuple[int, int] | None:
     """(nodes, ranks of a node) where the group's ranks fill their nodes evenly and in order, else None.
 
     Args:

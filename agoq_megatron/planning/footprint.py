@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from agoq_kernels.attention import groups_at_a_time
 from agoq_kernels.gradients import BLOCK, segment_bytes
 
+from agoq_megatron.gradients.settings import launched_on_a_node, node_layout
 from agoq_megatron.memory import ATTENTION_SITES, MLP_SITES, Plan
 from agoq_megatron.optimizer.settings import OptimizerSettings, optimizer_settings_from_args
 from agoq_megatron.planning.in_flight import Schedule
@@ -99,11 +100,23 @@ def optimizer_bytes(args, count: Parameters) -> float:
 
 
 def reduction_bytes(args, count: Parameters) -> float:
-    """What arrives in a reduction of 8-bit gradients: a bucket at a time. Others are reduced in place."""
-    if args.agoq_grad_bits != 8 or args.data_parallel_size == 1:
+    """What reductions of 8-bit gradients hold beside them, a bucket at a time. Others are made in place."""
+    ranks = args.data_parallel_size
+    if args.agoq_grad_bits != 8 or ranks == 1:
         return 0
-    bucket = args.ddp_bucket_size or max(40_000_000, 1_000_000 * args.data_parallel_size)
-    return segment_bytes(1) / BLOCK * min(bucket + count.largest, count.total)
+    bucket = args.ddp_bucket_size or max(40_000_000, 1_000_000 * ranks)
+    coded = each = segment_bytes(1) / BLOCK  # what arrives
+    if args.agoq_grad_reduce != "flat":
+        apart = args.tensor_model_parallel_size
+        if args.use_tp_pp_dp_mapping:
+            apart *= args.pipeline_model_parallel_size
+        node_size = args.agoq_grad_node_size or launched_on_a_node()
+        layout = node_layout(range(0, ranks * apart, apart), node_size)
+        if layout is not None and 1 not in layout:
+            each += coded + 2 * 2 / layout[1]  # what leaves; sums in BF16, leaving and arriving
+    if not args.use_distributed_optimizer:
+        each += coded / ranks  # the sums of a part, quantized again
+    return each * min(bucket + count.largest, count.total)
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ def reduce(rank: int, world: int, seed: int, fmt: GradientFormat, hops: Hops | N
         bucket.scale(0.5)
         bucket.scale(torch.tensor(4.0))
         share = round_ == 1
-        reduction = bucket.reduce(share, async_op=world > 2)
+        reduction = bucket.reduce(share)
         reduction.advance()
         reduction.wait()
         bucket.scale(torch.tensor(0.5 / world))
