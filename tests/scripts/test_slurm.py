@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -131,6 +132,23 @@ def test_a_job_that_fails_after_a_save(cluster, started_from, state, requeued):
         assert job.returncode == 3 and "requeued" not in err
 
 
+HANDLER = "left = []\nsignal.signal(signal.SIGUSR1, lambda *_: left.append(1))\n"
+TELL = """
+open(os.environ["CALLS"] + "/task.new", "w").write(str(os.getpid()))
+os.rename(os.environ["CALLS"] + "/task.new", os.environ["CALLS"] + "/task")
+"""
+
+
+def signalled(cluster: Path, job: subprocess.Popen) -> str:
+    """What a job says that gets SLURM's signal once its rank runs."""
+    for _ in range(200):
+        if (cluster / "task").exists():
+            break
+        time.sleep(0.05)
+    job.send_signal(signal.SIGUSR1)
+    return job.communicate(timeout=30)[1]
+
+
 @pytest.mark.parametrize(
     "name, more",
     [
@@ -140,26 +158,34 @@ def test_a_job_that_fails_after_a_save(cluster, started_from, state, requeued):
     ],
 )
 def test_a_job_near_its_limit_saves_and_is_requeued(cluster, name, more):
-    python(cluster, """
-left = []
-signal.signal(signal.SIGUSR1, lambda *_: left.append(1))
-open(os.environ["CALLS"] + "/task.new", "w").write(str(os.getpid()))
-os.rename(os.environ["CALLS"] + "/task.new", os.environ["CALLS"] + "/task")
+    python(cluster, HANDLER + TELL + """
 while not left: time.sleep(0.05)
 time.sleep(0.5)
-open(os.environ["CALLS"] + "/saved", "w").write("all of it")
+os.makedirs("x")
+open("x/latest_checkpointed_iteration.txt", "w").write("40")
 """)  # fmt: skip
     job = batch(cluster, "train.sbatch", "tiny.flags", "--save", "x", **more)
-    for _ in range(200):
-        if (cluster / "task").exists():
-            break
-        time.sleep(0.05)
-    job.send_signal(10)
-    _, err = job.communicate(timeout=30)
-    assert (cluster / "saved").read_text() == "all of it", err  # the script waited for it
+    err = signalled(cluster, job)
+    assert (cluster / "x" / "latest_checkpointed_iteration.txt").exists(), err  # the script waited for it
     assert (cluster / "scancel").read_text().split() == ["--signal=USR1", name]
     assert (cluster / "scontrol").read_text().split() == ["requeue", name]
     assert "cut with status 0; requeued" in err
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_job_near_its_limit_that_is_still_starting(cluster, earlier):
+    """It goes on where it has ever come to save; else it would start for ever."""
+    if earlier:
+        (cluster / "x").mkdir()
+        (cluster / "x" / "latest_checkpointed_iteration.txt").write_text("40")
+    python(cluster, TELL + "time.sleep(30)")  # dies of the signal
+    job = batch(cluster, "train.sbatch", "tiny.flags", "--save", "x")
+    err = signalled(cluster, job)
+    assert (cluster / "scontrol").exists() == earlier, err
+    if earlier:
+        assert "cut with status 138; requeued" in err
+    else:
+        assert job.returncode == 2 and "cut with status 138 before anything was saved: --time" in err
 
 
 def test_a_signal_before_the_ranks_are_started(cluster):
@@ -167,9 +193,9 @@ def test_a_signal_before_the_ranks_are_started(cluster):
     python(cluster, NOTE)
     show = 'case "$1" in show) kill -USR1 $PPID; echo node1;; *) echo "$@" >> $CALLS/scontrol;; esac'
     (cluster / "bin" / "scontrol").write_text(f"#!/bin/bash\n{show}\n")
-    signalled = batch(cluster, "train.sbatch", "tiny.flags", "--save", "x")
-    _, err = signalled.communicate(timeout=30)
-    assert signalled.returncode == 2 and "--time must be longer than --signal's lead" in err
+    job = batch(cluster, "train.sbatch", "tiny.flags", "--save", "x")
+    _, err = job.communicate(timeout=30)
+    assert job.returncode == 2 and "--time must be longer than --signal's lead" in err
     assert not (cluster / "argv").exists() and not (cluster / "scontrol").exists()
 
 
