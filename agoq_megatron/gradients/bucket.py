@@ -207,10 +207,10 @@ class GradientBucket:
 
         Args:
             share: as said.
-            lane: where it goes on by itself; None: on the current stream, when it is waited for.
+            lane: where it runs beside the current stream; None: on that, as it is waited for.
         """
         if lane is not None:
-            return lane.begin(self._reduction(share, lane))
+            return lane.begin(self._reduction(share, lane), kind=(self._hops is not None, share))
         return Reduction(self._reduction(share, Workspace(self.device)))
 
     def _reduction(self, share: bool, workspace: Workspace) -> Iterator[dist.Work]:

@@ -240,11 +240,12 @@ class QuantizedBucketGroup(_ParamAndGradBucketGroup):
         bucket.probe.before_reduction()
         bucket.codes.scale(self._factor)
         bucket.side.mul_(self._factor)
-        if bucket.side.numel() and self._group.size() > 1:
-            self._side_work = dist.all_reduce(bucket.side, group=self._group, async_op=async_op)
         share = not self.ddp_config.use_distributed_optimizer
         lane = lane_of(bucket.side.device) if async_op else None
         self.grad_reduce_handle = bucket.codes.reduce(share, lane)
+        # After it, which may first go on with older ones: they need not wait for this bucket.
+        if bucket.side.numel() and self._group.size() > 1:
+            self._side_work = dist.all_reduce(bucket.side, group=self._group, async_op=async_op)
 
     def finish_grad_sync(self, force_all_reduce: bool | None = False) -> None:
         """Wait for the reduction, having started it where that was left to this call."""

@@ -5,20 +5,24 @@ make the backward pass wait for the collectives: over a slow network it would st
 a stream of their own (a lane) reductions follow one another, and each can use the memory of the one before:
 however many of them wait for the network, they hold the memory of one.
 
-What follows a collective is queued when the next reduction begins, not before. A GPU with one hardware
-queue (CUDA_DEVICE_MAX_CONNECTIONS=1) runs nothing that was queued behind work which waits for a collective;
-by then the collective has had the backward pass of a whole bucket to end.
+A GPU with one hardware queue (CUDA_DEVICE_MAX_CONNECTIONS=1) runs nothing that was queued behind work which
+waits for a collective. There what follows a collective is queued when the next reduction begins, not before:
+by then the collective has had the time between two buckets to end.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+import os
+from collections.abc import Hashable, Iterator
 
 import torch
 from torch import Tensor
 
+FEW_CONNECTIONS = ("1", "2")
+"""Values of CUDA_DEVICE_MAX_CONNECTIONS with which kernels behind work that waits for a collective wait too:
+with two it was so, with eight, CUDA's own choice, it was not."""
 _END = object()
 
 
@@ -27,17 +31,23 @@ class Reduction:
 
     def __init__(self, steps: Iterator):
         self._steps = steps
-        self._work = None
+        self._work = self._problem = None
         self.done = False
         self._run()
 
     def _run(self) -> None:
-        self._work = next(self._steps, _END)
+        try:
+            self._work = next(self._steps, _END)
+        except BaseException as problem:
+            self._problem = problem
+            raise
         if self._work is _END:
             self._work, self.done = None, True
 
     def advance(self) -> None:
         """Wait for the collective under way, and start the next one if there is one."""
+        if self._problem is not None:
+            raise RuntimeError("this bucket's reduction has failed") from self._problem
         if not self.done:
             if self._work is not None:
                 self._work.wait()
@@ -70,19 +80,26 @@ class Workspace:
 class Lane(Workspace):
     """A stream for reductions that overlap with the backward pass. One serves all buckets of a device.
 
-    A reduction begins with its first collective. One more step of all that are under way, the oldest first,
-    is queued before another begins: so what uses a piece of memory again has waited for the collective that
-    used it before.
+    With several hardware queues all of a reduction is queued at once. With few only its first collective is,
+    and one more step of all that are under way, the oldest first, is queued before another begins. Either way
+    what uses a piece of memory again has waited for the collective that used it before.
 
     Its memory is the default stream's, where training allocates, and goes back there when no reduction is
-    under way. On a CPU, which has no streams, the order of all this is the same.
+    under way. On a CPU, which has no streams, the order of all this is that of few queues.
+
+    Args:
+        device: whose.
+        at_once: queue all of a reduction at once.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, at_once: bool = False):
         super().__init__(device)
+        self.at_once = at_once
         self._streams = torch.get_device_module(device)
-        self._stream = self._streams.Stream()
-        self._home = torch.cuda.default_stream(device) if device.type == "cuda" else self._stream
+        if device.type == "cuda":
+            self._stream, self._home = torch.cuda.Stream(device), torch.cuda.default_stream(device)
+        else:
+            self._stream = self._home = self._streams.Stream()
         self._blocks: dict[str, Tensor] = {}
         self._outgrown: list[Tensor] = []
         self._largest: dict[str, int] = {}
@@ -111,27 +128,42 @@ class Lane(Workspace):
         if tensor.is_cuda:
             tensor.record_stream(self._stream)
 
-    def begin(self, steps: Iterator) -> LaneReduction:
-        """Queue the first step of a reduction."""
+    def begin(self, steps: Iterator, kind: Hashable) -> LaneReduction:
+        """Queue the first step of a reduction, or all of them.
+
+        Args:
+            steps: each with an asynchronous collective at its end.
+            kind: of reductions with the same steps. Those of another kind end first: only among their like
+                is each step's memory free when the next one comes to it.
+        """
         with self._streams.stream(self._stream):
-            for reduction in self._under_way:
-                reduction.advance()
-        self._under_way = [reduction for reduction in self._under_way if not reduction.done]
+            for older in self._under_way:
+                if older.kind == kind:
+                    older.advance()
+                else:
+                    older.finish()
+        self._under_way = [older for older in self._under_way if not older.done]
         self._stream.wait_stream(self._streams.current_stream(self._device))
         with self._streams.stream(self._stream):
-            reduction = LaneReduction(self, steps)
-        self._under_way.append(reduction)
-        self._unread += 1
+            reduction = LaneReduction(self, steps, kind)
+            self._unread += 1
+            if self.at_once:
+                reduction.finish()
+            else:
+                self._under_way.append(reduction)
         return reduction
 
-    def wait(self, reduction: LaneReduction) -> None:
+    def event(self):
+        """Of the end of what is queued so far."""
+        return self._stream.record_event()
+
+    def let_wait(self, reduction: LaneReduction) -> None:
         """Queue what is left of a reduction and of older ones; let the current stream wait for its end."""
         with self._streams.stream(self._stream):
             while not reduction.done:
                 self._under_way.pop(0).finish()
-        end = self._stream.record_event()
-        self._streams.current_stream(self._device).wait_event(end)
-        self._home.wait_event(end)
+        self._streams.current_stream(self._device).wait_event(reduction.end)
+        self._home.wait_event(reduction.end)
         self._unread -= 1
         if not self._unread:
             self._blocks.clear()
@@ -139,18 +171,32 @@ class Lane(Workspace):
 
 
 class LaneReduction(Reduction):
-    """A reduction on a lane, which goes on with it when the next one begins."""
+    """A reduction on a lane.
 
-    def __init__(self, lane: Lane, steps: Iterator):
-        self._lane = lane
+    Attributes:
+        kind: see :meth:`Lane.begin`.
+        end: the event of its end, once all of it is queued.
+    """
+
+    def __init__(self, lane: Lane, steps: Iterator, kind: Hashable):
+        self._lane, self._asked = lane, False
+        self.kind, self.end = kind, None
         super().__init__(steps)
+
+    def _run(self) -> None:
+        super()._run()
+        if self.done:
+            self.end = self._lane.event()
 
     def wait(self) -> None:
         """Let the current stream wait for its end. The bucket may be read then."""
-        self._lane.wait(self)
+        if not self._asked:
+            self._lane.let_wait(self)
+            self._asked = True
 
 
 @functools.cache
 def lane_of(device: torch.device) -> Lane:
     """The lane of a device."""
-    return Lane(device)
+    connections = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS")
+    return Lane(device, device.type == "cuda" and connections not in FEW_CONNECTIONS)

@@ -14,6 +14,7 @@ from agoq_kernels.gradients import BLOCK, GradientFormat, segment_bytes
 
 from agoq_megatron.communicators import connect
 from agoq_megatron.gradients.bucket import Hops
+from agoq_megatron.gradients.reduction import FEW_CONNECTIONS
 
 MIN_NUMEL = 4096
 """Parameters with fewer numbers keep FP32 gradients, as do all with one axis."""
@@ -119,10 +120,9 @@ def launched_on_a_node() -> int:
 def waits_in_one_queue(overlap: bool, ranks: int, connections: str | None) -> str | None:
     """What to say where the GPU's one hardware queue takes from overlapped reductions what they could hide.
 
-    With fewer queues than streams, kernels behind work that waits for a collective wait too: with two it was
-    so, with eight, CUDA's own choice, it was not.
+    See ``FEW_CONNECTIONS``.
     """
-    if not overlap or ranks == 1 or connections not in ("1", "2"):
+    if not overlap or ranks == 1 or connections not in FEW_CONNECTIONS:
         return None
     return (
         f"AGoQ: with CUDA_DEVICE_MAX_CONNECTIONS={connections} the backward pass waits at times for "

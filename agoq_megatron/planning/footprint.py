@@ -104,7 +104,10 @@ def reduction_bytes(args, count: Parameters) -> float:
     ranks = args.data_parallel_size
     if args.agoq_grad_bits != 8 or ranks == 1:
         return 0
-    bucket = args.ddp_bucket_size or max(40_000_000, 1_000_000 * ranks)
+    bucket = args.ddp_bucket_size
+    if not bucket:
+        several = args.ddp_num_buckets
+        bucket = count.total // several if several else max(40_000_000, 1_000_000 * ranks)
     coded = each = segment_bytes(1) / BLOCK  # what arrives
     if args.agoq_grad_reduce != "flat":
         apart = args.tensor_model_parallel_size
@@ -156,24 +159,48 @@ def _sizes(args, config) -> _Sizes:
     )  # fmt: skip
 
 
-def _momentary(args, config, plan: Plan, sizes: _Sizes, last: bool) -> tuple[float, float]:
-    """Bytes of the larger of loss and layers: (logits, everything else)."""
-    layers = _layer_moment(config, plan, sizes)
+def _momentary(
+    config, plan: Plan, sizes: _Sizes, chunks: list[list[int]], last: bool
+) -> tuple[float, float]:
+    """Bytes of the larger of loss and layers: (logits, everything else).
+
+    Args:
+        chunks: numbers of the layers of each of the stage's.
+        last: whether it is the last stage.
+    """
+    if config.recompute_granularity == "full" and config.recompute_method == "block":
+        layers = _block_moment(config, plan, sizes, chunks)
+    else:
+        layers = _layer_moment(config, plan, sizes, [n for numbers in chunks for n in numbers])
     if not last:
         return 0.0, layers
     loss = max(5 * sizes.u, sizes.output_gradient + 3 * sizes.u)
     return (sizes.logits, loss) if sizes.logits + loss > layers else (0.0, layers)
 
 
-def _layer_moment(config, plan: Plan, sizes: _Sizes) -> float:
-    """Bytes beside what is kept at the worst moment of a layer."""
+def _block_moment(config, plan: Plan, sizes: _Sizes, chunks: list[list[int]]) -> float:
+    """As :func:`_layer_moment`, where the first layers of each chunk run again and others do not: by then the
+    others, whose backward passes come before, have given back what they kept."""
+    count = config.recompute_num_layers
+    others = [numbers[count:] for numbers in chunks]
+    free = min(plan.bytes_per_token_layer(numbers) * len(numbers) for numbers in others) * sizes.tokens
+    one_by_one = copy.copy(config)
+    one_by_one.recompute_method, one_by_one.recompute_num_layers = "uniform", 1
+    again = [n for numbers in chunks for n in numbers[:count]]
+    moment = _layer_moment(one_by_one, Plan(one_by_one), sizes, again) - free
+    if not any(others):
+        return moment
+    plain = _without_recomputation(config)
+    return max(moment, _layer_moment(plain, plan, sizes, [n for numbers in others for n in numbers]))
+
+
+def _layer_moment(config, plan: Plan, sizes: _Sizes, numbers: list[int]) -> float:
+    """Bytes beside what is kept at the worst moment of any of these layers."""
     mlp_again = config.recompute_granularity == "selective" and "mlp" in config.recompute_modules
     # Megatron runs an MLP again as a whole, whatever the parts.
     chunks = 1 if mlp_again else getattr(config, "mlp_chunks_for_training", 1) or 1
     full = config.recompute_granularity == "full"
-    # "uniform" runs its whole group again at a time, "block" one layer.
-    again = config.recompute_num_layers if full and config.recompute_method == "uniform" else 1
-    numbers = list(plan.layers)
+    again = config.recompute_num_layers if full else 1  # at a time
     kept = all(config.agoq.rule(Site.NORM2_INPUT, n).keep for n in numbers)
     # The MLP's backward: the gradient that it starts from; where layers run again, their input and output.
     beside = (_fc1_states(config) + 1) * sizes.f / chunks + (3 if full and not kept else 1) * sizes.u
@@ -286,14 +313,15 @@ def footprints(args, config, plan: Plan | None = None) -> list[Footprint]:
     for stage in range(schedule.stages):
         count = parameters(args, config, stage)
         last = stage == schedule.stages - 1
+        layers = [list(numbers) for numbers in layers_of(config, stage)]
         chunks = [
             plan.bytes_per_token_layer(numbers) * len(numbers) * sizes.tokens if numbers else 0.0
-            for numbers in layers_of(config, stage)
+            for numbers in layers
         ]
         held = schedule.peak(stage, chunks)
         # A stage's input is held by the schedule; the first chunk of the first one reads tokens.
         inputs = [0.0 if stage == 0 and i == 0 else sizes.su for i in range(len(chunks))]
-        logits, other = _momentary(args, config, plan, sizes, last)
+        logits, other = _momentary(config, plan, sizes, layers, last)
         parts = {
             "weights": config.params_dtype.itemsize * count.total,
             "gradients": gradient_bytes(args, count),

@@ -31,6 +31,7 @@ MODEL = """
     --use-distributed-optimizer
 """.split()
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers"
+BLOCK = "--recompute-granularity full --recompute-method block --recompute-num-layers"
 SELECTIVE = "--recompute-granularity selective --recompute-modules"
 PARTS = "--mlp-chunks-for-training 4"
 GELU = "GELU"
@@ -44,6 +45,9 @@ RUNS = {
     "agoq, full recomputation": f"{FULL} 1",
     "agoq, full recomputation, MLP in parts": f"{FULL} 1 {PARTS}",
     "agoq, full recomputation of two layers": f"{FULL} 2",
+    "off, recomputation of one layer": f"--agoq-activations off {BLOCK} 1",
+    "agoq, recomputation of one layer": f"{BLOCK} 1",
+    "agoq, recomputation of three layers, MLP in parts": f"{BLOCK} 3 {PARTS}",
     "uniform4, full recomputation, MLP in parts": f"--agoq-activations uniform4 {FULL} 1 {PARTS}",
     "off, two layers, MLP run again": f"--agoq-activations off --num-layers 2 {SELECTIVE} mlp",
     "agoq, MLP run again": f"{SELECTIVE} mlp",

@@ -77,6 +77,21 @@ MEASURED = {
     ),
 }  # fmt: skip
 
+# Of 8-bit gradients: (GPUs, flags, bytes that a reduction holds for each number of a bucket)
+CODED = 66 / 64
+LARGE = "--preset llama3-8b --global-batch-size 64 --agoq-grad-bits 8 --ddp-bucket-size 1000"
+REDUCTIONS = {
+    "in one node": (8, "", CODED),
+    "two nodes of 8": (16, "", 2 * CODED + 2 * 2 / 8),
+    "in one hop by flag": (16, "--agoq-grad-reduce flat", CODED),
+    "nodes of 4 by flag": (8, "--agoq-grad-node-size 4", 2 * CODED + 2 * 2 / 4),
+    "TP4, two of a node": (16, "--tensor-model-parallel-size 4", 2 * CODED + 2 * 2 / 2),
+    "TP8, one of a node": (32, "--tensor-model-parallel-size 8", CODED),
+    "stages between": (
+        32, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 4 --use-tp-pp-dp-mapping", CODED,
+    ),
+}  # fmt: skip
+
 
 def measured_flags(model: str, more: str) -> list[str]:
     import bench_step
@@ -110,7 +125,9 @@ def plan_all(tiny: list[str]) -> dict:
     }
     return found | {
         name: stages(1, measured_flags(model, more)) for name, (model, more, _) in MEASURED.items()
-    }
+    } | {
+        name: stages(gpus, [*LARGE.split(), *flags.split()]) for name, (gpus, flags, _) in REDUCTIONS.items()
+    }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +155,13 @@ def test_measured_peaks(planned, name):
     peak = sum(planned[name][0].values()) / M
     print(f"{name}: predicted {peak:.0f}, measured {MEASURED[name][2]} MiB")
     assert peak == pytest.approx(MEASURED[name][2], rel=0.03)
+
+
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_reductions(planned, name):
+    _, flags, each = REDUCTIONS[name]
+    tp = int(flags.split()[1]) if "tensor" in flags else 1
+    assert planned[name][0]["reduction"] == pytest.approx(each * (1000 + 128256 * 4096 / tp))
 
 
 @pytest.mark.slow
