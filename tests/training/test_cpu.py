@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -39,12 +40,75 @@ def gather_often() -> None:
             assert torch.equal(whole.view(ranks, NUMEL), expected[:, None].expand(ranks, NUMEL).float())
 
 
+def multiply() -> None:
+    """On a rank: products of BF16 matrices on a processor without instructions for them."""
+    from agoq_megatron import cpu
+
+    rng = torch.Generator().manual_seed(int.from_bytes(os.urandom(4)))
+
+    def matrices(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
+        return [torch.randn(shape, generator=rng) for shape in shapes]
+
+    x, w, sums = matrices((5, 37, 70), (70, 33), (37, 33))
+    before = x[0] @ w, torch.addmm(sums, x[0], w, beta=0.5, alpha=2.0)
+    torch.ops.mkldnn._is_mkldnn_bf16_supported = lambda: False
+    cpu.install()
+    # Others are what they were.
+    assert torch.equal(x[0] @ w, before[0])
+    assert torch.equal(torch.addmm(sums, x[0], w, beta=0.5, alpha=2.0), before[1])
+    with pytest.raises(RuntimeError, match="dtype"):
+        torch.mm(x[0].bfloat16(), w)
+
+    x, w, sums = x.bfloat16(), w.bfloat16(), sums.bfloat16()
+    exact = x.double() @ w.double()
+    ws = w.expand(5, 70, 33)
+
+    def poisoned(*shape: int) -> torch.Tensor:
+        return torch.full(shape, torch.nan, dtype=torch.bfloat16)
+
+    added = 0.5 * sums.double() + 2 * exact
+    scales = {"beta": 0.5, "alpha": 2.0}
+    for got, expected in (
+        (x[0] @ w, exact[0]),
+        (torch.mm(x[0], w, out=poisoned(37, 33)), exact[0]),
+        (torch.mm(w.t(), x[0].t(), out=poisoned(33, 37)).t(), exact[0]),
+        (torch.bmm(x, ws), exact),
+        (torch.bmm(x, ws, out=poisoned(5, 37, 33)), exact),
+        (torch.nn.functional.linear(x, w.t()), exact),
+        (torch.nn.functional.linear(x[0], w.t(), sums[0]), exact[0] + sums[0].double()),
+        (torch.addmm(sums, x[0], w, **scales), added[0]),
+        (torch.addmm(sums, x[0], w, out=poisoned(37, 33), **scales), added[0]),
+        (sums.clone().addmm_(x[0], w, **scales), added[0]),
+        (torch.baddbmm(sums, x, ws, **scales), added),
+        (torch.baddbmm(sums, x, ws, out=poisoned(5, 37, 33), **scales), added),
+        (sums.expand(5, 37, 33).clone().baddbmm_(x, ws, **scales), added),
+    ):
+        assert got.dtype is torch.bfloat16
+        # Rounded once: half of a last digit, and what FP32 sums may add to it.
+        assert ((got.double() - expected).abs() <= expected.abs() * 2**-8 + 1e-4).all()
+    whole = sums.clone()
+    assert whole.addmm_(x[0], w) is whole
+
+    q, k, v, grad = (torch.randn(2, 3, 21, 8, generator=rng).bfloat16().requires_grad_() for _ in range(4))
+    attend = torch.nn.functional.scaled_dot_product_attention
+    got = torch.autograd.grad(attend(q, k, v, is_causal=True), (q, k, v), grad.detach())
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    exact = torch.autograd.grad(attend(*wide, is_causal=True), wide, grad.detach().double())
+    for mine, expected in zip(got, exact, strict=True):
+        assert mine.dtype is torch.bfloat16
+        assert (mine.double() - expected).norm() < 0.01 * expected.norm()
+
+
 @pytest.mark.timeout(180)
 def test_asynchronous_gathers_are_sound(launcher, tmp_path):
-    launcher.script(__file__, tmp_path, timeout=170)
+    launcher.script(__file__, 2, "gather_often", tmp_path, timeout=170)
+
+
+def test_products_in_bf16(launcher, tmp_path):
+    launcher.script(__file__, 1, "multiply", tmp_path, timeout=100)
 
 
 if __name__ == "__main__":
     import_megatron()
-    folder = Path(sys.argv[1])
-    fork_ranks(2, gather_often, folder, timeout=160)
+    count, task, folder = sys.argv[1:]
+    fork_ranks(int(count), globals()[task], Path(folder), timeout=160)
