@@ -36,12 +36,15 @@ class QuantizedGradient:
         start: first number in the bucket.
         shape: the parameter's.
         name: of the parameter, for random numbers.
+        number: of the bucket's parameters in codes, counted by where they lie. Between two that follow one
+            another nothing but zeros lies there.
     """
 
     dtype = torch.float32  # what it is read in
 
-    def __init__(self, bucket, start: int, shape: torch.Size, name: str):
-        self.bucket, self.start, self.shape, self._name = bucket, start, shape, name
+    def __init__(self, bucket, start: int, shape: torch.Size, name: str, number: int):
+        self.bucket, self.start, self.shape, self.number = bucket, start, shape, number
+        self._name = name
 
     def numel(self) -> int:
         return self.shape.numel()
@@ -63,7 +66,8 @@ class QuantizedGradient:
         return self.bucket.codes.sources(self.start + start, end - start)
 
     def norms(self, start: int, end: int) -> Tensor:
-        """Numbers whose norm is that of ``read(start, end)``."""
+        """Numbers whose norm is that of ``read(start, end)``; an ``end`` beyond its own reaches into what
+        follows in the bucket."""
         return self.bucket.codes.norms(self.start + start, end - start)
 
 
@@ -188,13 +192,15 @@ class QuantizedBuffer(_ParamAndGradBuffer):
     @staticmethod
     def _give_main_grads(bucket, names: dict) -> None:
         place = 0
+        in_codes = sorted(bucket.param_to_index[p][0] for p in bucket.params_list if not stays_fp32(p))
+        numbers = {start: number for number, start in enumerate(in_codes)}
         for param in bucket.params_list:
             if stays_fp32(param):
                 param.main_grad = bucket.side[place : place + param.numel()].view(param.shape)
                 place += param.numel()
             else:
                 start = bucket.param_to_index[param][0]
-                param.main_grad = QuantizedGradient(bucket, start, param.shape, names[param])
+                param.main_grad = QuantizedGradient(bucket, start, param.shape, names[param], numbers[start])
 
     def reset(self) -> None:
         """Forget all gradients."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import torch
@@ -44,6 +44,11 @@ class GradientShard(ABC):
         """FP32 numbers whose L2 norm is that of the gradient, without this shard's factor. Unscaling
         multiplies them in place. Taken when they are first asked for: without clipping nobody does."""
         return self._norms()
+
+    @property
+    def has_norms(self) -> bool:
+        """Whether they were asked for."""
+        return "norms" in self.__dict__
 
     @abstractmethod
     def _norms(self) -> Tensor: ...
@@ -121,6 +126,21 @@ class CodeShard(GradientShard):
         return self._gradient.norms(self._start, self._end)
 
     @property
+    def place(self) -> tuple[int, int]:
+        """By which shards are to be sorted for :meth:`norms_through`."""
+        return id(self._gradient.bucket), self._gradient.number
+
+    def is_followed_by(self, other: CodeShard) -> bool:
+        """Whether nothing but zeros lies between the end of this and the beginning of the other."""
+        mine, others = self._gradient, other._gradient
+        together = mine.bucket is others.bucket and mine.number + 1 == others.number
+        return together and self._end == mine.numel() and other._start == 0
+
+    def norms_through(self, last: CodeShard) -> Tensor:
+        """Numbers whose norm is that of all from this to the last, each followed by the next."""
+        return self._gradient.norms(self._start, last._gradient.start + last._end - self._gradient.start)
+
+    @property
     def numel(self) -> int:
         return self._end - self._start
 
@@ -158,6 +178,29 @@ class NumberShard(GradientShard):
         return self._data[start:end].to(torch.float32, copy=True)
 
 
+def norms_of(shards: Iterable[GradientShard]) -> list[Tensor]:
+    """Numbers whose L2 norm is that of all these gradients: those of neighbours in a bucket are taken in one
+    pass, where they were not asked for one by one before."""
+    found, in_codes = [], []
+    for shard in shards:
+        if isinstance(shard, CodeShard) and not shard.has_norms:
+            in_codes.append(shard)
+        else:
+            found.append(shard.norms)
+    in_codes.sort(key=lambda shard: shard.place)
+    first = last = None
+    for shard in in_codes:
+        if last is not None and last.is_followed_by(shard):
+            last = shard
+            continue
+        if last is not None:
+            found.append(first.norms_through(last))
+        first = last = shard
+    if last is not None:
+        found.append(first.norms_through(last))
+    return found
+
+
 def shard_of(param: Tensor) -> GradientShard | None:
     """The gradient that a main parameter is to be stepped with, if it is held like this."""
     return getattr(param, "agoq_gradient", None)
@@ -178,14 +221,14 @@ class ReadsShards:
     def _filter_grads_for_norm(self, params, param_filter=None):
         """See the base class. Of shards numbers that have their norm."""
         tp_group = getattr(self, "tp_group", None)
-        return super()._filter_grads_for_norm(params, param_filter) + [
-            shard_of(p).norms
+        return super()._filter_grads_for_norm(params, param_filter) + norms_of(
+            shard_of(p)
             for p in params
             if shard_of(p) is not None
             and (param_filter is None or param_filter(p))
             and param_is_not_shared(p)
             and param_is_not_tensor_parallel_duplicate(p, tp_group=tp_group)
-        ]
+        )
 
     def _collect_main_grad_data_for_unscaling(self):
         """Of FP16 training: what Megatron checks for infinities and unscales in place."""
