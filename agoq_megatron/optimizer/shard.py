@@ -126,15 +126,19 @@ class CodeShard(GradientShard):
         return self._gradient.norms(self._start, self._end)
 
     @property
-    def place(self) -> tuple[int, int]:
-        """By which shards are to be sorted for :meth:`norms_through`."""
-        return id(self._gradient.bucket), self._gradient.number
+    def bucket(self):
+        """Megatron's, in which the gradient lies."""
+        return self._gradient.bucket
+
+    @property
+    def number(self) -> int:
+        """Of its parameter; see :class:`QuantizedGradient`."""
+        return self._gradient.number
 
     def is_followed_by(self, other: CodeShard) -> bool:
-        """Whether nothing but zeros lies between the end of this and the beginning of the other."""
-        mine, others = self._gradient, other._gradient
-        together = mine.bucket is others.bucket and mine.number + 1 == others.number
-        return together and self._end == mine.numel() and other._start == 0
+        """Whether only zeros lie between the end of this and the beginning of another of the bucket."""
+        neighbours = self.number + 1 == other.number
+        return neighbours and self._end == self._gradient.numel() and other._start == 0
 
     def norms_through(self, last: CodeShard) -> Tensor:
         """Numbers whose norm is that of all from this to the last, each followed by the next."""
@@ -180,23 +184,22 @@ class NumberShard(GradientShard):
 
 def norms_of(shards: Iterable[GradientShard]) -> list[Tensor]:
     """Numbers whose L2 norm is that of all these gradients: those of neighbours in a bucket are taken in one
-    pass, where they were not asked for one by one before."""
-    found, in_codes = [], []
+    pass, where they were not asked for one by one before. Their order is that of the parameters on every rank
+    and in every run, for their sum depends on it."""
+    found, buckets = [], {}
     for shard in shards:
         if isinstance(shard, CodeShard) and not shard.has_norms:
-            in_codes.append(shard)
+            buckets.setdefault(id(shard.bucket), []).append(shard)
         else:
             found.append(shard.norms)
-    in_codes.sort(key=lambda shard: shard.place)
-    first = last = None
-    for shard in in_codes:
-        if last is not None and last.is_followed_by(shard):
+    for members in buckets.values():
+        members.sort(key=lambda shard: shard.number)
+        first = last = members[0]
+        for shard in members[1:]:
+            if not last.is_followed_by(shard):
+                found.append(first.norms_through(last))
+                first = shard
             last = shard
-            continue
-        if last is not None:
-            found.append(first.norms_through(last))
-        first = last = shard
-    if last is not None:
         found.append(first.norms_through(last))
     return found
 
