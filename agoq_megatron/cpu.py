@@ -300,41 +300,40 @@ def _multiply_in_fp32() -> None:
     """Without AVX-512 torch multiplies BF16 matrices in a plain loop, 50 times as slowly as FP32 ones. There
     their products are made of the same numbers in FP32 and rounded once, as instructions for BF16 do it."""
     global _products
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return
-
-    def kernel(name: str):
-        return torch.library.get_kernel(f"aten::{name}", "CPU")
+    products = "mm", "bmm", "addmm", "baddbmm"
+    names = (*products, "addmm_", "baddbmm_", *(f"{name}.out" for name in products))
+    attention = "_scaled_dot_product_flash_attention_for_cpu_backward"
+    kernels = {name: torch.library.get_kernel(f"aten::{name}", "CPU") for name in (*names, attention)}
 
     def in_fp32(name: str) -> None:
-        stock, plain = kernel(name), kernel(name.removesuffix(".out").removesuffix("_"))
+        stock, plain = kernels[name], kernels[name.removesuffix(".out").removesuffix("_")]
 
         def multiply(keys, *args, **kwargs):
             given = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
             if any(x.dtype is not torch.bfloat16 for x in given):
                 return stock.call_boxed(keys, *args, **kwargs)
-            into = kwargs.pop("out", args[0] if name.endswith("_") else None)
+            out = kwargs.pop("out", None)
             wide = [x.float() if isinstance(x, torch.Tensor) else x for x in args]
             result = plain.call_boxed(keys, *wide, **kwargs)
-            return result.bfloat16() if into is None else into.resize_(result.shape).copy_(result)
+            if name.endswith("_"):
+                return args[0].copy_(result)
+            return result.bfloat16() if out is None else out.resize_(result.shape).copy_(result)
 
         _products.impl(name, multiply, "CPU", with_keyset=True)
 
-    attention = "_scaled_dot_product_flash_attention_for_cpu_backward"
-    stock_attention = kernel(attention)
-
     def attention_backward(keys, grad, *args, **kwargs):
+        stock = kernels[attention]
         if grad.dtype is not torch.bfloat16:
-            return stock_attention.call_boxed(keys, grad, *args, **kwargs)
+            return stock.call_boxed(keys, grad, *args, **kwargs)
         wide = [x.float() if isinstance(x, torch.Tensor) else x for x in (grad, *args)]
-        return tuple(x.bfloat16() for x in stock_attention.call_boxed(keys, *wide, **kwargs))
+        return tuple(x.bfloat16() for x in stock.call_boxed(keys, *wide, **kwargs))
 
     _products = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Warning only once for all operators")  # that one is replaced
-        for name in ("mm", "bmm", "addmm", "baddbmm", "addmm_", "baddbmm_"):
-            in_fp32(name)
-        for name in ("mm.out", "bmm.out", "addmm.out", "baddbmm.out"):
+        for name in names:
             in_fp32(name)
         _products.impl(attention, attention_backward, "CPU", with_keyset=True)
 

@@ -24,6 +24,8 @@ from torch import Tensor
 BLOCK = 64
 NORM_STRETCH = 128 * BLOCK
 """Numbers to a norm of :func:`norms_of_sum`."""
+_PIECE = 512 * NORM_STRETCH
+"""Numbers that are in FP32 at a time where norms have no kernel."""
 CODES = ("int8", "e4m3")
 SCALES = ("absmax", "least-squares")
 ROUNDINGS = ("nearest", "stochastic")
@@ -236,5 +238,9 @@ def norms_of_sum(segments: Tensor, blocks: int, first: int, n: int, factor: floa
         from agoq_kernels.triton import gradients
 
         return gradients.norms_of_sum(segments, blocks, first, n, factor)
-    x = _sum(segments, blocks, first, n, factor, code)
-    return torch.nn.functional.pad(x, (0, -n % NORM_STRETCH)).view(-1, NORM_STRETCH).norm(dim=1)
+    norms = []
+    for done in range(0, n, _PIECE):
+        x = _sum(segments, blocks, first + done // BLOCK, min(_PIECE, n - done), factor, code)
+        x = torch.nn.functional.pad(x, (0, -len(x) % NORM_STRETCH))
+        norms.append(x.view(-1, NORM_STRETCH).norm(dim=1))
+    return torch.cat(norms) if norms else segments.new_empty(0, dtype=torch.float32)

@@ -152,11 +152,10 @@ class GradientBucket:
         norms = []
         for segments, inside, count in self._spans(start, n):
             if segments is None:
-                norms.append(self._read_segments(None, inside, count).norm().view(1))
-                continue
-            found = norms_of_sum(
-                segments, self.blocks, inside // BLOCK, count, self._factor, self.format.code
-            )
+                found = self._reduced[inside : inside + count].norm().view(1) * abs(self._factor)
+            else:
+                place = inside // BLOCK, count
+                found = norms_of_sum(segments, self.blocks, *place, self._factor, self.format.code)
             norms.append(found if self._multiplier is None else found * self._multiplier.abs())
         return norms[0] if len(norms) == 1 else torch.cat(norms)
 

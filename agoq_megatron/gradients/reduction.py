@@ -161,7 +161,8 @@ class Lane(Workspace):
         """Queue what is left of a reduction and of older ones; let the current stream wait for its end."""
         with self._streams.stream(self._stream):
             while not reduction.done:
-                self._under_way.pop(0).finish()
+                self._under_way[0].finish()
+                self._under_way.pop(0)
         self._streams.current_stream(self._device).wait_event(reduction.end)
         self._home.wait_event(reduction.end)
         self._unread -= 1

@@ -188,14 +188,14 @@ def _block_moment(config, plan: Plan, sizes: _Sizes, chunks: list[list[int]]) ->
     one_by_one.recompute_method, one_by_one.recompute_num_layers = "uniform", 1
     again = [n for numbers in chunks for n in numbers[:count]]
     moment = _layer_moment(one_by_one, Plan(one_by_one), sizes, again) - free
-    if not any(others):
-        return moment
-    plain = _without_recomputation(config)
-    return max(moment, _layer_moment(plain, plan, sizes, [n for numbers in others for n in numbers]))
+    plain = [n for numbers in others for n in numbers]
+    return max(moment, _layer_moment(_without_recomputation(config), plan, sizes, plain))
 
 
 def _layer_moment(config, plan: Plan, sizes: _Sizes, numbers: list[int]) -> float:
-    """Bytes beside what is kept at the worst moment of any of these layers."""
+    """Bytes beside what is kept at the worst moment of any of these layers; a stage may have none."""
+    if not numbers:
+        return 0.0
     mlp_again = config.recompute_granularity == "selective" and "mlp" in config.recompute_modules
     # Megatron runs an MLP again as a whole, whatever the parts.
     chunks = 1 if mlp_again else getattr(config, "mlp_chunks_for_training", 1) or 1

@@ -138,7 +138,7 @@ def test_a_reduction_that_failed_is_never_done():
     reduction = lane.begin(broken(), kind="any")
     with pytest.raises(MemoryError):
         lane.begin(iter(()), kind="any")
-    for go_on in (reduction.wait, reduction.advance, reduction.finish):
+    for go_on in (reduction.wait, reduction.wait, reduction.advance, reduction.finish):
         with pytest.raises(RuntimeError, match="failed"):
             go_on()
     assert not reduction.done

@@ -189,8 +189,8 @@ def gradients_interpreted() -> bool:
 
 
 @pytest.mark.parametrize("code", gradients.CODES)
-def test_norms(rng, code):
-    """Norms of stretches against FP64; from Triton too."""
+def test_norms(rng, code, monkeypatch):
+    """Norms of stretches against FP64; in pieces, and from Triton too."""
     blocks, n, fmt = 3 * NORM_STRETCH // BLOCK, 2 * NORM_STRETCH + 77, GradientFormat(code=code)
     bucket, residual = empty(2, blocks, fmt)
     for first in (0, blocks):
@@ -200,6 +200,8 @@ def test_norms(rng, code):
     padded = torch.nn.functional.pad(exact, (0, -n % NORM_STRETCH)).view(-1, NORM_STRETCH)
     segments = bucket.view(2, -1)
     found = [norms_of_sum(segments, blocks, 1, n, 0.25, code)]
+    monkeypatch.setattr(gradients, "_PIECE", NORM_STRETCH)
+    found.append(norms_of_sum(segments, blocks, 1, n, 0.25, code))
     if code == "int8":
         triton_kernels = pytest.importorskip("agoq_kernels.triton.gradients")
         found.append(triton_kernels.norms_of_sum(segments.to(DEVICE), blocks, 1, n, 0.25).cpu())

@@ -92,6 +92,16 @@ REDUCTIONS = {
     ),
 }  # fmt: skip
 
+EMPTY = (
+    "--num-layers 4 --pipeline-model-parallel-size 6 --account-for-embedding-in-pipeline-split "
+    "--account-for-loss-in-pipeline-split"
+)
+WITHOUT_LAYERS = {  # the first and the last stage
+    "nothing again": EMPTY,
+    "all again": f"{EMPTY} {FULL}",
+    "one layer again": f"{EMPTY} {FULL.replace('uniform', 'block')}",
+}
+
 
 def measured_flags(model: str, more: str) -> list[str]:
     import bench_step
@@ -127,6 +137,9 @@ def plan_all(tiny: list[str]) -> dict:
         name: stages(1, measured_flags(model, more)) for name, (model, more, _) in MEASURED.items()
     } | {
         name: stages(gpus, [*LARGE.split(), *flags.split()]) for name, (gpus, flags, _) in REDUCTIONS.items()
+    } | {
+        name: stages(6, [*tiny, "--train-iters", "2", *flags.split()])
+        for name, flags in WITHOUT_LAYERS.items()
     }  # fmt: skip
 
 
@@ -162,6 +175,13 @@ def test_reductions(planned, name):
     _, flags, each = REDUCTIONS[name]
     tp = int(flags.split()[1]) if "tensor" in flags else 1
     assert planned[name][0]["reduction"] == pytest.approx(each * (1000 + 128256 * 4096 / tp))
+
+
+@pytest.mark.parametrize("name", WITHOUT_LAYERS)
+def test_stages_without_layers(planned, name):
+    first, second, *_, last = planned[name]
+    assert first["saved activations"] == last["saved activations"] == 0 < second["saved activations"]
+    assert first["transients"] < second["transients"] and last["logits"] > 0
 
 
 @pytest.mark.slow

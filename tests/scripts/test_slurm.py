@@ -174,7 +174,7 @@ open("x/latest_checkpointed_iteration.txt", "w").write("40")
 
 @pytest.mark.parametrize("earlier", [False, True])
 def test_a_job_near_its_limit_that_is_still_starting(cluster, earlier):
-    """It goes on where it has ever come to save; else it would start for ever."""
+    """It goes on once where it has ever come to save; else it would start for ever."""
     if earlier:
         (cluster / "x").mkdir()
         (cluster / "x" / "latest_checkpointed_iteration.txt").write_text("40")
@@ -184,8 +184,13 @@ def test_a_job_near_its_limit_that_is_still_starting(cluster, earlier):
     assert (cluster / "scontrol").exists() == earlier, err
     if earlier:
         assert "cut with status 138; requeued" in err
-    else:
-        assert job.returncode == 2 and "cut with status 138 before anything was saved: --time" in err
+        for name in ("scontrol", "task"):
+            (cluster / name).unlink()
+        job = batch(cluster, "train.sbatch", "tiny.flags", "--save", "x")
+        err = signalled(cluster, job)
+        assert not (cluster / "scontrol").exists(), err
+    assert job.returncode == 2 and "cut with status 138 before anything was saved: --time" in err
+    assert not list(cluster.glob("x/.cut*"))  # who starts it again starts anew
 
 
 def test_a_signal_before_the_ranks_are_started(cluster):

@@ -44,7 +44,22 @@ def multiply() -> None:
     """On a rank: products of BF16 matrices on a processor without instructions for them."""
     from agoq_megatron import cpu
 
-    rng = torch.Generator().manual_seed(int.from_bytes(os.urandom(4)))
+    seed = int.from_bytes(os.urandom(4))
+    print("seed", seed)
+    rng = torch.Generator().manual_seed(seed)
+    in_fp32, get_kernel = [], torch.library.get_kernel
+
+    class Counted:
+        """A kernel of torch's that notes when it gets numbers in FP32."""
+
+        def __init__(self, *which):
+            self._stock = get_kernel(*which)
+
+        def call_boxed(self, keys, *args, **kwargs):
+            in_fp32.append(args[0].dtype is torch.float32)
+            return self._stock.call_boxed(keys, *args, **kwargs)
+
+    torch.library.get_kernel = Counted
 
     def matrices(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
         return [torch.randn(shape, generator=rng) for shape in shapes]
@@ -68,30 +83,39 @@ def multiply() -> None:
 
     added = 0.5 * sums.double() + 2 * exact
     scales = {"beta": 0.5, "alpha": 2.0}
-    for got, expected in (
-        (x[0] @ w, exact[0]),
-        (torch.mm(x[0], w, out=poisoned(37, 33)), exact[0]),
-        (torch.mm(w.t(), x[0].t(), out=poisoned(33, 37)).t(), exact[0]),
-        (torch.bmm(x, ws), exact),
-        (torch.bmm(x, ws, out=poisoned(5, 37, 33)), exact),
-        (torch.nn.functional.linear(x, w.t()), exact),
-        (torch.nn.functional.linear(x[0], w.t(), sums[0]), exact[0] + sums[0].double()),
-        (torch.addmm(sums, x[0], w, **scales), added[0]),
-        (torch.addmm(sums, x[0], w, out=poisoned(37, 33), **scales), added[0]),
-        (sums.clone().addmm_(x[0], w, **scales), added[0]),
-        (torch.baddbmm(sums, x, ws, **scales), added),
-        (torch.baddbmm(sums, x, ws, out=poisoned(5, 37, 33), **scales), added),
-        (sums.expand(5, 37, 33).clone().baddbmm_(x, ws, **scales), added),
+    linear = torch.nn.functional.linear
+    for product, expected in (
+        (lambda: x[0] @ w, exact[0]),
+        (lambda: torch.mm(x[0], w, out=poisoned(37, 33)), exact[0]),
+        (lambda: torch.mm(w.t(), x[0].t(), out=poisoned(33, 37)).t(), exact[0]),
+        (lambda: torch.bmm(x, ws), exact),
+        (lambda: torch.bmm(x, ws, out=poisoned(5, 37, 33)), exact),
+        (lambda: linear(x, w.t()), exact),
+        (lambda: linear(x[0], w.t(), sums[0]), exact[0] + sums[0].double()),
+        (lambda: torch.addmm(sums, x[0], w, **scales), added[0]),
+        (lambda: torch.addmm(sums, x[0], w, out=poisoned(37, 33), **scales), added[0]),
+        (lambda: sums.clone().addmm_(x[0], w, **scales), added[0]),
+        (lambda: torch.baddbmm(sums, x, ws, **scales), added),
+        (lambda: torch.baddbmm(sums, x, ws, out=poisoned(5, 37, 33), **scales), added),
+        (lambda: sums.expand(5, 37, 33).clone().baddbmm_(x, ws, **scales), added),
     ):
-        assert got.dtype is torch.bfloat16
+        in_fp32.clear()
+        got = product()
+        assert in_fp32 == [True] and got.dtype is torch.bfloat16
         # Rounded once: half of a last digit, and what FP32 sums may add to it.
         assert ((got.double() - expected).abs() <= expected.abs() * 2**-8 + 1e-4).all()
     whole = sums.clone()
     assert whole.addmm_(x[0], w) is whole
+    row = sums.clone().view(-1)[:33]
+    with pytest.raises(RuntimeError):  # not its neighbours, too
+        row.addmm_(x[0], w)
 
     q, k, v, grad = (torch.randn(2, 3, 21, 8, generator=rng).bfloat16().requires_grad_() for _ in range(4))
     attend = torch.nn.functional.scaled_dot_product_attention
-    got = torch.autograd.grad(attend(q, k, v, is_causal=True), (q, k, v), grad.detach())
+    out = attend(q, k, v, is_causal=True)
+    in_fp32.clear()
+    got = torch.autograd.grad(out, (q, k, v), grad.detach())
+    assert in_fp32 == [True]
     wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
     exact = torch.autograd.grad(attend(*wide, is_causal=True), wide, grad.detach().double())
     for mine, expected in zip(got, exact, strict=True):
