@@ -191,16 +191,15 @@ class QuantizedBuffer(_ParamAndGradBuffer):
 
     @staticmethod
     def _give_main_grads(bucket, names: dict) -> None:
-        place = 0
-        in_codes = sorted(bucket.param_to_index[p][0] for p in bucket.params_list if not stays_fp32(p))
-        numbers = {start: number for number, start in enumerate(in_codes)}
-        for param in bucket.params_list:
+        place = number = 0
+        for param in bucket.params_list:  # in the order in which they lie
             if stays_fp32(param):
                 param.main_grad = bucket.side[place : place + param.numel()].view(param.shape)
                 place += param.numel()
             else:
                 start = bucket.param_to_index[param][0]
-                param.main_grad = QuantizedGradient(bucket, start, param.shape, names[param], numbers[start])
+                param.main_grad = QuantizedGradient(bucket, start, param.shape, names[param], number)
+                number += 1
 
     def reset(self) -> None:
         """Forget all gradients."""

@@ -126,12 +126,12 @@ def measure(flags: str, out: Path) -> None:
 def moments(launcher, tmp_path_factory, request) -> Path:
     folder = tmp_path_factory.mktemp("moments")
     everything = request.config.getoption("--exhaustive")
-    launcher.script(__file__, folder, *(name for name in RUNS if everything or name in ALWAYS), timeout=400)
+    launcher.script(__file__, folder, *(name for name in RUNS if everything or name in ALWAYS), timeout=900)
     return folder
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(450)  # the first one waits for all runs
+@pytest.mark.timeout(950)  # the first one waits for all runs
 @pytest.mark.parametrize("name", covering(RUNS, ALWAYS))
 def test_worst_moment(moments, name):
     measured, planned = json.loads((moments / f"{name}.json").read_text())
