@@ -201,6 +201,8 @@ def _answer_torch_cuda() -> None:
         torch.set_rng_state(new_state)
 
     answers = {
+        # With PYTORCH_NVML_BASED_CUDA_CHECK=1 torch's own asks device_count.
+        "is_available": lambda: False,
         "device_count": lambda: 1,
         "current_device": zero,
         "set_device": nothing,

@@ -83,6 +83,7 @@ def commands(args: argparse.Namespace) -> dict[str, list[str]]:
         command += ["--repeat", str(args.repeat), "--iterations", str(args.iterations), "--predict", *runs]
         command += ["--timeout", str(args.timeout), "--logs", str(args.out / f"logs-{name}")]
         command += ["--corpus", args.corpus] if args.corpus else []
+        command += ["--fork"] if args.fork else []
         found[name] = [*command, "--out", str(args.out / f"{name}.json"), "--", *flags.split()]
     node = ["--node-size", str(args.gpus // 2)] if args.gpus > 2 else []
     sizes = SIZES[:1] if args.model == "tiny" else SIZES
@@ -108,6 +109,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--corpus", metavar="PREFIX", help="train on what prepare_corpus.py --output PREFIX wrote"
     )
+    parser.add_argument("--fork", action="store_true", help="as bench_step.py: runs start sooner")
     parser.add_argument("--timeout", type=float, default=900, help="seconds a run (default: 900)")
     args = parser.parse_args(argv)
     if args.gpus < 2 or args.gpus % 2:

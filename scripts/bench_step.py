@@ -5,6 +5,7 @@
     python scripts/bench_step.py --model tiny --repeat 1        # a trial on a CPU
     python scripts/bench_step.py --run 'four=--agoq-activations uniform4' -- --cross-entropy-loss-fusion
     python scripts/bench_step.py --longest off --longest agoq --out longest.json
+    python scripts/bench_step.py --fork         # Megatron is imported once, not by each run
 
 Every run is a fresh process that trains 10 iterations (--iterations) on made-up tokens, or on a corpus of
 prepare_corpus.py (--corpus); its step time is the median of iterations 4 to 9 (all from 4 but the last).
@@ -36,6 +37,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -52,10 +54,10 @@ MODELS = {
 # Divisible by 1: Megatron would pad the vocabulary to a multiple of 128 times the tensor-parallel size.
 # Log interval 1: before each of its lines Megatron waits for the device and for all ranks.
 # Each rank is a node to NCCL, and shares GPU 0.
-AS_BETWEEN_NODES = (
-    "export LOCAL_RANK=0 NCCL_HOSTID=rank-$RANK NCCL_SOCKET_IFNAME=lo NCCL_IB_DISABLE=1 NCCL_P2P_DISABLE=1 "
-    'NCCL_SHM_DISABLE=1; exec "$@"'
-)
+BETWEEN_NODES = dict(
+    LOCAL_RANK="0", NCCL_HOSTID="rank-{RANK}", NCCL_SOCKET_IFNAME="lo", NCCL_IB_DISABLE="1",
+    NCCL_P2P_DISABLE="1", NCCL_SHM_DISABLE="1",
+)  # fmt: skip
 MOCK_DATA = "--mock-data --tokenizer-type NullTokenizer --vocab-size 32000".split()
 COMMON_FLAGS = """
     --swiglu --normalization RMSNorm --position-embedding-type rope --group-query-attention --lr 1e-4
@@ -200,7 +202,9 @@ def build_command(args: argparse.Namespace, name: str, label: str, shape: dict, 
     launcher = f"-m torch.distributed.run --standalone --nproc-per-node {args.nproc_per_node}".split()
     rank = [str(ROOT / "pretrain_gpt_agoq.py"), *flags, *more]
     if args.one_gpu:
-        rank = ["--no-python", "bash", "-c", AS_BETWEEN_NODES, "rank", sys.executable, *rank]
+        exports = " ".join(f"{name}={value}" for name, value in BETWEEN_NODES.items())
+        shell = f'export {exports.replace("{RANK}", "$RANK")}; exec "$@"'
+        rank = ["--no-python", "bash", "-c", shell, "rank", sys.executable, *rank]
     return [sys.executable, *launcher, *rank]
 
 
@@ -221,10 +225,8 @@ def predict(args: argparse.Namespace, command: list[str]) -> list[float] | None:
 
 def execute(command: list[str], log: Path, timeout: float) -> int | None:
     """Run a command with all it prints in ``log``; its exit status, or None after ``timeout`` seconds."""
-    environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **os.environ}
-    environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     with log.open("w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
         try:
             return process.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -235,12 +237,36 @@ def execute(command: list[str], log: Path, timeout: float) -> int | None:
             process.wait()
 
 
+def execute_forked(command: list[str], log: Path, timeout: float) -> int | None:
+    """The same for a command of ``build_command``, its ranks forked from this process, which has imported
+    Megatron (``forked_ranks.import_megatron``)."""
+    from forked_ranks import RunFailed, fork_ranks
+
+    import pretrain_gpt_agoq
+
+    def rank() -> None:
+        if "--no-python" in command:
+            os.environ |= {name: value.format_map(os.environ) for name, value in BETWEEN_NODES.items()}
+        sys.argv = command[command.index(str(ROOT / "pretrain_gpt_agoq.py")) :]
+        pretrain_gpt_agoq.main()
+
+    ranks, start = int(command[command.index("--nproc-per-node") + 1]), time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            fork_ranks(ranks, rank, Path(folder), timeout)
+            code = 0
+        except RunFailed:
+            code = 1 if time.monotonic() - start < timeout else None
+        log.write_text("".join(file.read_text(errors="replace") for file in sorted(Path(folder).iterdir())))
+    return code
+
+
 def train(args: argparse.Namespace, name: str, label: str, shape: dict, timed: range) -> dict:
     """Make one run: its ``result``, or ``{"name", "error"}`` where it fails; and its command and log."""
     log, report = args.logs / f"{label}.log", args.logs / f"{label}.json"
     report.unlink(missing_ok=True)  # an earlier run's, in a folder used again
     command = build_command(args, name, label, shape, timed.stop)
-    code = execute(command, log, args.timeout)
+    code = (execute_forked if args.fork else execute)(command, log, args.timeout)
     text = log.read_text(errors="replace")
     if code is None:
         run = {"name": name, "error": f"no end within {args.timeout:g} s"}
@@ -301,6 +327,12 @@ def main() -> int:
     probe = subprocess.run([sys.executable, "-c", MACHINE_PROBE], stdout=subprocess.PIPE, check=True)
     head = {"date": datetime.now().astimezone().isoformat(timespec="seconds")}
     head |= json.loads(probe.stdout) | {"command": shlex.join([sys.executable, *sys.argv])}
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if args.fork:
+        from forked_ranks import import_megatron
+
+        import_megatron(on_cpu=head["card"] == "CPU")
 
     def write(**content) -> None:
         """Called after every run, so that an interrupted bench keeps what it has."""
@@ -327,6 +359,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--repeat", type=int, default=3, help="runs of each configuration (default: 3)")
     add("--nproc-per-node", type=int, default=1, help="ranks (default: 1)")
     add("--one-gpu", action="store_true", help="all ranks on GPU 0, talking over sockets as between nodes")
+    add("--fork", action="store_true", help="import Megatron once, and fork the ranks of every run")
     add("--timeout", type=float, default=1800, help="seconds a run (default: 1800)")
     add("--out", type=Path, metavar="FILE.json", help="write everything there")
     add("--logs", type=Path, metavar="DIR", help="keep the logs there (default: keep them if a run fails)")

@@ -1,5 +1,5 @@
-"""Ranks forked from one process that has imported Megatron once, on the CPU over gloo: importing takes many
-times longer than a run of a few steps."""
+"""Ranks forked from one process that has imported Megatron once: importing takes many times longer than a run
+of a few steps. On the CPU over gloo; bench_step.py --fork on GPUs too."""
 
 from __future__ import annotations
 
@@ -24,18 +24,31 @@ class RunFailed(RuntimeError):
     """A rank ended with an error; the message is the end of its log."""
 
 
-def import_megatron() -> None:
-    """In the process that forks: once, on the CPU whatever there is."""
-    os.environ.update(CUDA_VISIBLE_DEVICES="", TOKENIZERS_PARALLELISM="false")
+def import_megatron(on_cpu: bool = True) -> None:
+    """In the process that forks: once. ``on_cpu``: whatever there is.
+
+    Raises:
+        RuntimeError: CUDA was started by this, after which no forked process can use it.
+    """
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     sys.path.insert(0, str(ROOT))
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    from agoq_megatron import compat, cpu  # noqa: F401  (cpu must come before Megatron)
+    from agoq_megatron import compat
 
     compat.silence_missing_accelerators()
+    if on_cpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        from agoq_megatron import cpu  # noqa: F401  (it must come before Megatron)
+    else:
+        # torch.cuda.is_available() then asks the driver's library for GPUs, and does not start CUDA.
+        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     import megatron.core.tokenizers.text  # noqa: F401  (slow, and every run would import it)
 
     import agoq_megatron.training  # noqa: F401
+
+    if torch.cuda.is_initialized():
+        raise RuntimeError("importing Megatron has started CUDA, which then works in no forked process")
 
 
 def free_port() -> int:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import bench_step as bench
 import pytest
@@ -282,6 +283,25 @@ def test_a_bad_command_line(argv, capsys):
     assert "error: --" in capsys.readouterr().err
 
 
+def test_a_forked_run_that_hangs_is_ended(tmp_path, monkeypatch):
+    def main():
+        text = f"{sys.argv[1]} {os.environ['NCCL_HOSTID']} {os.environ['LOCAL_RANK']}\n"
+        os.write(1, text.encode())  # sys.stdout is pytest's here
+        time.sleep(100)
+
+    monkeypatch.setitem(sys.modules, "pretrain_gpt_agoq", SimpleNamespace(main=main))
+    args = parse("--nproc-per-node", "2", "--one-gpu")
+    args.logs = Path("logs")
+    command = bench.build_command(args, "off", "off-1", args.shape, 10)
+    start = time.monotonic()
+    assert bench.execute_forked(command, tmp_path / "log", timeout=1.5) is None
+    assert time.monotonic() - start < 20
+    assert (tmp_path / "log").read_text() == "--swiglu rank-0 0\n--swiglu rank-1 0\n"
+    command[command.index("--swiglu")] = "--other"
+    monkeypatch.setattr(sys.modules["pretrain_gpt_agoq"], "main", lambda: sys.exit(sys.argv[1]))
+    assert bench.execute_forked(command, tmp_path / "log", timeout=60) == 1
+
+
 def test_a_run_that_hangs_is_ended(tmp_path):
     script = "import time; print('started', flush=True); time.sleep(100)"
     start = time.monotonic()
@@ -292,12 +312,14 @@ def test_a_run_that_hangs_is_ended(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_tiny_model_for_real(tmp_path):
+@pytest.mark.parametrize(("ranks", "how"), [(1, []), (2, ["--fork", "--one-gpu"])])
+def test_the_tiny_model_for_real(ranks, how, tmp_path):
     """Two policies and a configuration that is refused, each in its own process."""
     command = [sys.executable, str(ROOT / "scripts" / "bench_step.py"), "--model", "tiny", "--repeat", "1"]
     command += ["--run", "off=--agoq-activations off", "--run", "bad=--agoq-activations off --qk-layernorm"]
     command += ["--run", "agoq=--agoq-activations agoq", "--logs", str(tmp_path / "logs")]
-    command += ["--out", str(tmp_path / "out.json"), "--predict", "--", "--lr", "1e-3"]
+    command += ["--out", str(tmp_path / "out.json"), "--predict", "--nproc-per-node", str(ranks), *how]
+    command += ["--", "--lr", "1e-3"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 1, done.stderr
     off, bad, agoq = (json.loads(line) for line in done.stdout.splitlines())
@@ -306,7 +328,7 @@ def test_the_tiny_model_for_real(tmp_path):
     assert 0 < agoq_peak <= off_peak
     assert set(bad) == {"name", "error"} and "--qk-layernorm" in bad["error"]
     for run in (off, agoq):
-        assert run["tokens_per_s"] == pytest.approx(2 * 2 * 64 / run["step_ms"] * 1e3, rel=0.01)
+        assert run["tokens_per_s"] == pytest.approx(ranks * 2 * 2 * 64 / run["step_ms"] * 1e3, rel=0.01)
         assert 0 < run["loss"] < 10.4  # a uniform guess over the vocabulary has 10.37
     assert agoq["loss"] == pytest.approx(off["loss"], rel=0.01)
     log = (tmp_path / "logs" / "off-1.log").read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -126,6 +127,13 @@ def multiply() -> None:
 @pytest.mark.timeout(180)
 def test_asynchronous_gathers_are_sound(launcher, tmp_path):
     launcher.script(__file__, 2, "gather_often", tmp_path, timeout=170)
+
+
+def test_there_is_no_gpu_however_torch_asks():
+    script = "from agoq_megatron import cpu; cpu.install(); import torch; print(torch.cuda.is_available())"
+    environment = os.environ | {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1:] == ["False"], done.stderr
 
 
 def test_products_in_bf16(launcher, tmp_path):
