@@ -201,7 +201,7 @@ def _answer_torch_cuda() -> None:
         torch.set_rng_state(new_state)
 
     answers = {
-        # With PYTORCH_NVML_BASED_CUDA_CHECK=1 torch's own asks device_count.
+        # With PYTORCH_NVML_BASED_CUDA_CHECK=1 torch's own asks device_count, which is 1 here.
         "is_available": lambda: False,
         "device_count": lambda: 1,
         "current_device": zero,

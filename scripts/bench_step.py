@@ -7,7 +7,8 @@
     python scripts/bench_step.py --longest off --longest agoq --out longest.json
     python scripts/bench_step.py --fork         # Megatron is imported once, not by each run
 
-Every run is a fresh process that trains 10 iterations (--iterations) on made-up tokens, or on a corpus of
+Every run is a fresh process (with --fork: a fork of one that has imported Megatron; its command is then what
+torchrun would be told) that trains 10 iterations (--iterations) on made-up tokens, or on a corpus of
 prepare_corpus.py (--corpus); its step time is the median of iterations 4 to 9 (all from 4 but the last).
 Configurations take turns, so that a card that grows warm slows all of them alike. Each run prints one JSON
 line as it ends; a table of medians goes to stderr at the end:
@@ -37,7 +38,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -51,13 +51,17 @@ MODELS = {
     "llama2-13b": (8, 5120, 13824, 40, 40, 4096, 4),
     "tiny": (2, 64, 192, 4, 4, 64, 2),
 }
-# Divisible by 1: Megatron would pad the vocabulary to a multiple of 128 times the tensor-parallel size.
-# Log interval 1: before each of its lines Megatron waits for the device and for all ranks.
+# Of every run, where nothing else is said. One thread, as torchrun has it for several ranks.
+ENVIRONMENT = dict(
+    PYTORCH_CUDA_ALLOC_CONF="expandable_segments:True", CUDA_DEVICE_MAX_CONNECTIONS="1", OMP_NUM_THREADS="1",
+)  # fmt: skip
 # Each rank is a node to NCCL, and shares GPU 0.
 BETWEEN_NODES = dict(
     LOCAL_RANK="0", NCCL_HOSTID="rank-{RANK}", NCCL_SOCKET_IFNAME="lo", NCCL_IB_DISABLE="1",
     NCCL_P2P_DISABLE="1", NCCL_SHM_DISABLE="1",
 )  # fmt: skip
+# Divisible by 1: Megatron would pad the vocabulary to a multiple of 128 times the tensor-parallel size.
+# Log interval 1: before each of its lines Megatron waits for the device and for all ranks.
 MOCK_DATA = "--mock-data --tokenizer-type NullTokenizer --vocab-size 32000".split()
 COMMON_FLAGS = """
     --swiglu --normalization RMSNorm --position-embedding-type rope --group-query-attention --lr 1e-4
@@ -224,7 +228,8 @@ def predict(args: argparse.Namespace, command: list[str]) -> list[float] | None:
 
 
 def execute(command: list[str], log: Path, timeout: float) -> int | None:
-    """Run a command with all it prints in ``log``; its exit status, or None after ``timeout`` seconds."""
+    """Run a command in this environment, with all it prints in ``log``; its exit status, or None after
+    ``timeout`` seconds."""
     with log.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
         try:
@@ -237,28 +242,30 @@ def execute(command: list[str], log: Path, timeout: float) -> int | None:
             process.wait()
 
 
-def execute_forked(command: list[str], log: Path, timeout: float) -> int | None:
+def execute_forked(args: argparse.Namespace, command: list[str], log: Path) -> int | None:
     """The same for a command of ``build_command``, its ranks forked from this process, which has imported
-    Megatron (``forked_ranks.import_megatron``)."""
+    Megatron (``forked_ranks.import_megatron``). Any failure is 1; the log is there when the run has ended."""
     from forked_ranks import RunFailed, fork_ranks
 
     import pretrain_gpt_agoq
 
     def rank() -> None:
-        if "--no-python" in command:
+        if args.one_gpu:
             os.environ |= {name: value.format_map(os.environ) for name, value in BETWEEN_NODES.items()}
         sys.argv = command[command.index(str(ROOT / "pretrain_gpt_agoq.py")) :]
         pretrain_gpt_agoq.main()
 
-    ranks, start = int(command[command.index("--nproc-per-node") + 1]), time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
+        end = ""
         try:
-            fork_ranks(ranks, rank, Path(folder), timeout)
-            code = 0
-        except RunFailed:
-            code = 1 if time.monotonic() - start < timeout else None
-        log.write_text("".join(file.read_text(errors="replace") for file in sorted(Path(folder).iterdir())))
-    return code
+            fork_ranks(args.nproc_per_node, rank, Path(folder), args.timeout)
+            return 0
+        except RunFailed as problem:
+            end = str(problem)  # last, for failure_reason: others fail for want of this rank
+            return None if problem.late else 1
+        finally:
+            logs = [file.read_text(errors="replace") for file in sorted(Path(folder).iterdir())]
+            log.write_text("".join(logs) + end)
 
 
 def train(args: argparse.Namespace, name: str, label: str, shape: dict, timed: range) -> dict:
@@ -266,7 +273,7 @@ def train(args: argparse.Namespace, name: str, label: str, shape: dict, timed: r
     log, report = args.logs / f"{label}.log", args.logs / f"{label}.json"
     report.unlink(missing_ok=True)  # an earlier run's, in a folder used again
     command = build_command(args, name, label, shape, timed.stop)
-    code = (execute_forked if args.fork else execute)(command, log, args.timeout)
+    code = execute_forked(args, command, log) if args.fork else execute(command, log, args.timeout)
     text = log.read_text(errors="replace")
     if code is None:
         run = {"name": name, "error": f"no end within {args.timeout:g} s"}
@@ -327,8 +334,8 @@ def main() -> int:
     probe = subprocess.run([sys.executable, "-c", MACHINE_PROBE], stdout=subprocess.PIPE, check=True)
     head = {"date": datetime.now().astimezone().isoformat(timespec="seconds")}
     head |= json.loads(probe.stdout) | {"command": shlex.join([sys.executable, *sys.argv])}
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     if args.fork:
         from forked_ranks import import_megatron
 

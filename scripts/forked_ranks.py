@@ -21,14 +21,26 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class RunFailed(RuntimeError):
-    """A rank ended with an error; the message is the end of its log."""
+    """A rank ended with an error, or too late; the message ends with its log's end.
+
+    Attributes:
+        rank: the first that failed or, if none did, one that was late.
+        late: none had failed when the time was over.
+    """
+
+    def __init__(self, rank: int, late: bool, message: str):
+        super().__init__(message)
+        self.rank, self.late = rank, late
 
 
 def import_megatron(on_cpu: bool = True) -> None:
-    """In the process that forks: once. ``on_cpu``: whatever there is.
+    """In the process that forks: once.
+
+    Args:
+        on_cpu: the ranks train on the CPU, even where there is a GPU.
 
     Raises:
-        RuntimeError: CUDA was started by this, after which no forked process can use it.
+        RuntimeError: this has started CUDA, which a forked process can then not use.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -41,14 +53,25 @@ def import_megatron(on_cpu: bool = True) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         from agoq_megatron import cpu  # noqa: F401  (it must come before Megatron)
     else:
-        # torch.cuda.is_available() then asks the driver's library for GPUs, and does not start CUDA.
+        # torch.cuda.is_available() then asks NVML, where that answers, and does not start CUDA.
         os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     import megatron.core.tokenizers.text  # noqa: F401  (slow, and every run would import it)
 
     import agoq_megatron.training  # noqa: F401
 
-    if torch.cuda.is_initialized():
-        raise RuntimeError("importing Megatron has started CUDA, which then works in no forked process")
+    if not on_cpu and not _can_use_cuda_when_forked():
+        raise RuntimeError(
+            "Importing Megatron has started CUDA, which then works in no forked process: NVML does not "
+            "answer. Start the ranks by torchrun (bench_step.py: without --fork)."
+        )
+
+
+def _can_use_cuda_when_forked() -> bool:
+    """Only a forked process knows: torch notes there that its parent had asked CUDA for anything."""
+    sys.stdout.flush()
+    if (pid := os.fork()) == 0:
+        os._exit(int(torch.cuda._is_in_bad_fork()))
+    return os.waitpid(pid, 0)[1] == 0
 
 
 def free_port() -> int:
@@ -64,29 +87,40 @@ def free_port() -> int:
 def fork_ranks(ranks: int, task: Callable[[], None], folder: Path, timeout: float = 180) -> None:
     """Run ``task`` in that many forked processes, set up as torchrun would; logs go to ``folder``.
 
+    However this ends, none of them is left.
+
     Raises:
         RunFailed: one of them failed, or was not done in ``timeout`` seconds.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    port = free_port()
+    port, parent = free_port(), os.getpid()
     sys.stdout.flush()
-    pids = []
-    for rank in range(ranks):
-        pid = os.fork()
-        if pid == 0:
-            become_rank(rank, ranks, port, folder / f"rank{rank}.log", task)
-        pids.append(pid)
-    failed = _wait(pids, timeout)
-    if failed is not None:
-        log = (folder / f"rank{failed}.log").read_text(errors="replace")
-        raise RunFailed(f"rank {failed} of {ranks}:\n{log[-3000:]}")
+    running: dict[int, int] = {}
+    try:
+        for rank in range(ranks):
+            pid = os.fork()
+            if pid == 0:
+                become_rank(rank, ranks, port, folder / f"rank{rank}.log", task, parent)
+            running[rank] = pid
+        _wait(running, folder, timeout)
+    finally:
+        for pid in running.values():
+            _end(pid)
 
 
-def become_rank(rank: int, ranks: int, port: int, log: Path, task: Callable[[], None]) -> None:
-    """In a forked process: run ``task`` as that rank, in a session of its own. Never returns."""
+def become_rank(
+    rank: int, ranks: int, port: int, log: Path, task: Callable[[], None], parent: int | None = None
+) -> None:
+    """In a forked process: run ``task`` as that rank, in a session of its own. Never returns.
+
+    Args:
+        parent: the process that has forked this one, to end with it even if it ends at once.
+    """
     os.setsid()  # a group of its own, which can be ended with all that it has started
     with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # Linux: PR_SET_PDEATHSIG, end with the parent
+    if parent is not None and os.getppid() != parent:
+        os._exit(1)
     file = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -108,23 +142,39 @@ def become_rank(rank: int, ranks: int, port: int, log: Path, task: Callable[[], 
         os._exit(code)
 
 
-def _wait(pids: list[int], timeout: float) -> int | None:
-    """The first rank that failed or, if none did, that was late; None if all ended well."""
-    deadline = time.monotonic() + timeout
-    running, failed = dict(enumerate(pids)), None
+def _wait(running: dict[int, int], folder: Path, timeout: float) -> None:
+    """Until all have ended; takes each out of ``running`` (process ids by rank) as it does."""
+    deadline, ranks = time.monotonic() + timeout, len(running)
+    failed: tuple[int, int] | None = None
     while running:
         for rank, pid in list(running.items()):
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
                 del running[rank]
                 if status and failed is None:
-                    failed = rank
+                    failed = rank, os.waitstatus_to_exitcode(status)
                     # The others wait for it in a collective: not for long.
                     deadline = min(deadline, time.monotonic() + 3)
-        if running and time.monotonic() > deadline:
-            failed = min(running) if failed is None else failed
-            for pid in running.values():
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(pid, signal.SIGKILL)
+        if time.monotonic() > deadline:
+            break
         time.sleep(0.01)
-    return failed
+    late = failed is None
+    if late and not running:
+        return
+    rank, code = (min(running), 1) if late else failed
+    log = (folder / f"rank{rank}.log").read_text(errors="replace")
+    how = "failed"
+    if late:
+        how = f"was not done within {timeout:g} s"
+    elif code < 0:
+        how = f"was ended by Signal {-code} ({signal.Signals(-code).name})"
+    raise RunFailed(rank, late, f"rank {rank} of {ranks} {how}:\n{log[-3000:]}")
+
+
+def _end(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)  # it may not have its group yet
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(pid, 0)

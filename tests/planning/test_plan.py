@@ -49,7 +49,7 @@ MEASURED = {
     "7B, off": ("llama2-7b", "--agoq-activations off", 50457),
     "7B, agoq": ("llama2-7b", "", 38068),
     "13B, off": ("llama2-13b", "--agoq-activations off", 71673),
-    "13B, agoq": ("llama2-13b", "", 56291),
+    "13B, agoq": ("llama2-13b", "", 56147),
     "32k, off, full recomputation": (
         "llama3-8b", f"--agoq-activations off --seq-length 32768 --micro-batch-size 1 {FULL}", 43881,
     ),
@@ -76,6 +76,23 @@ MEASURED = {
         "--agoq-grad-bits 8 --agoq-optimizer-bits 8", 63306,
     ),
 }  # fmt: skip
+
+# Two H100 80GB, scripts/bench_gpus.py: (layout, row): MiB of each pipeline stage.
+ON_TWO_GPUS = {
+    ("dp", "bf16"): [27987],
+    ("dp", "ag"): [18896],
+    ("dp", "ago"): [11670],
+    ("pp", "bf16"): [23204, 21286],
+    ("pp", "bf16_full"): [18623, 18623],
+    ("pp", "a"): [18951, 19027],
+    ("pp", "ag"): [16228, 16186],
+    ("pp", "ago"): [9374, 8589],
+    ("tp", "bf16_full"): [19886],
+    ("tp", "a"): [20222],
+    ("tp", "ago"): [10156],
+    ("table8", "bf16"): [40730],
+    ("table8", "ago"): [15731],
+}
 
 # Of 8-bit gradients: (GPUs, flags, bytes that a reduction holds for each number of a bucket)
 CODED = 66 / 64
@@ -115,6 +132,17 @@ def measured_flags(model: str, more: str) -> list[str]:
     ]  # fmt: skip
 
 
+def flags_on_two_gpus(layout: str, row: str) -> list[str]:
+    import bench_gpus
+    import bench_step
+
+    shape, rows, flags = bench_gpus.layouts(2, tiny=False)[layout]
+    run = ["--nproc-per-node", "2", *shape, "--run", f"{row}={rows[row]}", "--logs", "."]
+    args = bench_step.parse_arguments([*run, "--", *flags.split()])
+    command = bench_step.build_command(args, row, row, args.shape, iterations=10)
+    return command[command.index(str(bench_step.ROOT / "pretrain_gpt_agoq.py")) + 1 :]
+
+
 def plan_all(tiny: list[str]) -> dict:
     """In the script: stages' parts of every run, and of everything that was measured."""
     from agoq_megatron import compat, cpu
@@ -135,6 +163,8 @@ def plan_all(tiny: list[str]) -> dict:
     }
     return found | {
         name: stages(1, measured_flags(model, more)) for name, (model, more, _) in MEASURED.items()
+    } | {
+        "-".join(run): stages(2, flags_on_two_gpus(*run)) for run in ON_TWO_GPUS
     } | {
         name: stages(gpus, [*LARGE.split(), *flags.split()]) for name, (gpus, flags, _) in REDUCTIONS.items()
     } | {
@@ -168,6 +198,13 @@ def test_measured_peaks(planned, name):
     peak = sum(planned[name][0].values()) / M
     print(f"{name}: predicted {peak:.0f}, measured {MEASURED[name][2]} MiB")
     assert peak == pytest.approx(MEASURED[name][2], rel=0.03)
+
+
+@pytest.mark.parametrize("run", ON_TWO_GPUS, ids="-".join)
+def test_measured_peaks_on_two_gpus(planned, run):
+    peaks = [sum(parts.values()) / M for parts in planned["-".join(run)]]
+    print(f"two GPUs, {' '.join(run)}: predicted {peaks}, measured {ON_TWO_GPUS[run]} MiB")
+    assert peaks == pytest.approx(ON_TWO_GPUS[run], rel=0.03)
 
 
 @pytest.mark.parametrize("name", REDUCTIONS)

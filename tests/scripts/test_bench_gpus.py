@@ -18,7 +18,8 @@ def number(flag: str, text: str, default: int = 1) -> int:
 @pytest.mark.parametrize("gpus", [2, 4, 8])
 @pytest.mark.parametrize("model", ["llama", "tiny"])
 def test_layouts_use_all_gpus(gpus, model):
-    args = bench_gpus.parse_arguments(["--gpus", str(gpus), "--out", "x", "--model", model])
+    fork = ["--fork"] if gpus == 4 else []
+    args = bench_gpus.parse_arguments(["--gpus", str(gpus), "--out", "x", "--model", model, *fork])
     commands = bench_gpus.commands(args)
     assert list(commands) == ["dp", "tp", "pp", "table8", "reduce"]
     for name, command in commands.items():
@@ -27,6 +28,7 @@ def test_layouts_use_all_gpus(gpus, model):
             continue
         step = bench_step.parse_arguments(command[2:])
         assert list(step.runs) == ["bf16", "bf16_full", "a", "ag", "ago"] and step.predict
+        assert step.fork == bool(fork)
         assert step.out == Path("x") / f"{name}.json"
         for run in step.runs:
             line = " ".join(bench_step.build_command(step, run, "label", step.shape, step.iterations))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 
 import bench_step as bench
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMED = range(4, 10)
@@ -283,23 +285,127 @@ def test_a_bad_command_line(argv, capsys):
     assert "error: --" in capsys.readouterr().err
 
 
-def test_a_forked_run_that_hangs_is_ended(tmp_path, monkeypatch):
+def write(text: str) -> None:
+    os.write(1, text.encode())  # sys.stdout is pytest's here
+
+
+def fork(monkeypatch, tmp_path, main, *more: str) -> tuple[int | None, str]:
+    """Exit status and log of a forked run of two ranks, each of which calls ``main``."""
+    monkeypatch.setitem(sys.modules, "pretrain_gpt_agoq", SimpleNamespace(main=main))
+    args = parse("--nproc-per-node", "2", "--fork", *more)
+    args.logs = tmp_path
+    command = bench.build_command(args, "off", "off-1", args.shape, 10)
+    return bench.execute_forked(args, command, tmp_path / "log"), (tmp_path / "log").read_text()
+
+
+def rank_is(number: int) -> bool:
+    return os.environ["RANK"] == str(number)
+
+
+@pytest.mark.parametrize("more,told", [(["--one-gpu"], "rank-0 0, rank-1 0, "), ([], "none 0, none 1, ")])
+def test_forked_ranks(monkeypatch, tmp_path, more, told):
     def main():
-        text = f"{sys.argv[1]} {os.environ['NCCL_HOSTID']} {os.environ['LOCAL_RANK']}\n"
-        os.write(1, text.encode())  # sys.stdout is pytest's here
+        write(f"{os.environ.get('NCCL_HOSTID', 'none')} {os.environ['LOCAL_RANK']}, ")
+        assert sys.argv[1] == "--swiglu"
+
+    assert fork(monkeypatch, tmp_path, main, *more) == (0, told)
+
+
+def test_a_forked_run_that_hangs_is_ended(monkeypatch, tmp_path):
+    def main():
+        write("started\n")
         time.sleep(100)
 
-    monkeypatch.setitem(sys.modules, "pretrain_gpt_agoq", SimpleNamespace(main=main))
-    args = parse("--nproc-per-node", "2", "--one-gpu")
-    args.logs = Path("logs")
-    command = bench.build_command(args, "off", "off-1", args.shape, 10)
     start = time.monotonic()
-    assert bench.execute_forked(command, tmp_path / "log", timeout=1.5) is None
+    code, log = fork(monkeypatch, tmp_path, main, "--timeout", "1.5")
+    assert code is None and log.startswith("started\nstarted\n")
     assert time.monotonic() - start < 20
-    assert (tmp_path / "log").read_text() == "--swiglu rank-0 0\n--swiglu rank-1 0\n"
-    command[command.index("--swiglu")] = "--other"
-    monkeypatch.setattr(sys.modules["pretrain_gpt_agoq"], "main", lambda: sys.exit(sys.argv[1]))
-    assert bench.execute_forked(command, tmp_path / "log", timeout=60) == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="NVML answers")
+def test_cuda_that_was_started_is_seen(tmp_path):
+    """Without NVML torch asks CUDA itself for GPUs."""
+    script = "import forked_ranks; forked_ranks.import_megatron(on_cpu=False)"
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=ROOT / "scripts", capture_output=True, text=True, timeout=100)
+    assert "Importing Megatron has started CUDA" in done.stderr and done.returncode == 1
+
+
+def fails_first():
+    time.sleep(0.2 * rank_is(1))
+    write("ValueError: mine\n" if rank_is(0) else "RuntimeError: the other is gone\n")
+    sys.exit(1)
+
+
+def is_killed():
+    write("iteration 5\n")
+    os.kill(os.getpid(), signal.SIGSEGV) if rank_is(1) else time.sleep(100)
+
+
+@pytest.mark.parametrize(
+    "main,reason",
+    [(fails_first, "ValueError: mine"), (is_killed, "rank 1 of 2 was ended by Signal 11 (SIGSEGV):")],
+)
+def test_the_reason_of_a_forked_runs_failure(monkeypatch, tmp_path, main, reason):
+    code, log = fork(monkeypatch, tmp_path, main)
+    assert code == 1 and bench.failure_reason(log) == reason
+
+
+def test_an_interrupt_leaves_no_forked_rank(monkeypatch, tmp_path):
+    def main():
+        write(f"{os.getpid()} ")
+        if rank_is(1):
+            time.sleep(0.5)
+            os.kill(parent, signal.SIGINT)
+        time.sleep(100)
+
+    parent = os.getpid()
+    with pytest.raises(KeyboardInterrupt):
+        fork(monkeypatch, tmp_path, main)
+    pids = (tmp_path / "log").read_text().split()
+    assert len(pids) == 2
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid), 0)
+
+
+@pytest.mark.parametrize("more,way", [([], "execute"), (["--fork"], "execute_forked")])
+def test_how_a_run_is_started(monkeypatch, tmp_path, silent, more, way):
+    called = []
+
+    def stand_in(name: str):
+        def start(*arguments):
+            (tmp_path / "off-1.log").write_text("ValueError: here\n")
+            called.append(name)
+            return 1
+
+        return start
+
+    for name in ("execute", "execute_forked"):
+        monkeypatch.setattr(bench, name, stand_in(name))
+    args = parse("--repeat", "1", "--run", "off=", *more)
+    args.logs = tmp_path
+    written, write_out = silent
+    assert not bench.time_runs(args, write_out)
+    assert called == [way] and written["runs"][0]["error"] == "ValueError: here"
+
+
+def test_the_environment_of_runs(monkeypatch, tmp_path):
+    """What the user has set stays."""
+    found = {}
+    for name in bench.ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "8")
+    monkeypatch.setattr(bench, "time_runs", lambda args, write: found.update(os.environ) or True)
+    monkeypatch.setattr(sys, "argv", ["bench_step.py", "--logs", str(tmp_path)])
+    try:
+        assert bench.main() == 0
+    finally:
+        for name in bench.ENVIRONMENT:
+            os.environ.pop(name, None)
+    assert {name: found[name] for name in bench.ENVIRONMENT} == bench.ENVIRONMENT | {
+        "CUDA_DEVICE_MAX_CONNECTIONS": "8"
+    }
 
 
 def test_a_run_that_hangs_is_ended(tmp_path):

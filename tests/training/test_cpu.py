@@ -132,7 +132,9 @@ def test_asynchronous_gathers_are_sound(launcher, tmp_path):
 def test_there_is_no_gpu_however_torch_asks():
     script = "from agoq_megatron import cpu; cpu.install(); import torch; print(torch.cuda.is_available())"
     environment = os.environ | {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=100)
     assert done.stdout.splitlines()[-1:] == ["False"], done.stderr
 
 
