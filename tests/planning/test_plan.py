@@ -203,7 +203,8 @@ def test_measured_peaks(planned, name):
 @pytest.mark.parametrize("run", ON_TWO_GPUS, ids="-".join)
 def test_measured_peaks_on_two_gpus(planned, run):
     peaks = [sum(parts.values()) / M for parts in planned["-".join(run)]]
-    print(f"two GPUs, {' '.join(run)}: predicted {peaks}, measured {ON_TWO_GPUS[run]} MiB")
+    shown = " and ".join(f"{peak:.0f}" for peak in peaks)
+    print(f"two GPUs, {' '.join(run)}: predicted {shown}, measured {ON_TWO_GPUS[run]} MiB")
     assert peaks == pytest.approx(ON_TWO_GPUS[run], rel=0.03)
 
 
