@@ -25,7 +25,7 @@ BLOCK = 64
 NORM_STRETCH = 128 * BLOCK
 """Numbers to a norm of :func:`norms_of_sum`."""
 _PIECE = 512 * NORM_STRETCH
-"""Numbers that are in FP32 at a time where norms have no kernel."""
+"""Numbers that are in FP32 at a time where norms and sums that are quantized again have no kernel."""
 CODES = ("int8", "e4m3")
 SCALES = ("absmax", "least-squares")
 ROUNDINGS = ("nearest", "stochastic")
@@ -225,6 +225,33 @@ def _sum(segments: Tensor, blocks: int, first: int, n: int, factor: float, code:
         values = _values(row, scale, code)  # in the order of the ranks, as the kernel does
         total = values if total is None else total + values
     return (total * factor).flatten()[:n]
+
+
+@operator("requantize_gradients", mutates_args=("out",))
+def requantize_sum(
+    segments: Tensor, blocks: int, factor: float, multiplier: Tensor | None, code: str, out: Tensor
+) -> None:
+    """Quantize what :func:`sum_segments` would return of all blocks, without making it; to the nearest.
+
+    Args:
+        segments: uint8 ``[segments, segment_bytes(blocks)]`` (rows may lie apart).
+        multiplier: one FP32 number on their device, for one more factor.
+        out: uint8 ``[segment_bytes(blocks)]``, written: a segment.
+    """
+    if segments.is_cuda and code == "int8":
+        from agoq_kernels.triton import gradients
+
+        gradients.requantize_sum(segments, blocks, factor, multiplier, out)
+        return
+    fmt, (codes, scales) = _format(code), _parts(out, blocks)
+    for first in range(0, blocks, _PIECE // BLOCK):
+        count = min(_PIECE // BLOCK, blocks - first)
+        x = _sum(segments, blocks, first, count * BLOCK, factor, code)
+        if multiplier is not None:
+            x *= multiplier
+        x += 0.0  # zeros without a sign, as where it is added to zeros
+        here = slice(first, first + count)
+        codes[0, here], scales[0, here], _ = _encode(x.view(count, BLOCK), fmt, first, 0)
 
 
 @operator("gradient_norms")

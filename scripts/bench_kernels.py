@@ -188,10 +188,16 @@ def gradient_cases(args, randn: Callable[..., Tensor]) -> list[Case]:
         def blocks(x: Tensor) -> int:
             return x.shape[1] // gradients.segment_bytes(1)
 
+        def requantized(x: Tensor) -> tuple[Tensor]:
+            out = torch.empty_like(x[0])
+            gradients.requantize_sum(x, blocks(x), 0.5, None, "int8", out)
+            return (out,)
+
         out += [
             Case(f"sum of {ranks} ranks' gradients", segments,
                  lambda x: (gradients.sum_segments(
                      x, blocks(x), 0, blocks(x) * gradients.BLOCK, 0.5, "int8", torch.float32),)),
+            Case(f"sum of {ranks} ranks, 8 bits again", segments, requantized),
             Case(f"norms of {ranks} ranks' gradients", segments,
                  lambda x: (gradients.norms_of_sum(
                      x, blocks(x), 0, blocks(x) * gradients.BLOCK, 0.5, "int8"),)),

@@ -21,6 +21,7 @@ from agoq_kernels.gradients import (
     GradientFormat,
     accumulate,
     norms_of_sum,
+    requantize_sum,
     segment_bytes,
     sum_segments,
     zero_,
@@ -28,9 +29,6 @@ from agoq_kernels.gradients import (
 from torch import Tensor
 
 from agoq_megatron.gradients.reduction import Lane, Reduction, Workspace
-
-PIECE = 2**23
-"""Numbers that are in FP32 at a time where a whole part is quantized once more."""
 
 
 @dataclass(frozen=True)
@@ -289,13 +287,16 @@ class GradientBucket:
         return torch.empty(shape, dtype=torch.uint8, device=self.device)
 
     def _quantize_sum(self, segments: Tensor | None, workspace: Workspace) -> Tensor:
-        """A segment of the sum of segments (None: of the reduced numbers), times the factor."""
-        out = workspace.scratch("own", segment_bytes(self.blocks))
+        """A segment of the sum of segments (None: of the reduced numbers, then lost) times the factor."""
+        out, code = workspace.scratch("own", segment_bytes(self.blocks)), self.format.code
+        if segments is not None:
+            requantize_sum(segments, self.blocks, self._factor, self._multiplier, code, out)
+            return out
+        sums = self._reduced.mul_(self._factor)
+        if self._multiplier is not None:
+            sums.mul_(self._multiplier)
         zero_(out, self.blocks)
-        nothing, fmt = self._residual.new_empty(0), GradientFormat(self.format.code)
-        for start in range(0, self.part, PIECE):
-            sums = self._read_segments(segments, start, min(PIECE, self.part - start))
-            accumulate(out, nothing, self.blocks, start // BLOCK, sums, fmt)
+        accumulate(out, self._residual.new_empty(0), self.blocks, 0, sums, GradientFormat(code))
         return out
 
     def _count(self, to_each: Tensor, group: dist.ProcessGroup) -> None:

@@ -16,13 +16,38 @@ HALF = tl.constexpr(BLOCK // 2)
 
 
 @triton.jit
-def _largest(x0, x1):
-    """Largest magnitude [R] in the two halves [R, 32] of blocks; NaN where one holds NaN."""
-    both = _nan_max(tl.abs(x0), tl.abs(x1))
+def _new_scale(magnitudes):
+    """Scale [R] for blocks whose largest numbers are among ``magnitudes`` [R, C], in FP32 but rounded up to
+    BF16, so that no code is clipped; NaN where one is not finite."""
     if INTERPRET:
-        return tl.max(both, 1) + tl.sum(both * 0.0, 1)
+        largest = tl.max(magnitudes, 1) + tl.sum(magnitudes * 0.0, 1)
     else:
-        return tl.reduce(both, 1, _nan_max)
+        largest = tl.reduce(magnitudes, 1, _nan_max)
+    scale = largest * 0.007874015718698502  # FP32 of 1 / 127
+    bits = scale.to(tl.int32, bitcast=True)
+    up = (bits + 0xFFFF) >> 16 << 16
+    scale = tl.where(scale < 1.1754943508222875e-38, 0.0, up.to(tl.float32, bitcast=True))
+    return tl.where((bits >= 0x7F800000) | (up >= 0x7F800000), float("nan"), scale)
+
+
+@triton.jit
+def _inverse(scale):
+    """1 / scale [R], 0 where that is 0 or NaN."""
+    usable = scale > 0
+    return tl.where(usable, tl.div_rn(1.0, tl.where(usable, scale, 1.0)), 0.0)
+
+
+@triton.jit
+def _bfloat16_bits(scale):
+    bits = scale.to(tl.int32, bitcast=True)
+    bits = tl.where(scale == scale, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, 0x7FC0)
+    return bits.to(tl.int16)
+
+
+@triton.jit
+def _bytes(q):
+    """The low byte of the integer in the low bits of 1.5 * 2^23 + q is q in two's complement."""
+    return (q + ROUND).to(tl.int32, bitcast=True).to(tl.int8)
 
 
 @triton.jit
@@ -105,13 +130,8 @@ def _accumulate_kernel(
     x0 += widen(tl.load(grad, mask=here, other=0.0))
     x1 += widen(tl.load(grad + HALF, mask=there, other=0.0))
 
-    new = _largest(x0, x1) * 0.007874015718698502  # FP32 of 1 / 127
-    bits = new.to(tl.int32, bitcast=True)
-    up = (bits + 0xFFFF) >> 16 << 16
-    new = tl.where(new < 1.1754943508222875e-38, 0.0, up.to(tl.float32, bitcast=True))
-    new = tl.where((bits >= 0x7F800000) | (up >= 0x7F800000), float("nan"), new)
-    usable = new > 0
-    inverse = tl.where(usable, tl.div_rn(1.0, tl.where(usable, new, 1.0)), 0.0)[:, None]
+    new = _new_scale(_nan_max(tl.abs(x0), tl.abs(x1)))
+    inverse = _inverse(new)[:, None]
     y0 = tl.where(inverse > 0, x0 * inverse, 0.0)
     y1 = tl.where(inverse > 0, x1 * inverse, 0.0)
     seeds = _word(block.to(tl.int32), key_a, key_b)[:, None]
@@ -129,12 +149,9 @@ def _accumulate_kernel(
         square = tl.sum(q0 * q0 + q1 * q1, 1)
         product = tl.sum(y0 * q0 + y1 * q1, 1)
         new = tl.where(square > 0, new * tl.div_rn(product, tl.where(square > 0, square, 1.0)), new)
-    bits = new.to(tl.int32, bitcast=True)
-    bits = tl.where(new == new, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, 0x7FC0)  # to BF16
-    tl.store(scales_ptr + scale_at, bits.to(tl.int16), mask=mask)
-    # The low byte of the integer in the low bits of 1.5 * 2^23 + q is q in two's complement.
-    tl.store(codes, (q0 + ROUND).to(tl.int32, bitcast=True).to(tl.int8), mask=mask[:, None])
-    tl.store(codes + HALF, (q1 + ROUND).to(tl.int32, bitcast=True).to(tl.int8), mask=mask[:, None])
+    tl.store(scales_ptr + scale_at, _bfloat16_bits(new), mask=mask)
+    tl.store(codes, _bytes(q0), mask=mask[:, None])
+    tl.store(codes + HALF, _bytes(q1), mask=mask[:, None])
 
 
 @triton.jit
@@ -182,6 +199,27 @@ def _sum_kernel(
         tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=at < n)
 
 
+@Kernel
+@triton.jit
+def _requantize_kernel(
+    codes_ptr, scales_ptr, out_codes_ptr, out_scales_ptr, multiplier_ptr, stride, blocks, segments, factor,
+    R: tl.constexpr,
+):  # fmt: skip
+    begin = tl.program_id(0).to(tl.int64) * R
+    own = begin + tl.arange(0, R)
+    mask = own < blocks
+    x = sum_of_blocks(codes_ptr, scales_ptr, stride, blocks, begin, mask, segments, R) * factor
+    if multiplier_ptr is not None:
+        x *= tl.load(multiplier_ptr)
+    scale = _new_scale(tl.abs(x))
+    inverse = _inverse(scale)[:, None]
+    q = _clamp((tl.where(inverse > 0, x * inverse, 0.0) + ROUND) - ROUND, -127.0, 127.0)
+    at = (own * (2 * HALF))[:, None] + tl.arange(0, 2 * HALF)[None, :]
+    tl.store(out_codes_ptr + at, _bytes(q), mask=mask[:, None])
+    first_scale = (tl.zeros([], dtype=tl.int64) + blocks) * HALF
+    tl.store(out_scales_ptr + (first_scale + own), _bfloat16_bits(scale), mask=mask)
+
+
 def accumulate(
     bucket: Tensor, residual: Tensor, blocks: int, first: int, grad: Tensor, fmt: GradientFormat, key: int
 ) -> None:
@@ -222,3 +260,15 @@ def _launch_sum(
             enable_fp_fusion=False,
         )  # fmt: skip
     return out
+
+
+def requantize_sum(
+    segments: Tensor, blocks: int, factor: float, multiplier: Tensor | None, out: Tensor
+) -> None:
+    """See gradients.requantize_sum(), for int8."""
+    if blocks:
+        _requantize_kernel[(triton.cdiv(blocks, BLOCKS),)](
+            segments.view(torch.int8), segments.view(torch.int16), out.view(torch.int8),
+            out.view(torch.int16), multiplier, segments.stride(0), blocks, segments.shape[0], factor,
+            R=BLOCKS, num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip

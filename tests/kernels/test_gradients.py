@@ -183,6 +183,43 @@ def test_triton_gives_the_same_bytes(rng, fmt, dtype):
                     torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("code", gradients.CODES)
+@pytest.mark.parametrize("blocks", [1, 77])
+@pytest.mark.parametrize("ranks", [1, 2, 5])
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("multiplied", [False, True])
+def test_a_sum_that_is_quantized_again(rng, monkeypatch, code, blocks, ranks, apart, multiplied):
+    """The bits of a sum in FP32 that is added to nothing; in pieces, and from Triton."""
+    fmt, n = GradientFormat(code=code), blocks * BLOCK
+    bucket, residual = empty(2 * ranks, blocks, fmt)
+    segments = bucket.view(2 * ranks, -1)
+    for rank in range(2 * ranks):
+        grad = torch.randn(n, generator=rng) * 10.0 ** torch.randint(-3, 2, (), generator=rng)
+        grad[: BLOCK // 2] = 0
+        accumulate(bucket, residual, blocks, rank * blocks, grad, fmt)
+    if blocks > 5:
+        accumulate(bucket, residual, blocks, 3, torch.full((BLOCK,), torch.inf), fmt)
+        segments[:, -4:] = 0  # the scales of the last two blocks
+    segments = segments[::2] if apart else segments[:ranks]
+    factor = float(torch.rand((), generator=rng)) + 0.1
+    multiplier = torch.rand(1, generator=rng) + 0.5 if multiplied else None
+
+    total = gradients.sum_segments(segments, blocks, 0, n, factor, code, torch.float32)
+    expected, _ = empty(1, blocks, fmt)
+    accumulate(expected, residual, blocks, 0, total * multiplier if multiplied else total, fmt)
+
+    def check(function, device, *code):
+        out = torch.full((segment_bytes(blocks),), 171, dtype=torch.uint8, device=device)
+        function(segments.to(device), blocks, factor, multiplier and multiplier.to(device), *code, out)
+        assert torch.equal(out.cpu(), expected)
+
+    check(gradients.requantize_sum, "cpu", code)
+    monkeypatch.setattr(gradients, "_PIECE", 16 * BLOCK)
+    check(gradients.requantize_sum, "cpu", code)
+    if code == "int8":
+        check(pytest.importorskip("agoq_kernels.triton.gradients").requantize_sum, DEVICE)
+
+
 def gradients_interpreted() -> bool:
     """Triton's interpreter truncates to BF16 where a GPU rounds."""
     return DEVICE == "cpu"

@@ -23,6 +23,7 @@ def test_gradient_cases(rng, hidden):
         expected[f"add gradient, int8 + 4 bits, {rounding}"] = 2 * (codes + 32 * blocks) + 2 * numbers
     for ranks in (2, 4):
         expected[f"sum of {ranks} ranks' gradients"] = ranks * codes + 4 * 64 * blocks
+        expected[f"sum of {ranks} ranks, 8 bits again"] = (ranks + 1) * codes
         expected[f"norms of {ranks} ranks' gradients"] = ranks * codes + 4 * -(-blocks // 128)
     args = SimpleNamespace(hidden=hidden, device="cpu")
     moved = {}
