@@ -76,21 +76,32 @@ class _BucketData:
 
     Args:
         large: the norm's size matters too, not only whether it is a number.
+
+    Attributes:
+        kept_norm: what :meth:`norm` returns, instead of taking it, until :func:`check_kept_norms`.
     """
 
     def __init__(self, bucket, dtype: torch.dtype, large: bool):
         self._bucket, self.dtype, self._large = bucket, dtype, large
+        self.kept_norm: Tensor | None = None
 
     def numel(self) -> int:
         return self._bucket.codes.numel
 
     nelement = numel
 
+    def keep_norm(self) -> None:
+        """Take the norm now, for a check that comes when the gradients are no longer this rank's own."""
+        self.kept_norm = None
+        self.kept_norm = self.norm()
+
     def norm(self, p: int = 2) -> Tensor:
         """L2 norm of the rank's own gradients, NaN where one is NaN or infinite. Where Megatron asks for that
         alone, the norm of those in FP32, or NaN."""
         if p != 2:
             raise NotImplementedError(f"a norm of order {p} of 8-bit gradients; they have one of order 2")
+        if self.kept_norm is not None:
+            return self.kept_norm
         codes: GradientBucket = self._bucket.codes
         if not self._large:
             return self._bucket.side.norm() + codes.has_bad_numbers()
@@ -238,9 +249,9 @@ class QuantizedBucketGroup(_ParamAndGradBucketGroup):
         if self.is_first_batch and self.grad_reduce_handle is not None:
             return
         assert self.grad_reduce_handle is None, "this bucket's reduction is under way already"
-        if self.ddp_config.check_for_nan_in_grad or self.ddp_config.check_for_large_grads:
-            self.check_grads(self.ddp_config.check_for_nan_in_grad, self.ddp_config.check_for_large_grads)
         (bucket,) = self.buckets
+        if self.ddp_config.check_for_nan_in_grad or self.ddp_config.check_for_large_grads:
+            bucket.grad_data.keep_norm()
         async_op = self.ddp_config.overlap_grad_reduce
         bucket.probe.before_reduction()
         bucket.codes.scale(self._factor)
@@ -271,6 +282,25 @@ class QuantizedBucketGroup(_ParamAndGradBucketGroup):
         (bucket,) = self.buckets
         bucket.probe.after_reduction(self._factor)
         self.grad_reduce_finished = True
+
+
+def check_kept_norms(groups: Iterable[QuantizedBucketGroup]) -> None:
+    """Megatron's checks of gradients (``check_grads``), once those of all buckets are reduced.
+
+    The norms are from before the reduction. Stock bucket groups check theirs there, and so make the host wait
+    for the backward pass at every bucket, after which the GPU waits for the host; here it waits once.
+    """
+    kept = [g for g in groups if g.buckets[0].grad_data.kept_norm is not None]
+    if not kept:
+        return
+    try:
+        norms = torch.stack([g.buckets[0].grad_data.kept_norm for g in kept]).cpu()
+        for group, norm in zip(kept, norms, strict=True):
+            group.buckets[0].grad_data.kept_norm = norm
+            group.check_grads(group.ddp_config.check_for_nan_in_grad, group.ddp_config.check_for_large_grads)
+    finally:
+        for group in kept:
+            group.buckets[0].grad_data.kept_norm = None
 
 
 def bucket_groups(buffers: Iterable[QuantizedBuffer], **_) -> list[QuantizedBucketGroup]:

@@ -15,7 +15,12 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_attr_wrapped_model, get_pg_size
 
 from agoq_megatron import compat
-from agoq_megatron.gradients.buffer import QuantizedGradient, layout_of, replaced_classes
+from agoq_megatron.gradients.buffer import (
+    QuantizedGradient,
+    check_kept_norms,
+    layout_of,
+    replaced_classes,
+)
 from agoq_megatron.gradients.settings import waits_in_one_queue
 
 
@@ -54,6 +59,11 @@ class QuantizedGradientDDP(DistributedDataParallel):
         note = waits_in_one_queue(ddp_config.overlap_grad_reduce, ranks, connections)
         if note and dist.get_rank() == 0 and params[0].is_cuda:
             _say(note)
+
+    def finish_grad_sync(self, force_all_reduce: bool | None = False) -> None:
+        """See the stock class."""
+        super().finish_grad_sync(force_all_reduce)
+        check_kept_norms(self.bucket_groups)
 
     @property
     def gradient_bytes(self) -> int:

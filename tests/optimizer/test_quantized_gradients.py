@@ -29,6 +29,7 @@ CHECKS = (
     *(f"a few at a time, {kind}" for kind in KINDS),
     *(f"Adam makes no gradients, {kind}" for kind in KINDS),
     *(f"norms of neighbours, {kind}" for kind in KINDS),
+    *(f"checked together, {kind}" for kind in KINDS[:1] + KINDS[2:3]),
     "steps counted by the groups",
     "steps counted in tensors by the groups",
 )
@@ -382,6 +383,52 @@ def norms_of_neighbours(kind: str, seed: int) -> None:
             assert bucket_size > 6000 or taken == sizes, (taken, sizes)
 
 
+def checked_together(kind: str, seed: int) -> None:
+    """Megatron's check of every bucket, of what this rank had before the reduction: after all reductions."""
+    from megatron.core import rerun_state_machine as rerun
+
+    from agoq_megatron.gradients.buffer import QuantizedBucketGroup
+
+    rerun.destroy_rerun_state_machine()
+    rerun.initialize_rerun_state_machine(mode=rerun.RerunMode.DISABLED)
+    pair = Pair(kind, seed)
+    model = pair.models[0]
+    model.ddp_config.check_for_nan_in_grad = True
+    checked, stock_check = [], QuantizedBucketGroup.check_grads
+
+    def check(group, *what):
+        assert all(not group.grad_reduce_handle for group in model.bucket_groups), "one is not reduced yet"
+        checked.append(group)
+        stock_check(group, *what)
+
+    QuantizedBucketGroup.check_grads = check
+    try:
+        for bad_rank, bad in ((None, 0.0), (0, math.nan), (0, math.inf), (None, 0.0)):
+            model.zero_grad_buffer()
+            mine = bad_rank == dist.get_rank()
+            for name, p in model.module.named_parameters():
+                grad = torch.randn(p.shape)
+                if mine and name == "wide":
+                    grad[3] = bad
+                p.main_grad.add_(grad.bfloat16() if p.dtype == torch.bfloat16 else grad)
+            for group in model.bucket_groups:
+                group.start_grad_sync()
+            assert not checked
+            try:
+                model.finish_grad_sync()
+                said = ""
+            except RuntimeError as problem:
+                said = str(problem)
+            assert ("found NaN in local grad norm" in said) == mine == bool(said), said
+            assert mine or checked == model.bucket_groups and len(checked) == 4
+            checked.clear()
+            assert all(group.buckets[0].grad_data.kept_norm is None for group in model.bucket_groups)
+            for group in model.bucket_groups:  # what Megatron does after a step
+                group.reset()
+    finally:
+        QuantizedBucketGroup.check_grads = stock_check
+
+
 def counted(seed: int, in_tensor: bool) -> None:
     from agoq_megatron.optimizer import quantized_gradients as module
 
@@ -417,6 +464,7 @@ def make(check: str, seed: int) -> None:
             "a few at a time": a_few_at_a_time,
             "Adam makes no gradients": adam_makes_no_gradients,
             "norms of neighbours": norms_of_neighbours,
+            "checked together": checked_together,
         }
         functions[what](kind, seed)
 
