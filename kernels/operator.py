@@ -2,7 +2,8 @@
 
 Each call of a ``custom_op`` passes through Python for autograd, for version counters and for checks of what
 is returned: several times what the dispatcher itself takes, and on small models the GPU waits for it. Ours
-are called from ``autograd.Function``, which needs none of that.
+are called from ``autograd.Function``, which needs none of that; nor the dispatcher, where nobody watches
+operators or replaces them.
 """
 
 from __future__ import annotations
@@ -10,11 +11,26 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 # Kept where this module is loaded again: a namespace can be taken only once, and who calls an operator of a
 # library that has ended reads freed memory.
 _LIBRARY: torch.library.Library = globals().get("_LIBRARY") or torch.library.Library("agoq", "DEF")
 _SCHEMAS: dict[str, str] = globals().get("_SCHEMAS", {})
+# What the dispatcher would call: by operator, then by device.
+_FUNCTIONS: dict[str, dict[str, Callable]] = globals().get("_FUNCTIONS", {})
+
+
+_PLAIN = torch.Tensor, torch.nn.Parameter
+
+
+def _is_watched() -> bool:
+    """Whether operators are traced, replaced or timed: by a dispatch mode, torch.compile or a profiler."""
+    return (
+        _get_current_dispatch_mode() is not None
+        or torch.compiler.is_compiling()
+        or torch.autograd._profiler_enabled()
+    )
 
 
 class Operator:
@@ -33,6 +49,8 @@ class Operator:
 
     def __init__(self, name: str, function: Callable, mutates_args: Sequence[str]):
         self.name, self.__doc__ = name, function.__doc__
+        self._functions = _FUNCTIONS.setdefault(name, {})
+        self._functions["any"] = function
         schema = torch.library.infer_schema(function, mutates_args=mutates_args)
         if _SCHEMAS.get(name) != schema:
             _LIBRARY.define(name + schema)
@@ -43,13 +61,24 @@ class Operator:
     def __call__(self, *args):
         if torch.is_grad_enabled():
             with torch.no_grad():
-                return self.overload(*args)
+                return self._call(args)
+        return self._call(args)
+
+    def _call(self, args: tuple):
+        first = args[0]
+        if type(first) in _PLAIN and not _is_watched():
+            functions = self._functions
+            return functions.get(first.device.type, functions["any"])(*args)
         return self.overload(*args)
 
     def register_kernel(self, device: str) -> Callable[[Callable], None]:
         """Decorate what serves that device instead."""
-        key = device.upper()
-        return lambda function: _LIBRARY.impl(self.name, function, key, allow_override=True)
+
+        def register(function: Callable) -> None:
+            _LIBRARY.impl(self.name, function, device.upper(), allow_override=True)
+            self._functions[device] = function
+
+        return register
 
     def register_fake(self, function: Callable) -> None:
         """Decorate what gives the shapes of the results, for tracing."""

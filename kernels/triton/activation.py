@@ -11,7 +11,7 @@ import triton.language as tl
 from agoq_kernels.formats import Format
 from agoq_kernels.triton.codec import INTERPRET, cast, load_dequantize, quantize_store, widen
 from agoq_kernels.triton.constants import constants
-from agoq_kernels.triton.launch import Kernel
+from agoq_kernels.triton.launch import Kernel, cdiv
 from agoq_kernels.triton.quantize import (
     Packed,
     as_rows,
@@ -175,10 +175,10 @@ def _backward_kernel(
 def _launch(rows: int, n: int, fmt: Format | None) -> tuple[tuple[int], dict]:
     """Grid and tile for rows of n columns a half."""
     numbers = constants(fmt)
-    groups = triton.cdiv(n, numbers.group)
+    groups = cdiv(n, numbers.group)
     per_program = min(TILE // numbers.group, triton.next_power_of_2(groups))
     tile = dict(R=per_program, FMT=numbers, num_warps=4, enable_fp_fusion=False)
-    return (rows * triton.cdiv(groups, per_program),), tile
+    return (rows * cdiv(groups, per_program),), tile
 
 
 def activation_forward(

@@ -10,7 +10,7 @@ from agoq_kernels.adam import AdamSettings, Gradient
 from agoq_kernels.states import BLOCK, AdamStates
 from agoq_kernels.triton.codec import INTERPRET, ROUND, _halves, _nan_max, _word, widen
 from agoq_kernels.triton.gradients import load_rows, sum_of_blocks
-from agoq_kernels.triton.launch import Kernel
+from agoq_kernels.triton.launch import Kernel, cdiv
 from agoq_kernels.triton.quantize import signed_key
 from torch import Tensor
 
@@ -266,7 +266,7 @@ def adam_step(
         weight = weight.view(torch.int16)
     # FP32 is stored where the moments or the master are kept in it.
     rows = WARPS * 32 * (BYTES_NUMBERS if split and quantized else FP32_NUMBERS) // BLOCK
-    _adam_kernel[(triton.cdiv(n, rows * BLOCK),)](
+    _adam_kernel[(cdiv(n, rows * BLOCK),)](
         data if numbers else data.view(torch.int8),
         data if numbers else data.view(torch.int16),
         nothing if gradient.multiplier is None else gradient.multiplier,

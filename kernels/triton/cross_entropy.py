@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 from agoq_kernels.triton.codec import cast, widen
-from agoq_kernels.triton.launch import Kernel
+from agoq_kernels.triton.launch import Kernel, cdiv
 from torch import Tensor
 
 BLOCK = 8192
@@ -70,7 +70,7 @@ def backward_(logits: Tensor, target: Tensor, start: int, log_sum_exp: Tensor, g
     n_rows, n = logits.shape
     if n_rows:
         block = min(BLOCK // 2, triton.next_power_of_2(n))
-        _backward_kernel[(n_rows, triton.cdiv(n, block))](
+        _backward_kernel[(n_rows, cdiv(n, block))](
             logits, target, log_sum_exp, grad, n, logits.stride(0), start, BLOCK=block,
             num_warps=max(block // 1024, 1),
         )  # fmt: skip

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from agoq_kernels.gradients import BLOCK, NORM_STRETCH, GradientFormat, segment_bytes
 from agoq_kernels.triton.codec import INTERPRET, MAGIC, ROUND, _centred, _clamp, _nan_max, _word, widen
-from agoq_kernels.triton.launch import Kernel
+from agoq_kernels.triton.launch import Kernel, cdiv
 from agoq_kernels.triton.quantize import signed_key
 from torch import Tensor
 
@@ -226,7 +226,7 @@ def accumulate(
     """See gradients.accumulate(), for int8."""
     n = grad.numel()
     if n:
-        _accumulate_kernel[(triton.cdiv(n, BLOCKS * BLOCK),)](
+        _accumulate_kernel[(cdiv(n, BLOCKS * BLOCK),)](
             bucket.view(torch.int8), bucket.view(torch.int16), residual, grad, blocks, first, n,
             *signed_key(key), RESIDUAL=fmt.residual_bits > 0, STOCHASTIC=fmt.rounding == "stochastic",
             LEAST_SQUARES=fmt.scale == "least-squares", WHOLE=n % BLOCK == 0, SEGMENT=segment_bytes(1),
@@ -244,7 +244,7 @@ def sum_segments(
 
 def norms_of_sum(segments: Tensor, blocks: int, first: int, n: int, factor: float) -> Tensor:
     """See gradients.norms_of_sum(), for int8."""
-    out = torch.empty(triton.cdiv(n, NORM_STRETCH), dtype=torch.float32, device=segments.device)
+    out = torch.empty(cdiv(n, NORM_STRETCH), dtype=torch.float32, device=segments.device)
     return _launch_sum(segments, blocks, first, n, factor, out, norms=True)
 
 
@@ -254,7 +254,7 @@ def _launch_sum(
     if n:
         # Norms write next to nothing: more numbers a program keep as many bytes under way.
         rows = NORM_STRETCH // BLOCK if norms else BLOCKS
-        _sum_kernel[(triton.cdiv(n, rows * BLOCK),)](
+        _sum_kernel[(cdiv(n, rows * BLOCK),)](
             segments.view(torch.int8), segments.view(torch.int16), out, segments.stride(0), blocks, first,
             n, segments.shape[0], factor, NORMS=norms, R=rows, num_warps=8 if norms else 4,
             enable_fp_fusion=False,
@@ -267,7 +267,7 @@ def requantize_sum(
 ) -> None:
     """See gradients.requantize_sum(), for int8."""
     if blocks:
-        _requantize_kernel[(triton.cdiv(blocks, BLOCKS),)](
+        _requantize_kernel[(cdiv(blocks, BLOCKS),)](
             segments.view(torch.int8), segments.view(torch.int16), out.view(torch.int8),
             out.view(torch.int16), multiplier, segments.stride(0), blocks, segments.shape[0], factor,
             R=BLOCKS, num_warps=4, enable_fp_fusion=False,

@@ -18,6 +18,11 @@ KNOWN_VERSIONS = ("3.6.",)
 """Of Triton, whose compiled kernels are called as below. Under others Triton launches them itself."""
 
 
+def cdiv(n: int, size: int) -> int:
+    """How many times ``size`` it takes for ``n``: ``triton.cdiv``, without that one's decorator."""
+    return -(-n // size)
+
+
 def variant(args: tuple) -> tuple[list, list]:
     """What of a launch's arguments a compiled kernel depends on, and the values to call it with.
 

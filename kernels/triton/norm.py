@@ -17,7 +17,7 @@ import triton.language as tl
 from agoq_kernels.formats import Format
 from agoq_kernels.triton.codec import INTERPRET, cast, load_packed, quantize_store, unpack, widen
 from agoq_kernels.triton.constants import constants
-from agoq_kernels.triton.launch import Kernel
+from agoq_kernels.triton.launch import Kernel, cdiv
 from agoq_kernels.triton.quantize import (
     Packed,
     as_rows,
@@ -288,7 +288,7 @@ def _backward_kernel(
 def _tile(n: int, fmt: Format | None) -> dict:
     """Shape of a row in registers."""
     numbers = constants(fmt)
-    groups = triton.next_power_of_2(triton.cdiv(n, numbers.group))
+    groups = triton.next_power_of_2(cdiv(n, numbers.group))
     warps = min(max(groups * numbers.group // 512, 1), 16)
     return dict(NG=groups, FMT=numbers, num_warps=warps, enable_fp_fusion=False)
 

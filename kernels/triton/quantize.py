@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -9,7 +11,7 @@ from agoq_kernels.formats import Format
 from agoq_kernels.rng import key_words
 from agoq_kernels.triton.codec import cast, load_dequantize, quantize_store, widen
 from agoq_kernels.triton.constants import constants, tables
-from agoq_kernels.triton.launch import Kernel
+from agoq_kernels.triton.launch import Kernel, cdiv
 from torch import Tensor
 
 Packed = tuple[Tensor, Tensor, Tensor]
@@ -74,6 +76,7 @@ def packed_arguments(packed: Packed, fmt: Format | None) -> tuple[Tensor, ...]:
     return codes, scale, zero, tables(fmt.code if fmt else "", codes.device)
 
 
+@functools.lru_cache(maxsize=256)  # 0 stands where nothing is drawn
 def signed_key(key: int) -> tuple[int, int]:
     """The words of a key as int32, the type that does not change from call to call."""
     return tuple(word - (1 << 32) if word >> 31 else word for word in key_words(key))
@@ -92,7 +95,7 @@ def quantize(x: Tensor, fmt: Format, key: int) -> Packed:
     if n_groups:
         rows = as_rows(x)
         per_group = TILE // fmt.group
-        _quantize_kernel[(triton.cdiv(n_groups, per_group),)](
+        _quantize_kernel[(cdiv(n_groups, per_group),)](
             rows, *packed_arguments(packed, fmt), n_groups, x.shape[-1] // fmt.group,
             rows.stride(0), *signed_key(key), R=per_group, CONTIGUOUS=rows.is_contiguous(),
             FMT=constants(fmt), num_warps=4, enable_fp_fusion=False,
@@ -107,7 +110,7 @@ def dequantize(packed: Packed, fmt: Format, dtype: torch.dtype) -> Tensor:
     n_groups = x.numel() // fmt.group
     if n_groups:
         per_group = TILE // fmt.group
-        _dequantize_kernel[(triton.cdiv(n_groups, per_group),)](
+        _dequantize_kernel[(cdiv(n_groups, per_group),)](
             *packed_arguments(packed, fmt), x, n_groups, R=per_group, FMT=constants(fmt),
             num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip

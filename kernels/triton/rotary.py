@@ -12,7 +12,7 @@ import triton.language as tl
 from agoq_kernels.formats import Format
 from agoq_kernels.triton.codec import cast, quantize_store, widen
 from agoq_kernels.triton.constants import constants
-from agoq_kernels.triton.launch import Kernel
+from agoq_kernels.triton.launch import Kernel, cdiv
 from agoq_kernels.triton.quantize import Packed, empty_packed, packed_arguments, signed_key
 from torch import Tensor
 
@@ -99,7 +99,7 @@ def _rotate(
     per_program = max(1, TILE // (groups * numbers.group))
     cos, sin = tables if tables is not None else (source, source)
     if tokens:
-        _rotate_kernel[(triton.cdiv(tokens, per_program),)](
+        _rotate_kernel[(cdiv(tokens, per_program),)](
             source, out, cos, sin, *packed_arguments(packed, fmt), tokens, batch, *strides,
             *signed_key(key), HEADS=heads, HEADS_A_GROUP=per_group, HEAD_DIM=head_dim, ROT=rot,
             INTERLEAVED=interleaved, INVERSE=inverse, QUANTIZE=fmt is not None,

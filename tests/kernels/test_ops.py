@@ -11,6 +11,7 @@ from agoq_kernels.formats import CODES, Format
 from agoq_kernels.operator import operator
 from agoq_kernels.ops import dequantize, dequantize_op, quantize, quantize_op
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 FORMATS = [Format(4, code, 32, 8) for code in CODES] + [
     Format(3, "int", 64, 16, "stochastic"),
@@ -122,6 +123,29 @@ def test_modules_can_be_loaded_again():
     """That of operators alone, and those that define some; in a process of its own."""
     done = subprocess.run([sys.executable, "-c", RELOAD], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_dispatcher_is_passed_by_where_nobody_watches():
+    """With the results that it gives; a profiler and a dispatch mode see the operator."""
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    seen, x = [], torch.randn(2, 64, requires_grad=True)
+    args = (x, 4, "nf4", 64, 8, "nearest", 5)
+    with torch.profiler.profile() as profile:
+        profiled = quantize_op(*args)
+    assert "agoq::quantize" in {event.key for event in profile.key_averages()}
+    with Watch():
+        watched = quantize_op(*args)
+    assert quantize_op.overload in seen
+    count = len(seen)
+    plain = quantize_op(*args)
+    assert len(seen) == count and not any(t.requires_grad for t in plain)
+    for other in (profiled, watched, quantize_op.overload(x.detach(), *args[1:])):
+        assert all(map(torch.equal, plain, other))
 
 
 def test_one_name_has_one_schema():
