@@ -135,13 +135,17 @@ def results_page(root: Path) -> str:
     lines = []
     for path in sorted((root / "docs/results").glob("*.json"), reverse=True):
         data = json.loads(path.read_text())
-        commands = [data[key] for key in ("train command", "study command", "command") if key in data]
-        machine = data.get("card") or data.get("cards") or data.get("machine") or "see its page"
+        # Several calls of a bench may lie in one file, by what they differ in.
+        parts = {k: v for k, v in data.items() if isinstance(v, dict) and "medians" in v} or {"": data}
+        first = next(iter(parts.values()))
+        machine = first.get("card") or first.get("cards") or first.get("machine") or "see its page"
         lines += [f"### {path.stem}", "", f"[{path.name}](results/{path.name}), {machine}.", ""]
-        for command in commands:
-            lines += [f"    {command}", ""]
-        if "medians" in data:
-            lines += [*_medians(data["medians"]), ""]
+        for name, part in parts.items():
+            lines += [f"{name}:", ""] if name else []
+            for key in ("train command", "study command", "command"):
+                lines += [f"    {part[key]}", ""] if key in part else []
+            if "medians" in part:
+                lines += [*_medians(part["medians"]), ""]
     return "\n".join(lines)
 
 
@@ -152,7 +156,7 @@ def _medians(rows: list[dict]) -> list[str]:
             lines.append(f"| {row['name']} | 0 | failed | | |")
             continue
         ratio = row["step_ms"] / rows[0]["step_ms"] if rows[0].get("step_ms") else None
-        peak = row.get("peak_allocated_mib")
+        peak = max(row.get("peaks_mib", {}).values(), default=row.get("peak_allocated_mib"))
         against = f"{ratio:.3f}" if ratio else ""
         memory = f"{peak:,.0f}" if peak else ""
         lines.append(f"| {row['name']} | {row['runs']} | {row['step_ms']:.1f} | {against} | {memory} |")
