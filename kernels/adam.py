@@ -9,11 +9,12 @@ approximate reciprocals, to 2^-21 of a step; what it keeps of the moments is the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from agoq_kernels.gradients import sum_segments
-from agoq_kernels.operator import operator
+from agoq_kernels.operator import is_watched, operator
 from agoq_kernels.states import AdamStates
 from torch import Tensor
 
@@ -76,6 +77,9 @@ def adam_step(
         correction: of :func:`corrections`.
         key: of stochastic rounding of moments in 8 bits; None rounds to the nearest.
     """
+    if not (torch.is_grad_enabled() or is_watched()):  # else by way of an operator, whose arguments are many
+        _step_on(gradient, states)(gradient, states, weight, correction, settings, key)
+        return
     nothing = correction.new_empty(0)
     adam_op(
         gradient.data, gradient.blocks, gradient.first, gradient.factor,
@@ -95,15 +99,20 @@ def adam_op(
 ) -> None:  # fmt: skip
     kept = (t if t.numel() else None for t in (scales, master, remainder))
     source = Gradient(gradient, blocks, first, code, factor, multiplier if multiplier.numel() else None)
-    step = _step
-    if exp_avg.is_cuda and (code == "int8" or gradient.dtype != torch.uint8):
-        from agoq_kernels.triton import adam
-
-        step = adam.adam_step
-    step(
-        source, AdamStates(exp_avg, exp_avg_sq, *kept), weight if weight.numel() else None, correction,
+    states = AdamStates(exp_avg, exp_avg_sq, *kept)
+    _step_on(source, states)(
+        source, states, weight if weight.numel() else None, correction,
         AdamSettings(lr, beta1, beta2, eps, weight_decay, decoupled), None if key < 0 else key,
     )  # fmt: skip
+
+
+def _step_on(gradient: Gradient, states: AdamStates) -> Callable[..., None]:
+    """What steps there."""
+    if states.exp_avg.is_cuda and (gradient.code == "int8" or gradient.data.dtype != torch.uint8):
+        from agoq_kernels.triton import adam
+
+        return adam.adam_step
+    return _step
 
 
 def _step(

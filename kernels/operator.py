@@ -24,7 +24,7 @@ _FUNCTIONS: dict[str, dict[str, Callable]] = globals().get("_FUNCTIONS", {})
 _PLAIN = torch.Tensor, torch.nn.Parameter
 
 
-def _is_watched() -> bool:
+def is_watched() -> bool:
     """Whether operators are traced, replaced or timed: by a dispatch mode, torch.compile or a profiler."""
     return (
         _get_current_dispatch_mode() is not None
@@ -66,7 +66,7 @@ class Operator:
 
     def _call(self, args: tuple):
         first = args[0]
-        if type(first) in _PLAIN and not _is_watched():
+        if type(first) in _PLAIN and not is_watched():
             functions = self._functions
             return functions.get(first.device.type, functions["any"])(*args)
         return self.overload(*args)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -64,6 +65,27 @@ def test_is_torchs_step(rng, name, segments, split):
         assert torch.equal(weight, param.detach().bfloat16())
     for found, key in zip(states.moments(), ("exp_avg", "exp_avg_sq"), strict=True):
         assert torch.equal(found, theirs.state[param][key])
+
+
+@pytest.mark.parametrize("kept", KEPT)
+def test_by_way_of_the_operator_and_without_it(rng, kept):
+    """Where gradients are recorded the dispatcher is asked, else not: the same bits, from a drawn key too."""
+    gradient, multiplier = codes(rng, 2).to(DEVICE), (torch.rand(1, generator=rng) + 0.5).to(DEVICE)
+    weight = torch.randn(N, generator=rng).bfloat16().to(DEVICE)
+    states = AdamStates.new(weight, *KEPT[kept])
+    correction = corrections(torch.tensor(2.0, device=DEVICE), SETTINGS["adamw"])
+    key = int(torch.randint(0, 2**62, (), generator=rng)) if states.scales is not None else None
+    found = []
+    for recorded in (False, True):
+        mine = weight.clone(), copy_of(states, DEVICE)
+        watch = torch.profiler.profile() if recorded else nullcontext()
+        with torch.set_grad_enabled(recorded), watch as seen:
+            source = in_codes(gradient, 0.5, multiplier)
+            adam_step(source, mine[1], mine[0], correction, SETTINGS["adamw"], key)
+        if recorded:
+            assert "agoq::adam_step" in {event.key for event in seen.key_averages()}
+        found.append((mine[0], *mine[1].tensors.values()))
+    assert all(map(torch.equal, *found)) and not torch.equal(found[0][0], weight)
 
 
 @pytest.mark.parametrize("scaled", [False, True])
