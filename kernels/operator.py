@@ -49,14 +49,14 @@ class Operator:
 
     def __init__(self, name: str, function: Callable, mutates_args: Sequence[str]):
         self.name, self.__doc__ = name, function.__doc__
-        self._functions = _FUNCTIONS.setdefault(name, {})
-        self._functions["any"] = function
         schema = torch.library.infer_schema(function, mutates_args=mutates_args)
         if _SCHEMAS.get(name) != schema:
             _LIBRARY.define(name + schema)
             _SCHEMAS[name] = schema
         _LIBRARY.impl(name, function, "CompositeExplicitAutograd", allow_override=True)
         self.overload = getattr(torch.ops.agoq, name).default
+        self._functions = _FUNCTIONS.setdefault(name, {})
+        self._functions["any"] = function
 
     def __call__(self, *args):
         if torch.is_grad_enabled():

@@ -154,3 +154,4 @@ def test_one_name_has_one_schema():
 
     with pytest.raises(RuntimeError, match="quantize"):
         operator("quantize")(function)
+    quantize(torch.zeros(64), Format())  # as before

@@ -339,12 +339,12 @@ def fails_first():
 
 def is_killed():
     write("iteration 5\n")
-    os.kill(os.getpid(), signal.SIGSEGV) if rank_is(1) else time.sleep(100)
+    os.kill(os.getpid(), signal.SIGKILL) if rank_is(1) else time.sleep(100)
 
 
 @pytest.mark.parametrize(
     "main,reason",
-    [(fails_first, "ValueError: mine"), (is_killed, "rank 1 of 2 was ended by Signal 11 (SIGSEGV):")],
+    [(fails_first, "ValueError: mine"), (is_killed, "rank 1 of 2 was ended by Signal 9 (SIGKILL):")],
 )
 def test_the_reason_of_a_forked_runs_failure(monkeypatch, tmp_path, main, reason):
     code, log = fork(monkeypatch, tmp_path, main)
