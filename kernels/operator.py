@@ -25,11 +25,14 @@ _PLAIN = torch.Tensor, torch.nn.Parameter
 
 
 def is_watched() -> bool:
-    """Whether operators are traced, replaced or timed: by a dispatch mode, torch.compile or a profiler."""
+    """Whether operators are traced, replaced or timed: by torch.compile, a mode, a profiler, or functorch."""
     return (
-        _get_current_dispatch_mode() is not None
-        or torch.compiler.is_compiling()
+        torch.compiler.is_compiling()  # first: torch.compile cannot look into the others
+        or torch._C._len_torch_function_stack() > 0
+        or _get_current_dispatch_mode() is not None
         or torch.autograd._profiler_enabled()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
     )
 
 

@@ -116,20 +116,20 @@ def become_rank(
     Args:
         parent: the process that has forked this one, to end with it even if it ends at once.
     """
-    os.setsid()  # a group of its own, which can be ended with all that it has started
-    with contextlib.suppress(AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # Linux: PR_SET_PDEATHSIG, end with the parent
-    if parent is not None and os.getppid() != parent:
-        os._exit(1)
-    file = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks),
-        MASTER_ADDR="localhost", MASTER_PORT=str(port),
-    )  # fmt: skip
     code = 1
     try:
+        os.setsid()  # a group of its own, which can be ended with all that it has started
+        with contextlib.suppress(AttributeError):
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # Linux: PR_SET_PDEATHSIG, end with the parent
+        if parent is not None and os.getppid() != parent:
+            sys.exit(1)
+        file = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks),
+            MASTER_ADDR="localhost", MASTER_PORT=str(port),
+        )  # fmt: skip
         task()
         code = 0
     except SystemExit as exit_:
@@ -151,6 +151,8 @@ def _wait(running: dict[int, int], folder: Path, timeout: float) -> None:
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
                 del running[rank]
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(pid, signal.SIGKILL)  # what it has started and left
                 if status and failed is None:
                     failed = rank, os.waitstatus_to_exitcode(status)
                     # The others wait for it in a collective: not for long.

@@ -288,7 +288,8 @@ def check_kept_norms(groups: Iterable[QuantizedBucketGroup]) -> None:
     """Megatron's checks of gradients (``check_grads``), once those of all buckets are reduced.
 
     The norms are from before the reduction. Stock bucket groups check theirs there, and so make the host wait
-    for the backward pass at every bucket, after which the GPU waits for the host; here it waits once.
+    for the backward pass at every bucket, after which the GPU waits for the host; here it waits once a model
+    chunk.
     """
     kept = [g for g in groups if g.buckets[0].grad_data.kept_norm is not None]
     if not kept:

@@ -68,17 +68,18 @@ def test_is_torchs_step(rng, name, segments, split):
 
 
 @pytest.mark.parametrize("kept", KEPT)
-def test_by_way_of_the_operator_and_without_it(rng, kept):
+def test_by_way_of_the_operator_and_without_it(rng, monkeypatch, kept):
     """Where gradients are recorded the dispatcher is asked, else not: the same bits, from a drawn key too."""
     gradient, multiplier = codes(rng, 2).to(DEVICE), (torch.rand(1, generator=rng) + 0.5).to(DEVICE)
     weight = torch.randn(N, generator=rng).bfloat16().to(DEVICE)
     states = AdamStates.new(weight, *KEPT[kept])
     correction = corrections(torch.tensor(2.0, device=DEVICE), SETTINGS["adamw"])
     key = int(torch.randint(0, 2**62, (), generator=rng)) if states.scales is not None else None
-    found = []
+    found, operator = [], adam.adam_op
     for recorded in (False, True):
         mine = weight.clone(), copy_of(states, DEVICE)
         watch = torch.profiler.profile() if recorded else nullcontext()
+        monkeypatch.setattr(adam, "adam_op", operator if recorded else None)
         with torch.set_grad_enabled(recorded), watch as seen:
             source = in_codes(gradient, 0.5, multiplier)
             adam_step(source, mine[1], mine[0], correction, SETTINGS["adamw"], key)

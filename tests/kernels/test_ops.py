@@ -125,7 +125,7 @@ def test_modules_can_be_loaded_again():
     assert done.returncode == 0, done.stderr
 
 
-def test_the_dispatcher_is_passed_by_where_nobody_watches():
+def test_the_dispatcher_is_passed_by_where_nobody_watches(monkeypatch):
     """With the results that it gives; a profiler and a dispatch mode see the operator."""
 
     class Watch(TorchDispatchMode):
@@ -141,10 +141,15 @@ def test_the_dispatcher_is_passed_by_where_nobody_watches():
     with Watch():
         watched = quantize_op(*args)
     assert quantize_op.overload in seen
-    count = len(seen)
-    plain = quantize_op(*args)
-    assert len(seen) == count and not any(t.requires_grad for t in plain)
-    for other in (profiled, watched, quantize_op.overload(x.detach(), *args[1:])):
+    compiled = torch.compile(lambda x: quantize_op(x, *args[1:])[0] + 1, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x.detach()), watched[0] + 1)
+    batched = torch.vmap(lambda x: quantize_op(x, *args[1:]), out_dims=0)(x.detach()[None])
+    overload = quantize_op.overload(x.detach(), *args[1:])
+    with monkeypatch.context() as patch:
+        patch.setattr(quantize_op, "overload", None)
+        plain = quantize_op(*args)
+    assert not any(t.requires_grad for t in plain)
+    for other in (profiled, watched, overload, [t[0] for t in batched]):
         assert all(map(torch.equal, plain, other))
 
 
