@@ -19,8 +19,6 @@ _LIBRARY: torch.library.Library = globals().get("_LIBRARY") or torch.library.Lib
 _SCHEMAS: dict[str, str] = globals().get("_SCHEMAS", {})
 # What the dispatcher would call: by operator, then by device.
 _FUNCTIONS: dict[str, dict[str, Callable]] = globals().get("_FUNCTIONS", {})
-
-
 _PLAIN = torch.Tensor, torch.nn.Parameter
 
 
