@@ -13,7 +13,7 @@ BUDGETS = {"agoq_activation_memory": "--agoq-activation-memory", "agoq_gpu_memor
 
 
 def check_budget(args: Namespace) -> None:
-    """Of ``--agoq-activations auto``: one budget, and sensitivities that are there.
+    """Of ``--agoq-activations auto``: one budget at most, and sensitivities that are there.
 
     Raises:
         UsageError: the first problem found.
@@ -30,11 +30,11 @@ def check_budget(args: Namespace) -> None:
                 f"--agoq-sensitivities {args.agoq_sensitivities}: only --agoq-activations {SOLVED} (and "
                 "python -m agoq_megatron.plan) read it. Use that or leave it out."
             )
-    elif len(given) != 1:
+    elif len(given) > 1:
         raise UsageError(
             f"--agoq-activations {SOLVED}: give one of --agoq-activation-memory (what the layers may keep on "
-            "a GPU for their backward passes, say 24GiB) and --agoq-gpu-memory (the whole GPU's, say 80GiB)"
-            + (", not both." if given else ".")
+            "a GPU for their backward passes, say 24GiB) and --agoq-gpu-memory (the whole GPU's, say 80GiB), "
+            "not both; or neither, for what agoq needs."
         )
     for flag, words in given:
         try:

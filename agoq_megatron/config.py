@@ -17,7 +17,8 @@ class AGoQConfig:
     """What a layer keeps for its backward pass: 'off' (everything in the compute dtype, as Megatron
     does), 'agoq' (the default: about 4 bits, attention at 8), 'stage' (the same, with more than 4 bits on
     pipeline stages that hold fewer micro-batches), 'auto' (widths for each tensor and layer by a solver,
-    the least harmful within a memory that is given), 'uniform4' (an ablation: 4 bits everywhere), or a YAML
+    the least harmful within a memory that is given, or else within what 'agoq' needs on its fullest
+    stage), 'uniform4' (an ablation: 4 bits everywhere), or a YAML
     file with Megatron's quantization matchers."""
 
     agoq_activation_memory: str | None = None

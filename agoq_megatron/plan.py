@@ -151,13 +151,6 @@ def parse(argv: list[str]):
             training.refuse(f"{flag} {path}: there is no folder {path.absolute().parent}; make it first.")
     os.environ.update(WORLD_SIZE=str(mine.gpus), RANK="0", LOCAL_RANK="0")
     preset = preset_flags(mine.preset) if mine.preset else []
-    budget = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for flag in ("--agoq-activations", "--agoq-activation-memory", "--agoq-gpu-memory"):
-        budget.add_argument(flag)
-    given = budget.parse_known_args(rest)[0]
-    solved = given.agoq_activations == "auto"
-    if solved and not (given.agoq_activation_memory or given.agoq_gpu_memory):
-        rest += ["--agoq-gpu-memory", f"{mine.gpu_memory / 2**30:g}GiB"]
     sys.argv[1:] = [*preset, *rest, "--agoq-dry-run"]
     with contextlib.redirect_stdout(io.StringIO()):  # Megatron lists all its arguments
         args = training.parse_arguments(on_cpu=True)

@@ -10,7 +10,7 @@ For N GPUs:
     dp       N data-parallel ranks: distributed optimizer, gradients and parameters overlapped
     tp       N / 2 tensor-parallel ranks with sequence parallelism, twice (N = 2: once)
     pp       N / 2 pipeline stages, interleaved in two chunks each, 8 micro-batches, twice (N = 2: once);
-             activations by the `stage` policy
+             activations by the `stage` policy, and by `auto`
     table8   layers of LLaMA-2-13B, tensor-parallel over all, sequences of 12,288 tokens
     reduce   gradients alone: bench_reduce.py at 1 Mi to 1 Gi numbers
 
@@ -21,6 +21,7 @@ file is OUT/LAYOUT.json. Rows:
     bf16          everything in BF16        a     saved activations near 4 bits
     bf16_full     full recomputation        ag    and 8-bit gradients
                                             ago   and 8-bit optimizer states
+    auto          of pp: as ago, with widths by the solver within the memory of the fullest stage
 """
 
 from __future__ import annotations
@@ -38,14 +39,15 @@ SIZES = ["1Mi", "4Mi", "16Mi", "64Mi", "256Mi", "1Gi"]
 
 def rows(policy: str) -> dict[str, str]:
     """Flags of what is compared, by name, with ``policy`` for the saved activations."""
-    a = f"--agoq-activations {policy}"
-    return {
+    a, go = f"--agoq-activations {policy}", "--agoq-grad-bits 8 --agoq-optimizer-bits 8"
+    found = {
         "bf16": "--agoq-activations off",
         "bf16_full": f"--agoq-activations off {FULL}",
         "a": a,
         "ag": f"{a} --agoq-grad-bits 8",
-        "ago": f"{a} --agoq-grad-bits 8 --agoq-optimizer-bits 8",
+        "ago": f"{a} {go}",
     }
+    return found | ({"auto": f"--agoq-activations auto {go}"} if policy == "stage" else {})
 
 
 def layouts(gpus: int, tiny: bool) -> dict[str, tuple[list[str], dict[str, str], str]]:
@@ -101,7 +103,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--model", choices=("llama", "tiny"), default="llama")
     parser.add_argument("--only", nargs="+", choices=kinds, default=kinds, metavar="LAYOUT")
-    parser.add_argument("--rows", nargs="+", choices=rows(""), default=list(rows("")), metavar="ROW")
+    parser.add_argument("--rows", nargs="+", choices=rows("stage"), default=list(rows("stage")), metavar="ROW")
     parser.add_argument("--repeat", type=int, default=3, help="runs of each (default: 3)")
     parser.add_argument(
         "--iterations", type=int, default=10, help="of a run; 50 to compare losses (default: 10)"

@@ -114,6 +114,8 @@ def stage_budgets(args, knapsack: Knapsack) -> list[int]:
     """
     if args.agoq_activation_memory:
         return [parse_size(args.agoq_activation_memory)] * knapsack.schedule.stages
+    if not args.agoq_gpu_memory:
+        return _left(args, knapsack, _agoq(knapsack))  # what it keeps there, at least
     # What lives for a moment depends on what is kept as it is, which is not known yet: the worse of both.
     ends = knapsack.config.agoq, knapsack.quantized.agoq
     left = _left(args, knapsack, *ends)
@@ -141,9 +143,23 @@ def footprints_of(args, knapsack: Knapsack, policy) -> list[Footprint]:
 
 def _left(args, knapsack: Knapsack, *policies) -> list[int]:
     """Bytes of each stage for saved activations beside what else lives under the worst of some policies."""
-    room = (parse_size(args.agoq_gpu_memory) - OUTSIDE) / (1 + FRAGMENTATION)
+    room = _room(args, knapsack)
     ways = [footprints_of(args, knapsack, policy) for policy in policies]
     return [math.floor(room - max(map(_beside_saved, rows))) for rows in zip(*ways, strict=True)]
+
+
+def _room(args, knapsack: Knapsack) -> float:
+    """Bytes that the peak of a stage may have: without a budget, what `agoq` needs on the fullest."""
+    if args.agoq_gpu_memory:
+        return (parse_size(args.agoq_gpu_memory) - OUTSIDE) / (1 + FRAGMENTATION)
+    return max(row.peak for row in footprints_of(args, knapsack, _agoq(knapsack)))
+
+
+def _agoq(knapsack: Knapsack) -> RulesPolicy:
+    """That policy's widths of what takes one: what a recomputed layer keeps for a moment stays in 16 bits."""
+    agoq = load_policy("agoq")
+    rules = {(number, site): agoq.rule(site, number) for number, site in knapsack.kept()}
+    return RulesPolicy(agoq.name, {key: rule for key, rule in rules.items() if rule.format is not None})
 
 
 def _beside_saved(row: Footprint) -> float:
@@ -217,12 +233,17 @@ def _finite(number: float) -> float | None:
     return number if math.isfinite(number) else None
 
 
+def _budget_in_words(args) -> str:
+    if args.agoq_activation_memory:
+        return f"--agoq-activation-memory {args.agoq_activation_memory}"
+    if args.agoq_gpu_memory:
+        return f"--agoq-gpu-memory {args.agoq_gpu_memory}"
+    return "what agoq needs on the fullest stage"
+
+
 def _summary(args, record: dict):
-    budget = f"--agoq-activation-memory {args.agoq_activation_memory}"
-    if not args.agoq_activation_memory:
-        budget = f"--agoq-gpu-memory {args.agoq_gpu_memory}"
     origin = f"{record['sensitivities']}{', from the package' if record['shipped'] else ''}"
-    yield f"AGoQ: widths within {budget}, by sensitivities of {origin}"
+    yield f"AGoQ: widths within {_budget_in_words(args)}, by sensitivities of {origin}"
     for tensor, widths in record["widths"].items():
         words = "; ".join(f"{width} bits: layers {numbers}" for width, numbers in widths.items())
         yield f"  {tensor:<42} {words}"
@@ -248,14 +269,15 @@ def _summary(args, record: dict):
 
 
 def _does_not_fit(args, knapsack: Knapsack, problem: DoesNotFit) -> str:
-    flag = "--agoq-activation-memory" if args.agoq_activation_memory else "--agoq-gpu-memory"
-    value = args.agoq_activation_memory or args.agoq_gpu_memory
     missing: dict[int, float] = {}
     for name, excess in problem.excess.items():
         missing[stage_of(name)] = max(missing.get(stage_of(name), 0.0), excess)
     words = [f"stage {stage} by {readable(excess)} ({excess:.0f} bytes)" for stage, excess in missing.items()]
     stages = "; ".join(words[:4]) + (f"; and {len(words) - 4} more" if len(words) > 4 else "")
-    text = f"{flag} {value}: even with the fewest bits everywhere the budget is exceeded on {stages}. "
+    budget = _budget_in_words(args)
+    if not (args.agoq_activation_memory or args.agoq_gpu_memory):
+        budget = f"--agoq-activations {SOLVED}, within {budget}"
+    text = f"{budget}: even with the fewest bits everywhere the budget is exceeded on {stages}. "
     helps = [*_recomputation_that_fits(args, knapsack), *_micro_batch_that_fits(args, knapsack)]
     if helps:
         text += f"It would fit with {', or with '.join(helps)}. "

@@ -1,4 +1,4 @@
-"""`auto` within a GPU's memory: what the planner needs for the chosen widths, against the budget.
+"""`auto` within a GPU's memory, or without a budget: what the planner needs for the chosen widths.
 
 Run as a script, this file plans; what makes Megatron run on a CPU changes a process for good.
 """
@@ -13,6 +13,7 @@ import pytest
 
 from agoq_megatron.sizes import parse_size
 
+FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 LONG = "--seq-length 32768 --micro-batch-size 1 --mlp-chunks-for-training 4 --agoq-loss-chunks 8"
 LONGER = (
     "--seq-length 65536 --max-position-embeddings 65536 --micro-batch-size 1 --agoq-loss-chunks 8 "
@@ -26,6 +27,18 @@ FITS = [
 ]
 """Eight layers of LLaMA-3-8B: (flags, memory)."""
 DOES_NOT_FIT = LONG, "42GiB"
+PIPELINE = "--micro-batch-size 1 --pipeline-model-parallel-size 4 --num-layers-per-virtual-pipeline-stage 1"
+WITHOUT_BUDGET = {
+    "saved activations alone": (4, f"{PIPELINE} --vocab-size 128256"),
+    "all in 8 bits": (
+        8, f"{PIPELINE.replace('stage 1', 'stage 4')} --num-layers 32 --vocab-size 128256 --agoq-grad-bits 8 "
+        "--agoq-optimizer-bits 8",
+    ),
+    "a vocabulary that weighs little": (4, f"{PIPELINE} --vocab-size 1000"),
+    "layers recomputed": (2, f"--pipeline-model-parallel-size 2 --micro-batch-size 1 {FULL}"),
+    "one stage": (1, ""),
+}  # fmt: skip
+"""(ranks, flags)"""
 
 
 def plan_all() -> dict:
@@ -38,6 +51,7 @@ def plan_all() -> dict:
     from agoq_megatron.planning import auto
     from agoq_megatron.planning.knapsack import Knapsack
     from agoq_megatron.planning.shipped import sensitivities_of
+    from agoq_megatron.policy.policy import load_policy
     from agoq_megatron.refusals import UsageError
 
     sys.path.append(str(Path(__file__).parent))
@@ -53,7 +67,21 @@ def plan_all() -> dict:
         (row,) = planner.footprints(**planner.kinds()["these flags"])
         return [row.needed, row.parts["saved activations"]]
 
+    def without_budget(policy: str, ranks: int, flags: str) -> dict:
+        flags = f"{flags} --global-batch-size 8 --agoq-activations {policy}"
+        args = plan.parse(["--gpus", str(ranks), *measured_flags("llama3-8b", flags)])[1]
+        planner = plan.Planner(args)
+        record = getattr(load_policy(policy), "record", None)
+        stages = planner.footprints(**planner.kinds()["these flags"])
+        found = {"peaks": [row.peak for row in stages]}
+        found["saved"] = [row.parts["saved activations"] for row in stages]
+        return found | ({"cost": record["cost"], "cost_of_agoq": record["cost_of_agoq"]} if record else {})
+
     found = {"rounds": [solved(*case) for case in FITS]}
+    found["without budget"] = {
+        name: {policy: without_budget(policy, *case) for policy in ("agoq", "stage", "auto")}
+        for name, case in WITHOUT_BUDGET.items()
+    }
     rounds, auto.ROUNDS = auto.ROUNDS, 0
     found["bound"] = [solved(*case) for case in FITS]
     auto.ROUNDS = rounds
@@ -93,6 +121,25 @@ def test_missing_bytes_are_those_of_the_fewest_bits(planned):
     assert "even with the fewest bits everywhere the budget is exceeded on stage 0" in words
     missing = int(words[: words.index(" bytes)")].rsplit("(", 1)[1])
     assert over > 0 and missing * 1.03 == pytest.approx(over, abs=4)
+
+
+@pytest.mark.parametrize("name", WITHOUT_BUDGET)
+def test_without_a_budget(planned, name):
+    """No stage needs more than `agoq` on its fullest, with smaller errors; where the others can use what
+    that leaves them, they are as full. (A recomputed layer is exact while it runs again: it keeps no more.)"""
+    case = planned["without budget"][name]
+    peaks = case["auto"]["peaks"]
+    for policy, found in case.items():
+        print(f"{name}, {policy}: {' '.join(f'{peak / 2**20:.0f}' for peak in found['peaks'])} MiB")
+    most = max(case["agoq"]["peaks"])
+    if "recomputed" in name:
+        assert case["auto"]["saved"][0] <= case["agoq"]["saved"][0]
+    else:
+        assert 0.97 * most < max(peaks) <= most
+    assert 0 < case["auto"]["cost"] < case["auto"]["cost_of_agoq"]
+    if name == "all in 8 bits":
+        assert min(case["stage"]["peaks"]) < 0.9 * max(case["stage"]["peaks"])  # it is not trivially so
+        assert min(peaks) > 0.95 * max(peaks)
 
 
 if __name__ == "__main__":

@@ -259,11 +259,11 @@ def test_what_does_not_fit_and_bad_flags(launcher):
 
 @pytest.mark.slow
 def test_a_budget_of_ones_own(launcher):
-    """Written with an equals sign, it is not replaced by the card's; and other flags may say `auto`."""
+    """However it is written; and other flags may say `auto`."""
     flags = "--preset llama3-8b --gpus 8 --global-batch-size 16 --tensor-model-parallel-size 8".split()
     run = launcher.plan(*flags, "--agoq-activations=auto", "--agoq-activation-memory=3GiB")
     assert run.ok and "within --agoq-activation-memory 3GiB" in run.log, run.log[-3000:]
-    run = launcher.plan(*flags, "--agoq-activations", "auto", "--gpu-memory", "40GiB")
+    run = launcher.plan(*flags, "--agoq-activations", "auto", "--agoq-gpu-memory", "40GiB")
     assert run.ok and "within --agoq-gpu-memory 40GiB" in run.log, run.log[-3000:]
     run = launcher.plan(*flags, "--agoq-grad-bits", "8", "--agoq-grad-reduce", "auto")
     assert run.ok and "within --agoq" not in run.log, run.log[-3000:]

@@ -27,7 +27,8 @@ def test_layouts_use_all_gpus(gpus, model):
             assert command[command.index("--ranks") + 1] == str(gpus)
             continue
         step = bench_step.parse_arguments(command[2:])
-        assert list(step.runs) == ["bf16", "bf16_full", "a", "ag", "ago"] and step.predict
+        auto = ["auto"] if name == "pp" else []
+        assert list(step.runs) == ["bf16", "bf16_full", "a", "ag", "ago", *auto] and step.predict
         assert step.fork == bool(fork)
         assert step.out == Path("x") / f"{name}.json"
         for run in step.runs:
@@ -45,7 +46,8 @@ def test_layouts_use_all_gpus(gpus, model):
                 chunk = number("--num-layers-per-virtual-pipeline-stage", line)
                 layers = step.shape["num-layers"]
                 assert layers % (stages * chunk) == 0 and layers // (stages * chunk) == 2
-            assert ("stage" if name == "pp" else "agoq") in line or run.startswith("bf16")
+            policy = "off" if run.startswith("bf16") else "stage" if name == "pp" else "agoq"
+            assert f"--agoq-activations {'auto' if run == 'auto' else policy}" in line
 
 
 def test_odd_numbers_are_refused(capsys):

@@ -40,11 +40,9 @@ CASES = {
         "--hidden-size 144 --agoq-activations agoq",
         ["144 features", "16 bits"],
     ),
-    "auto without a memory": (
-        "--agoq-activations auto", ["--agoq-activation-memory", "--agoq-gpu-memory", "24GiB"]
-    ),
     "auto with two": (
-        "--agoq-activations auto --agoq-activation-memory 1GiB --agoq-gpu-memory 8GiB", ["not both"]
+        "--agoq-activations auto --agoq-activation-memory 1GiB --agoq-gpu-memory 8GiB",
+        ["--agoq-activation-memory", "--agoq-gpu-memory", "24GiB", "not both"],
     ),
     "a memory without auto": (
         "--agoq-activation-memory 1GiB", ["--agoq-activation-memory 1GiB", "--agoq-activations auto"]
