@@ -103,7 +103,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--model", choices=("llama", "tiny"), default="llama")
     parser.add_argument("--only", nargs="+", choices=kinds, default=kinds, metavar="LAYOUT")
-    parser.add_argument("--rows", nargs="+", choices=rows("stage"), default=list(rows("stage")), metavar="ROW")
+    known = list(rows("stage"))
+    parser.add_argument("--rows", nargs="+", choices=known, default=known, metavar="ROW")
     parser.add_argument("--repeat", type=int, default=3, help="runs of each (default: 3)")
     parser.add_argument(
         "--iterations", type=int, default=10, help="of a run; 50 to compare losses (default: 10)"

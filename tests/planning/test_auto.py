@@ -374,7 +374,7 @@ def test_a_gpus_memory(tmp_path, launcher):
     the same widths."""
     report = {}
     for memory in ("50GiB", "60GiB", "4096GiB", "51200MiB"):
-        flags = f"--preset llama3-8b {PLANNED} --gpu-memory {memory} --agoq-activations auto".split()
+        flags = f"--preset llama3-8b {PLANNED} --agoq-gpu-memory {memory} --agoq-activations auto".split()
         flags += ["--plan-json", str(tmp_path / memory)]
         if memory == "51200MiB":
             run = run_planner(*flags)

@@ -126,7 +126,8 @@ def test_missing_bytes_are_those_of_the_fewest_bits(planned):
 @pytest.mark.parametrize("name", WITHOUT_BUDGET)
 def test_without_a_budget(planned, name):
     """No stage needs more than `agoq` on its fullest, with smaller errors; where the others can use what
-    that leaves them, they are as full. (A recomputed layer is exact while it runs again: it keeps no more.)"""
+    that leaves them, they are as full. (A recomputed layer is exact while it runs again: it keeps no
+    more.)"""
     case = planned["without budget"][name]
     peaks = case["auto"]["peaks"]
     for policy, found in case.items():
