@@ -32,9 +32,9 @@ def check_budget(args: Namespace) -> None:
             )
     elif len(given) > 1:
         raise UsageError(
-            f"--agoq-activations {SOLVED}: give one of --agoq-activation-memory (what the layers may keep on "
-            "a GPU for their backward passes, say 24GiB) and --agoq-gpu-memory (the whole GPU's, say 80GiB), "
-            "not both; or neither, for what agoq needs."
+            f"--agoq-activations {SOLVED}: give --agoq-activation-memory (what the layers may keep on a GPU "
+            "for their backward passes, say 24GiB) or --agoq-gpu-memory (the whole GPU's, say 80GiB), not "
+            "both; or neither, for what agoq needs."
         )
     for flag, words in given:
         try:

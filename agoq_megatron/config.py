@@ -18,8 +18,8 @@ class AGoQConfig:
     does), 'agoq' (the default: about 4 bits, attention at 8), 'stage' (the same, with more than 4 bits on
     pipeline stages that hold fewer micro-batches), 'auto' (widths for each tensor and layer by a solver,
     the least harmful within a memory that is given, or else within what 'agoq' needs on its fullest
-    stage), 'uniform4' (an ablation: 4 bits everywhere), or a YAML
-    file with Megatron's quantization matchers."""
+    stage, with recomputed layers exact for their moment), 'uniform4' (an ablation: 4 bits
+    everywhere), or a YAML file with Megatron's quantization matchers."""
 
     agoq_activation_memory: str | None = None
     """Of --agoq-activations auto: what the layers of a GPU may keep, all micro-batches in flight together,

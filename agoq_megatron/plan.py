@@ -65,7 +65,10 @@ def parser() -> argparse.ArgumentParser:
         epilog="All other flags are Megatron's and this project's: pretrain_gpt_agoq.py --help lists them.",
     )  # fmt: skip
     it.add_argument("--gpus", type=int, default=1, help="of the run (default: 1)")
-    it.add_argument("--gpu-memory", type=memory_size, default="80GiB", help="of each (default: 80GiB)")
+    it.add_argument(
+        "--gpu-memory", type=memory_size, default="80GiB",
+        help="of each, to say what fits (default: 80GiB); --agoq-gpu-memory is the solver's",
+    )  # fmt: skip
     it.add_argument("--preset", choices=PRESETS, help="a model's flags; later ones overrule them")
     it.add_argument("--gpus-per-node", type=int, default=8)
     it.add_argument("--node-bandwidth", type=float, default=400, metavar="GB/s", help="a GPU's, in its node")

@@ -81,6 +81,8 @@ def commands(args: argparse.Namespace) -> dict[str, list[str]]:
         runs = [
             text for run, more in compared.items() if run in args.rows for text in ("--run", f"{run}={more}")
         ]
+        if not runs:
+            continue  # bench_step.py would run its own
         command = [sys.executable, str(SCRIPTS / "bench_step.py"), "--nproc-per-node", str(args.gpus), *shape]
         command += ["--repeat", str(args.repeat), "--iterations", str(args.iterations), "--predict", *runs]
         command += ["--timeout", str(args.timeout), "--logs", str(args.out / f"logs-{name}")]

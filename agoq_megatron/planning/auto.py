@@ -156,10 +156,16 @@ def _room(args, knapsack: Knapsack) -> float:
 
 
 def _agoq(knapsack: Knapsack) -> RulesPolicy:
-    """That policy's widths of what takes one: what a recomputed layer keeps for a moment stays in 16 bits."""
-    agoq = load_policy("agoq")
-    rules = {(number, site): agoq.rule(site, number) for number, site in knapsack.kept()}
-    return RulesPolicy(agoq.name, {key: rule for key, rule in rules.items() if rule.format is not None})
+    """That policy's widths of what takes one: what a recomputed layer keeps for a moment stays in 16 bits, as
+    it does with the solver's. Where a group does not divide a tensor, in one that does."""
+    agoq, rules = load_policy("agoq"), {}
+    for number, site in knapsack.kept():
+        fmt = agoq.rule(site, number).format
+        if fmt is not None and not knapsack.divides(site, fmt):
+            fmt = knapsack.format(site, fmt.bits)
+        if fmt is not None:
+            rules[number, site] = Rule(format=fmt)
+    return RulesPolicy(agoq.name, rules)
 
 
 def _beside_saved(row: Footprint) -> float:
@@ -238,7 +244,8 @@ def _budget_in_words(args) -> str:
         return f"--agoq-activation-memory {args.agoq_activation_memory}"
     if args.agoq_gpu_memory:
         return f"--agoq-gpu-memory {args.agoq_gpu_memory}"
-    return "what agoq needs on the fullest stage"
+    exact = ", recomputed layers in 16 bits for their moment" if args.recompute_granularity else ""
+    return f"what agoq needs on the fullest stage{exact}"
 
 
 def _summary(args, record: dict):
@@ -278,6 +285,8 @@ def _does_not_fit(args, knapsack: Knapsack, problem: DoesNotFit) -> str:
     if not (args.agoq_activation_memory or args.agoq_gpu_memory):
         budget = f"--agoq-activations {SOLVED}, within {budget}"
     text = f"{budget}: even with the fewest bits everywhere the budget is exceeded on {stages}. "
+    if not (args.agoq_activation_memory or args.agoq_gpu_memory):
+        return text + "Give --agoq-activation-memory or --agoq-gpu-memory, or calibrate fewer bits too."
     helps = [*_recomputation_that_fits(args, knapsack), *_micro_batch_that_fits(args, knapsack)]
     if helps:
         text += f"It would fit with {', or with '.join(helps)}. "

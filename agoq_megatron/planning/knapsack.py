@@ -238,6 +238,10 @@ class Knapsack:
         least = self.sensitivities.least.get(site, 0)
         return {w: cost for w, cost in self._options(number, row, site).items() if w >= least}
 
+    def divides(self, site: Site, fmt: Format) -> bool:
+        """Whether a format's groups divide a tensor."""
+        return self._features[site] % fmt.group == 0
+
     def format(self, site: Site, width: int) -> Format | None:
         """That a tensor has in a width; None where no group divides it."""
         return format_for(width, self._features[site])

@@ -50,6 +50,11 @@ def test_layouts_use_all_gpus(gpus, model):
             assert f"--agoq-activations {'auto' if run == 'auto' else policy}" in line
 
 
+def test_a_layout_without_the_rows_is_left_out():
+    args = bench_gpus.parse_arguments(["--gpus", "2", "--out", "x", "--rows", "auto"])
+    assert list(bench_gpus.commands(args)) == ["pp", "reduce"]
+
+
 def test_odd_numbers_are_refused(capsys):
     for bad in ("1", "3", "0"):
         with pytest.raises(SystemExit):
