@@ -282,6 +282,24 @@ _BREAKS: tuple[tuple[str, list[str], str, bool], ...] = (
 )  # fmt: skip
 
 
+def _break(old: str, new: str, names: str, located: bool) -> tuple[str, str, list[str]]:
+    """What is broken, the file's text, what the error must hold."""
+    at = POLICY.index(old)
+    text = POLICY[:at] + new + POLICY[at + len(old) :]
+    words = ["--agoq-activations", names]
+    if located:
+        broken = next(
+            i for i, (a, b) in enumerate(zip(POLICY.split("\n"), text.split("\n"), strict=False)) if a != b
+        )
+        words.append(f"line {broken + 1}")
+    what = f"policy: {old if len(old) < 40 else 'all'!r} -> {new!r}".replace("\n", " ")
+    return what, text, words
+
+
+BROKEN_POLICIES = [[_break(old, new, *wanted) for new in news] for old, news, *wanted in _BREAKS]
+"""For each thing that can be broken, the ways to break it: (in words, the file's text, what the error holds)."""
+
+
 def broken_policy(rng: random.Random, folder: Path) -> Case:
     """A good policy file in which one thing is broken."""
     if rng.random() < 0.05:
@@ -291,19 +309,9 @@ def broken_policy(rng: random.Random, folder: Path) -> Case:
     if rng.random() < 0.05:
         path = rng.choice([folder, folder / "none.yaml", "/dev/null", "agoq.yaml"])
         return Case(f"policy {path}", ["--agoq-activations", str(path)], ["--agoq-activations"])
-    old, news, names, located = rng.choice(_BREAKS)
-    new = rng.choice(news)
-    at = POLICY.index(old)
-    text = POLICY[:at] + new + POLICY[at + len(old) :]
+    what, text, words = rng.choice(rng.choice(BROKEN_POLICIES))
     path = folder / f"policy{rng.randrange(10**9)}.yaml"
     path.write_text(text)
-    words = ["--agoq-activations", names]
-    if located:
-        broken = next(
-            i for i, (a, b) in enumerate(zip(POLICY.split("\n"), text.split("\n"), strict=False)) if a != b
-        )
-        words.append(f"line {broken + 1}")
-    what = f"policy: {old if len(old) < 40 else 'all'!r} -> {new!r}".replace("\n", " ")
     return Case(what, ["--agoq-activations", str(path)], words)
 
 

@@ -116,16 +116,20 @@ class ActivationPolicy:
         rule = self._rules[key]
         if rule.recompute and not site.recomputable:
             raise PolicyError(
-                f"--agoq-activations {self.name}: config {self._labels[key]}, bits 0, matches {path}, which "
-                "cannot be recomputed from another saved tensor. Give it 2 to 8 bits, or 16."
+                f"{self._given(key, path)}. That tensor cannot be recomputed from another saved one, as bits "
+                "0 would have it: give it 2 to 8 bits, or 16."
             )
         if rule.format and site.recomputable:
             raise PolicyError(
-                f"--agoq-activations {self.name}: config {self._labels[key]} quantizes {path}. That tensor "
-                "is rebuilt from its producer's saved input at no cost in memory: give it bits 0, or "
-                "16 to keep it."
+                f"{self._given(key, path)}, which would be quantized. That tensor is rebuilt from its "
+                "producer's saved input at no cost in memory: give it bits 0, or 16 to keep it."
             )
         return rule
+
+    def _given(self, key: str, path: str) -> str:
+        """Start of an error: which matcher gives ``path`` the config ``key``, with the lines of both."""
+        matcher = next(label for label, glob in self._patterns.items() if fnmatch.fnmatch(path, glob))
+        return f"--agoq-activations {self.name}: matcher {matcher} gives config {self._labels[key]} to {path}"
 
     def __deepcopy__(self, memo):
         # Megatron copies transformer configs; the policy in them is immutable.

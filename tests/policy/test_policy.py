@@ -1,6 +1,9 @@
 """Policies: the built-in files, matching order, and errors that name flag, file and remedy."""
 
+import itertools
+
 import pytest
+from bad_inputs import BROKEN_POLICIES
 
 from agoq_megatron.policy.policy import BUILT_IN, PolicyError, load_policy
 from agoq_megatron.policy.sites import Site
@@ -92,7 +95,7 @@ def test_unknown_name_lists_the_known_ones():
 def test_rules_that_cannot_be(policy_file):
     nothing = GOOD.replace('config: four, type: glob, pattern: "*"',
                            'config: none, type: glob, pattern: "*"')
-    with pytest.raises(PolicyError, match="cannot be recomputed"):
+    with pytest.raises(PolicyError, match=r"matcher .* gives config .*query. That .* cannot be recomputed"):
         load_policy(policy_file(nothing)).rule(Site.QUERY, 2)
     quantized = GOOD.replace("config: none", "config: four")
     with pytest.raises(PolicyError, match="give it bits 0"):
@@ -100,3 +103,15 @@ def test_rules_that_cannot_be(policy_file):
     uncovered = GOOD.replace('pattern: "*", enabled: true', 'pattern: "x", enabled: true')
     with pytest.raises(PolicyError, match="no matcher takes decoder.layers.1"):
         load_policy(policy_file(uncovered)).rule(Site.QUERY, 2)
+
+
+@pytest.mark.parametrize(
+    "text, words", [pytest.param(*case, id=what) for what, *case in itertools.chain(*BROKEN_POLICIES)]
+)
+def test_whatever_is_broken_the_error_names_it_and_its_line(policy_file, text, words):
+    with pytest.raises(PolicyError) as error:
+        policy = load_policy(policy_file(text))
+        policy.check_patterns(2)
+        for site in Site:
+            policy.rule(site, 1), policy.rule(site, 2)
+    assert not [word for word in words if word not in str(error.value)], str(error.value)
