@@ -71,7 +71,7 @@ def auto_policy(args) -> AutoPolicy:
         rounded = {key: Rule(replace(rule.format, rounding=args.agoq_rounding)) for key, rule in rules}
         chosen = RulesPolicy(SOLVED, rounded)
     record = _record(args, knapsack, budgets, chosen, choice)
-    return AutoPolicy(chosen, list(_summary(args, record)), record)
+    return AutoPolicy(chosen, list(_summary(args, knapsack, record)), record)
 
 
 def _solve(args, knapsack: Knapsack, budgets: list[int]) -> tuple[list[int], Choice]:
@@ -239,25 +239,25 @@ def _finite(number: float) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _budget_in_words(args) -> str:
+def _budget_in_words(args, knapsack: Knapsack) -> str:
     if args.agoq_activation_memory:
         return f"--agoq-activation-memory {args.agoq_activation_memory}"
     if args.agoq_gpu_memory:
         return f"--agoq-gpu-memory {args.agoq_gpu_memory}"
-    exact = ", recomputed layers in 16 bits for their moment" if args.recompute_granularity else ""
-    return f"what agoq needs on the fullest stage{exact}"
+    exact = "; recomputed layers in 16 bits for their moment" if args.recompute_granularity else ""
+    return f"what agoq needs on the fullest stage ({readable(_room(args, knapsack))}{exact})"
 
 
-def _summary(args, record: dict):
+def _summary(args, knapsack: Knapsack, record: dict):
     origin = f"{record['sensitivities']}{', from the package' if record['shipped'] else ''}"
-    yield f"AGoQ: widths within {_budget_in_words(args)}, by sensitivities of {origin}"
+    yield f"AGoQ: widths within {_budget_in_words(args, knapsack)}, by sensitivities of {origin}"
     for tensor, widths in record["widths"].items():
         words = "; ".join(f"{width} bits: layers {numbers}" for width, numbers in widths.items())
         yield f"  {tensor:<42} {words}"
     for stage, row in enumerate(record["stages"]):
         yield (
-            f"  stage {stage}: {row['in_flight']} micro-batches in flight keep "
-            f"{readable(row['peak_bytes'])} of {readable(row['budget_bytes'])}"
+            f"  stage {stage}: {readable(row['peak_bytes'])} of {readable(row['budget_bytes'])} kept, with "
+            f"micro-batches in flight: {row['in_flight']}"
         )
     words = [f"{record['cost']:.4g} (the least possible is {record['bound']:.4g} or more)"]
     for name in ("agoq", "uniform4"):
@@ -281,12 +281,14 @@ def _does_not_fit(args, knapsack: Knapsack, problem: DoesNotFit) -> str:
         missing[stage_of(name)] = max(missing.get(stage_of(name), 0.0), excess)
     words = [f"stage {stage} by {readable(excess)} ({excess:.0f} bytes)" for stage, excess in missing.items()]
     stages = "; ".join(words[:4]) + (f"; and {len(words) - 4} more" if len(words) > 4 else "")
-    budget = _budget_in_words(args)
+    budget = _budget_in_words(args, knapsack)
+    excess = f"even with the fewest bits everywhere the budget is exceeded on {stages}. "
     if not (args.agoq_activation_memory or args.agoq_gpu_memory):
-        budget = f"--agoq-activations {SOLVED}, within {budget}"
-    text = f"{budget}: even with the fewest bits everywhere the budget is exceeded on {stages}. "
-    if not (args.agoq_activation_memory or args.agoq_gpu_memory):
-        return text + "Give --agoq-activation-memory or --agoq-gpu-memory, or calibrate fewer bits too."
+        return (
+            f"--agoq-activations {SOLVED}, within {budget}: {excess}Give --agoq-activation-memory or "
+            "--agoq-gpu-memory, or calibrate fewer bits too."
+        )
+    text = f"{budget}: {excess}"
     helps = [*_recomputation_that_fits(args, knapsack), *_micro_batch_that_fits(args, knapsack)]
     if helps:
         text += f"It would fit with {', or with '.join(helps)}. "

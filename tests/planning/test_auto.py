@@ -332,6 +332,7 @@ def test_what_is_printed_and_reported(found):
             assert f"{width} bits: layers {layers}" in line
             assert any(layers == numbers for numbers in kept[tensor].values()), (tensor, kept[tensor])
     assert found["off"]["report"]["solver"] is None
+    assert "AGoQ: widths within what agoq needs on the fullest stage (" in found["PP2, uneven"]["log"]
 
 
 @whole_runs
