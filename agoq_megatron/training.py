@@ -272,6 +272,7 @@ def prepare(on_cpu: bool) -> tuple[argparse.Namespace, Plan]:
     """
     try:
         compat.check_megatron()
+        compat.bind_flag_docstrings()
         args = parse_arguments(on_cpu)
         compute_policy(args)
         restore_widths(args, partial(guarded_arguments, compat.checkpoint_arguments))

@@ -3,6 +3,7 @@ of a few steps. On the CPU over gloo; bench_step.py --fork on GPUs too."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import ctypes
 import os
@@ -56,8 +57,12 @@ def import_megatron(on_cpu: bool = True) -> None:
         # torch.cuda.is_available() then asks NVML, where that answers, and does not start CUDA.
         os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     import megatron.core.tokenizers.text  # noqa: F401  (slow, and every run would import it)
+    from megatron.training.arguments import add_megatron_arguments
 
     import agoq_megatron.training  # noqa: F401
+
+    compat.bind_flag_docstrings()
+    add_megatron_arguments(argparse.ArgumentParser())  # which reads them
 
     if not on_cpu and not _can_use_cuda_when_forked():
         raise RuntimeError(

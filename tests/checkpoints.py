@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 logging.getLogger("c10d-NullHandler-dcp_logger").setLevel(logging.WARNING)
 
-ITERATIONS, MIDDLE = 10, 5
+ITERATIONS, MIDDLE = 7, 4
 
 
 def train(*flags: str) -> list:
@@ -61,8 +61,8 @@ def assert_killed_and_resumed(launcher, whole, folder: Path, seed: int, ranks: i
     expected, checkpoints = whole(ranks, *flags)
     assert len(set(expected.losses().values())) == ITERATIONS
 
-    broken = [*train(*flags), "--save", folder, "--load", folder, "--save-interval", 4]
-    at = random.Random(seed).randint(5, ITERATIONS - 1)
+    broken = [*train(*flags), "--save", folder, "--load", folder, "--save-interval", 3]
+    at = random.Random(seed).randint(4, ITERATIONS - 1)
     killed = launcher.run(*broken, ranks=ranks, signal_at=(at, signal.SIGKILL))
     assert_killed(killed)
     start = saved_iteration(folder)

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 import traceback
+import weakref
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from pathlib import Path
@@ -29,7 +30,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))  # this file is a script, too
 
-from forked_ranks import free_port  # noqa: E402
+from forked_ranks import free_port, import_megatron  # noqa: E402
 
 ENTRY = ROOT / "pretrain_gpt_agoq.py"
 PLANNER = ROOT / "agoq_megatron" / "plan.py"
@@ -88,17 +89,6 @@ class Run:
         """Loss and gradient norm by iteration, as printed in the log."""
         found = re.findall(r"iteration +(\d+)/.*?lm loss: (\S+) .*?grad norm: (\S+) ", self.log)
         return {int(i): (loss, norm) for i, loss, norm in found}
-
-
-def run_as_script(script: str, *arguments: object, timeout: float) -> None:
-    """Run a script in a process of its own, and print what it prints."""
-    path = os.pathsep.join(str(place) for place in (ROOT, ROOT / "scripts", ROOT / "tests"))
-    process = subprocess.run(
-        [sys.executable, script, *map(str, arguments)], cwd=ROOT, env=os.environ | {"PYTHONPATH": path},
-        capture_output=True, text=True, timeout=timeout,
-    )  # fmt: skip
-    print(process.stdout)
-    assert process.returncode == 0, process.stderr[-4000:]
 
 
 def spawn_ranks(ranks: int, function, *arguments: object) -> None:
@@ -322,13 +312,9 @@ def _child(job: dict, rank: int, port: int) -> None:
 
 def _serve() -> None:
     """The parent: import once, then fork the ranks of every job that comes in."""
-    sys.path.insert(0, str(ROOT))
-    from agoq_megatron import compat, cpu  # noqa: F401  (cpu must come before Megatron)
-
-    compat.silence_missing_accelerators()
-    import megatron.core.tokenizers.text  # noqa: F401  (slow, and every rank would import it)
-
-    import agoq_megatron.training  # noqa: F401
+    import_megatron()
+    for finalizer in list(weakref.finalize._registry):  # torch's: 0.2 s of every rank's end
+        finalizer.atexit = False
 
     for line in sys.stdin:
         job = json.loads(line)

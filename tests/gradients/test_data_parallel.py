@@ -37,9 +37,8 @@ NAMES = [
     "dp2 tp1 pp1 m1",
     "dp2 tp1 pp1 m4 residual",
     "dp2 tp1 pp1 m4 distributed overlap adam",
-    "dp4 tp1 pp1 m1 overlap",
     "dp4 tp1 pp1 m4 distributed overlap two-hop",
-    "dp2 tp2 pp1 m1 distributed",
+    "dp2 tp2 pp1 m1 overlap",
     "dp2 tp1 pp2 m4 tied stages interleaved",
     "dp2 tp2 pp2 m2 distributed overlap",
 ]

@@ -97,10 +97,10 @@ def kept(x, fmt, packed):
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
-@pytest.mark.parametrize("kind", ["RMSNorm", "LayerNorm"])
-@pytest.mark.parametrize("with_residual", [False, True])
-def test_norm(fmt, kind, with_residual, draw, rng):
-    for dtype, n in some(zip(DTYPES, (192, 64, 320), strict=True), rng):
+def test_norm(fmt, draw, rng):
+    sizes = zip(DTYPES, (192, 64, 320), strict=True)
+    cases = itertools.product(sizes, ("RMSNorm", "LayerNorm"), (False, True))
+    for (dtype, n), kind, with_residual in some(cases, rng, 2):
         shape = (3, 2, n)
         x, grad = draw(*shape, dtype=dtype), draw(*shape, dtype=dtype)
         residual = draw(*shape, dtype=dtype) if with_residual else None
@@ -144,13 +144,14 @@ def test_norm(fmt, kind, with_residual, draw, rng):
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
-@pytest.mark.parametrize("kind", ["swiglu", "gelu", "gelu_tanh"])
-def test_activation(fmt, kind, draw, rng):
+def test_activation(fmt, draw, rng):
     def fits(case) -> bool:
-        return fmt is None or case[1] * (2 if kind == "swiglu" else 1) % fmt.group == 0
+        (_, n), kind = case
+        return fmt is None or n * (2 if kind == "swiglu" else 1) % fmt.group == 0
 
-    cases = zip(DTYPES, (192, 64, 96), strict=True)  # 96: groups of 64 cross the middle
-    for dtype, n in some(filter(fits, cases), rng):
+    sizes = zip(DTYPES, (192, 64, 96), strict=True)  # 96: groups of 64 cross the middle
+    cases = itertools.product(sizes, ("swiglu", "gelu", "gelu_tanh"))
+    for (dtype, n), kind in some(filter(fits, cases), rng, 2):
         width = 2 * n if kind == "swiglu" else n
         x, grad = draw(2, 3, width, dtype=dtype), draw(2, 3, n, dtype=dtype)
         y, packed = launchers.activation_forward(x.to(DEVICE), kind, fmt, 3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from checkpoints import MIDDLE, assert_goes_on, assert_killed_and_resumed, tensors, train
+from checkpoints import ITERATIONS, MIDDLE, assert_goes_on, assert_killed_and_resumed, tensors, train
 
 pytestmark = pytest.mark.slow
 
@@ -55,11 +55,11 @@ def test_split_masters_are_the_same_checkpoint(launcher, whole, tmp_path, way):
     expected, checkpoints = whole(2, *BUCKETS, *before)
     run = launcher.run(
         *train(*BUCKETS, *after), "--load", checkpoints, "--ckpt-step", MIDDLE,
-        *("--save", tmp_path, "--save-interval", MIDDLE), ranks=2,
+        *("--save", tmp_path, "--save-interval", ITERATIONS), ranks=2,
     )  # fmt: skip
     assert run.ok, run.log[-4000:]
     assert run.losses() == {i: expected.losses()[i] for i in run.losses()}
-    a, b = (tensors(place, 2 * MIDDLE) for place in (checkpoints, tmp_path))
+    a, b = (tensors(place, ITERATIONS) for place in (checkpoints, tmp_path))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 

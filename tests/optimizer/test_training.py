@@ -57,6 +57,7 @@ def adam(dp: int, **more) -> Configuration:
 DECAYS = "--weight-decay 0.1 --clip-grad 0.3 --lr 3e-3 --lr-decay-style cosine --lr-warmup-iters 3"
 CASES = {
     "200 steps, split": Case(adam(1), 32, SPLIT, 200, exact=True, both=DECAYS),
+    "50 steps, split": Case(adam(1), 32, SPLIT, 50, exact=True, both=DECAYS),
     "split, overlap": Case(adam(2, overlap=True), 32, SPLIT, exact=True, both=DECAYS),
     "split, BF16 gradients": Case(adam(2), 16, SPLIT, exact=True, both=DECAYS),
     "split, other rates": Case(adam(2), 32, SPLIT, exact=True, both=f"{DECAYS} --decoupled-lr 1e-3"),
@@ -72,7 +73,7 @@ CASES = {
 }
 
 
-RARE = {"split, BF16 gradients", "8 bits, FP32 masters"}
+RARE = {"200 steps, split", "split, BF16 gradients", "8 bits, FP32 masters"}
 """With --exhaustive only."""
 
 

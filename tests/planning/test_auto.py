@@ -39,7 +39,7 @@ MODEL = """
     --clip-grad 0 --weight-decay 0
 """.split()
 STEPS = 2
-TRAINED = 60
+TRAINED = 40
 """Iterations of the weights that all runs load."""
 PP4 = "--pipeline-model-parallel-size 4"
 VIRTUAL = "--num-layers-per-virtual-pipeline-stage"

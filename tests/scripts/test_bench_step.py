@@ -360,8 +360,12 @@ def test_an_interrupt_leaves_no_forked_rank(monkeypatch, tmp_path):
         time.sleep(100)
 
     parent = os.getpid()
-    with pytest.raises(KeyboardInterrupt):
-        fork(monkeypatch, tmp_path, main)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            fork(monkeypatch, tmp_path, main)
+    finally:
+        signal.signal(signal.SIGINT, before)
     pids = (tmp_path / "log").read_text().split()
     assert len(pids) == 2
     for pid in pids:
@@ -417,25 +421,37 @@ def test_a_run_that_hangs_is_ended(tmp_path):
     assert bench.execute([sys.executable, "-c", "raise SystemExit(3)"], tmp_path / "log", timeout=60) == 3
 
 
+OFF, AGOQ = "off=--agoq-activations off", "agoq=--agoq-activations agoq"
+BAD = "bad=--agoq-activations off --qk-layernorm"
+
+
+def tiny(folder: Path, ranks: int, *runs: str) -> list[str]:
+    """Arguments that let the tiny model run once in each configuration."""
+    flags = ["--model", "tiny", "--repeat", "1", "--nproc-per-node", str(ranks)]
+    flags += ["--logs", str(folder / "logs"), "--out", str(folder / "out.json")]
+    return [*flags, *(word for run in runs for word in ("--run", run))]
+
+
+def assert_a_run(run: dict, ranks: int) -> None:
+    assert run["tokens_per_s"] == pytest.approx(ranks * 2 * 2 * 64 / run["step_ms"] * 1e3, rel=0.01)
+    assert 0 < run["loss"] < 10.4  # a uniform guess over the vocabulary has 10.37
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "how"), [(1, []), (2, ["--fork", "--one-gpu"])])
-def test_the_tiny_model_for_real(ranks, how, tmp_path):
-    """Two policies and a configuration that is refused, each in its own process."""
-    command = [sys.executable, str(ROOT / "scripts" / "bench_step.py"), "--model", "tiny", "--repeat", "1"]
-    command += ["--run", "off=--agoq-activations off", "--run", "bad=--agoq-activations off --qk-layernorm"]
-    command += ["--run", "agoq=--agoq-activations agoq", "--logs", str(tmp_path / "logs")]
-    command += ["--out", str(tmp_path / "out.json"), "--predict", "--nproc-per-node", str(ranks), *how]
-    command += ["--", "--lr", "1e-3"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 1, done.stderr
-    off, bad, agoq = (json.loads(line) for line in done.stdout.splitlines())
-    assert set(off) == set(agoq) == KEYS | {"predicted_mib"}, done.stdout
+def test_forked_ranks_of_the_tiny_model(launcher, tmp_path):
+    """Two policies and a configuration that is refused."""
+    command = tiny(tmp_path, 2, OFF, BAD, AGOQ)
+    done = launcher.run(
+        *command, "--predict", "--fork", "--one-gpu", "--", "--lr", "1e-3", tiny=False, timeout=280,
+        entry=ROOT / "scripts" / "bench_step.py",
+    )  # fmt: skip
+    assert done.codes == [1], done.log
+    off, bad, agoq = (json.loads(line) for line in done.log.splitlines() if line.startswith("{"))
+    assert set(off) == set(agoq) == KEYS | {"predicted_mib"}, done.log
     (off_peak,), (agoq_peak,) = off["predicted_mib"], agoq["predicted_mib"]
     assert 0 < agoq_peak <= off_peak
     assert set(bad) == {"name", "error"} and "--qk-layernorm" in bad["error"]
-    for run in (off, agoq):
-        assert run["tokens_per_s"] == pytest.approx(ranks * 2 * 2 * 64 / run["step_ms"] * 1e3, rel=0.01)
-        assert 0 < run["loss"] < 10.4  # a uniform guess over the vocabulary has 10.37
+    assert_a_run(off, 2), assert_a_run(agoq, 2)
     assert agoq["loss"] == pytest.approx(off["loss"], rel=0.01)
     log = (tmp_path / "logs" / "off-1.log").read_text()
     assert "padded vocab (size: 32000) with 0 dummy tokens" in log and "validation loss" not in log
@@ -448,3 +464,13 @@ def test_the_tiny_model_for_real(ranks, how, tmp_path):
     assert out["medians"][2]["ratio"] == pytest.approx(agoq["step_ms"] / off["step_ms"], abs=1e-3)
     assert list(out["runs"][0]["iterations_ms"]) == [str(i) for i in range(1, 11)]
     assert out["runs"][0]["step_ms"] == off["step_ms"] and out["runs"][1]["error"] == bad["error"]
+
+
+@pytest.mark.slow
+def test_the_tiny_model_under_torchrun(tmp_path):
+    command = [sys.executable, str(ROOT / "scripts" / "bench_step.py"), *tiny(tmp_path, 1, AGOQ)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    (agoq,) = (json.loads(line) for line in done.stdout.splitlines())
+    assert set(agoq) == KEYS
+    assert_a_run(agoq, 1)

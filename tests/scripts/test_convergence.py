@@ -34,15 +34,15 @@ def test_the_whole_protocol(tmp_path, random):
 
     call("base", *small, "--input", source)
     call("continue", *small, *two, "--off-seeds")
-    call("scratch", *small, *two, "--seeds", 1, 2)
-    assert "4 of 4 runs are done already" in call("scratch", *small, *two, "--seeds", 1, 2)
+    call("scratch", *small, *two, "--seeds", 2)
+    assert "2 of 2 runs are done already" in call("scratch", *small, *two, "--seeds", 2)
     text = call("report", "--out", out)
 
     content = json.loads((out / "report" / "report.json").read_text())
     runs = {f"{r['phase']}-{r['variant']}-{r['seed']}": r for r in content["runs"]}
-    assert len(runs) == 7
+    assert len(runs) == 5
     base = runs["base-off-1"]
-    for phase, steps, seeds in (("continue", 26, (1,)), ("scratch", 20, (1, 2))):
+    for phase, steps, seeds in (("continue", 26, (1,)), ("scratch", 20, (2,))):
         for seed in seeds:
             off, agoq = (runs[f"{phase}-{name}-{seed}"]["losses"] for name in ("off", "agoq"))
             assert len(off) == len(agoq) == steps
@@ -54,7 +54,7 @@ def test_the_whole_protocol(tmp_path, random):
     assert continued["losses"][0] < 0.9 * base["losses"][0]
     assert continued["valid_loss"] < base["valid_loss"]
     assert continued["start_tokens"] == 30 * 8 * 64
-    assert runs["scratch-off-1"]["losses"][0] != runs["scratch-off-2"]["losses"][0]
+    assert runs["scratch-off-2"]["losses"][0] != base["losses"][0]  # another seed
     assert "pretrain_gpt_agoq.py" in continued["command"]
     log = (out / "logs" / "continue-off-1.log").read_text()
     tokens = json.loads((out / "corpus" / "parts.json").read_text())["tokens"]
@@ -67,7 +67,7 @@ def test_the_whole_protocol(tmp_path, random):
     percent = 100 * (runs["continue-agoq-1"]["valid_loss"] / continued["valid_loss"] - 1)
     assert variant["valid"]["percent"] == pytest.approx(percent)
     assert variant["train"]["decides"] is not None
-    assert content["scratch"]["variants"]["agoq"]["pairs"] == 2
+    assert content["scratch"]["variants"]["agoq"]["pairs"] == 1
     assert text.count("| agoq |") == 4
     for name in ("losses.png", "differences.png", "intervals.png"):
         assert (out / "report" / name).stat().st_size > 0

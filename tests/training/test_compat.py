@@ -180,3 +180,19 @@ def test_the_output_layers_product_is_ours_where_apex_is_missing(rng, monkeypatc
     monkeypatch.setattr(layers, "fused_weight_gradient_mlp_cuda", "apex's")
     compat.bind_weight_gradient_product(add_product)
     assert layers.fused_weight_gradient_mlp_cuda == "apex's"
+
+
+def test_flags_help_is_read_once(monkeypatch):
+    """And is the same each time; what a parser does with it stays with the parser."""
+    from megatron.training import argument_utils
+    from megatron.training.config import CheckpointConfig
+
+    factory = argument_utils.ArgumentGroupFactory
+    fresh = factory(CheckpointConfig).field_docstrings  # bound or not, by another test
+    monkeypatch.setattr(factory, "_get_field_docstrings", factory._get_field_docstrings)
+    compat.bind_flag_docstrings.__wrapped__()
+    first = factory(CheckpointConfig)
+    assert first.field_docstrings == fresh and len(fresh) > 10
+    first.field_docstrings.clear()
+    monkeypatch.setattr(argument_utils.inspect, "getsource", None)
+    assert factory(CheckpointConfig).field_docstrings == fresh

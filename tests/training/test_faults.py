@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import assert_killed, assert_same_tensors, saved_iteration
+from launch import ROOT
 
 from agoq_megatron.finite import NotFiniteError, stop_unless_finite
 from agoq_megatron.resuming import checksums, resume
@@ -293,14 +294,13 @@ FAULTS = "full-disk nan-collective kill-overwriting".split()
 
 
 @pytest.mark.slow
-def test_the_script(tmp_path):
-    """Kills and other faults at runs in 8 bits, in a process of their own; no row is wrong."""
-    from launch import run_as_script
-
-    run_as_script(
-        "scripts/throw_faults.py", "--only", *FAULTS, "kills", "bad-input", "--kills", 2, "--worlds", "DP2",
-        "--inputs", 12, "--seed", random.randrange(10**6), "--json", tmp_path / "rows.json", timeout=280,
+def test_the_script(launcher, tmp_path):
+    """Kills and other faults at runs in 8 bits; no row is wrong."""
+    launcher.script(
+        str(ROOT / "scripts" / "throw_faults.py"), "--only", *FAULTS, "kills", "bad-input", "--kills", 2,
+        *("--worlds", "DP2", "--inputs", 6, "--seed", random.randrange(10**6)),
+        *("--json", tmp_path / "rows.json"), timeout=280,
     )  # fmt: skip
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert len(rows) >= 12 + 2 + len(FAULTS)
+    assert len(rows) >= 6 + 2 + len(FAULTS)
     assert all(row["verdict"] == "ok" for row in rows)

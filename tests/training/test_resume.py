@@ -10,7 +10,7 @@ from checkpoints import assert_killed, assert_same_tensors, saved_iteration
 
 pytestmark = pytest.mark.slow
 
-ITERATIONS, INTERVAL = 10, 4
+ITERATIONS, MIDDLE, INTERVAL = 7, 4, 3
 DISTRIBUTED = ["--use-distributed-optimizer"]
 OVERLAP = [*DISTRIBUTED, "--overlap-grad-reduce", "--overlap-param-gather"]
 STOCHASTIC = ["--agoq-rounding", "stochastic"]
@@ -85,20 +85,20 @@ def test_other_ways_to_save(launcher, tmp_path, case):
     """On two ranks: the optimizer's other checkpoint formats, other kinds of parallelism."""
     flags = [f for f in FORMATS[case] if f != "--fp32"]
     tiny = [f for f in launcher.tiny if f != "--bf16" or "--fp32" not in FORMATS[case]]
-    flags = [*tiny, *flags, "--train-iters", ITERATIONS, "--save-interval", 5]
+    flags = [*tiny, *flags, "--train-iters", ITERATIONS, "--save-interval", MIDDLE]
     whole = launcher.run(*flags, "--save", tmp_path, ranks=2, tiny=False)
     assert whole.ok, whole.log[-4000:]
-    resumed = launcher.run(*flags, "--load", tmp_path, "--ckpt-step", 5, ranks=2, tiny=False)
+    resumed = launcher.run(*flags, "--load", tmp_path, "--ckpt-step", MIDDLE, ranks=2, tiny=False)
     assert resumed.ok, resumed.log[-4000:]
-    assert_continues(resumed, whole, 6)
+    assert_continues(resumed, whole, MIDDLE + 1)
 
 
 @pytest.mark.supports("checkpoint loaded by other ranks")
 def test_resuming_with_another_number_of_ranks(launcher, tmp_path):
     """A resharding checkpoint of DP 2 goes on with one rank: close, not bit for bit."""
     flags = [*DISTRIBUTED, "--dist-ckpt-optim-fully-reshardable", "--train-iters", ITERATIONS]
-    whole = launcher.run(*flags, "--save", tmp_path, "--save-interval", 5, ranks=2)
-    resumed = launcher.run(*flags, "--load", tmp_path, "--ckpt-step", 5, ranks=1)
+    whole = launcher.run(*flags, "--save", tmp_path, "--save-interval", MIDDLE, ranks=2)
+    resumed = launcher.run(*flags, "--load", tmp_path, "--ckpt-step", MIDDLE, ranks=1)
     assert whole.ok and resumed.ok, resumed.log[-4000:]
     for iteration, loss in resumed.losses().items():
         assert loss == pytest.approx(whole.losses()[iteration], rel=1e-3)
