@@ -76,10 +76,10 @@ def bind_flag_docstrings() -> None:
 
     stock, known = ArgumentGroupFactory._get_field_docstrings, {}
 
-    def docstrings(self, source: type) -> dict[str, str]:
-        if source not in known:
-            known[source] = stock(self, source)
-        return dict(known[source])
+    def docstrings(self, config_class: type) -> dict[str, str]:
+        if config_class not in known:
+            known[config_class] = stock(self, config_class)
+        return dict(known[config_class])
 
     ArgumentGroupFactory._get_field_docstrings = docstrings
 

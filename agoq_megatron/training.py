@@ -228,6 +228,7 @@ def parse_arguments(on_cpu: bool) -> argparse.Namespace:
         UsageError: flags that cannot work.
         AssertionError, ValueError, RuntimeError: Megatron's own refusals.
     """
+    compat.bind_flag_docstrings()
     defaults = dict(DEFAULTS)
     if on_cpu:
         from agoq_megatron.cpu import CPU_DEFAULTS
@@ -272,7 +273,6 @@ def prepare(on_cpu: bool) -> tuple[argparse.Namespace, Plan]:
     """
     try:
         compat.check_megatron()
-        compat.bind_flag_docstrings()
         args = parse_arguments(on_cpu)
         compute_policy(args)
         restore_widths(args, partial(guarded_arguments, compat.checkpoint_arguments))

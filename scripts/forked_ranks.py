@@ -62,7 +62,7 @@ def import_megatron(on_cpu: bool = True) -> None:
     import agoq_megatron.training  # noqa: F401
 
     compat.bind_flag_docstrings()
-    add_megatron_arguments(argparse.ArgumentParser())  # which reads them
+    add_megatron_arguments(argparse.ArgumentParser())  # reads them, for all ranks
 
     if not on_cpu and not _can_use_cuda_when_forked():
         raise RuntimeError(

@@ -194,7 +194,7 @@ class Launcher:
         return self.run(*map(str, flags), tiny=False, entry=PLANNER)
 
     def script(self, script: str, *arguments: object, timeout: float) -> None:
-        """Run a test file as a script in a process of its own, forked as runs are: what makes Megatron run
+        """Run a file as a script in a process of its own, forked as runs are: what makes Megatron run
         on a CPU changes a process for good. What it prints is printed."""
         run = self.run(*map(str, arguments), tiny=False, timeout=timeout, entry=Path(script))
         print(run.log)
@@ -313,7 +313,7 @@ def _child(job: dict, rank: int, port: int) -> None:
 def _serve() -> None:
     """The parent: import once, then fork the ranks of every job that comes in."""
     import_megatron()
-    for finalizer in list(weakref.finalize._registry):  # torch's: 0.2 s of every rank's end
+    for finalizer in list(weakref.finalize._registry):  # torch's operators: 0.2 s of a rank's end
         finalizer.atexit = False
 
     for line in sys.stdin:

@@ -245,7 +245,8 @@ def _budget_in_words(args, knapsack: Knapsack) -> str:
     if args.agoq_gpu_memory:
         return f"--agoq-gpu-memory {args.agoq_gpu_memory}"
     exact = "; recomputed layers in 16 bits for their moment" if args.recompute_granularity else ""
-    return f"what agoq needs on the fullest stage ({readable(_room(args, knapsack))}{exact})"
+    room = f"{readable(_room(args, knapsack))}, weights and states included"
+    return f"what agoq needs on the fullest stage ({room}{exact})"
 
 
 def _summary(args, knapsack: Knapsack, record: dict):
@@ -282,13 +283,13 @@ def _does_not_fit(args, knapsack: Knapsack, problem: DoesNotFit) -> str:
     words = [f"stage {stage} by {readable(excess)} ({excess:.0f} bytes)" for stage, excess in missing.items()]
     stages = "; ".join(words[:4]) + (f"; and {len(words) - 4} more" if len(words) > 4 else "")
     budget = _budget_in_words(args, knapsack)
-    excess = f"even with the fewest bits everywhere the budget is exceeded on {stages}. "
+    exceeded = f"even with the fewest bits everywhere the budget is exceeded on {stages}. "
     if not (args.agoq_activation_memory or args.agoq_gpu_memory):
         return (
-            f"--agoq-activations {SOLVED}, within {budget}: {excess}Give --agoq-activation-memory or "
+            f"--agoq-activations {SOLVED}, within {budget}: {exceeded}Give --agoq-activation-memory or "
             "--agoq-gpu-memory, or calibrate fewer bits too."
         )
-    text = f"{budget}: {excess}"
+    text = f"{budget}: {exceeded}"
     helps = [*_recomputation_that_fits(args, knapsack), *_micro_batch_that_fits(args, knapsack)]
     if helps:
         text += f"It would fit with {', or with '.join(helps)}. "

@@ -117,7 +117,7 @@ class ActivationPolicy:
         if rule.recompute and not site.recomputable:
             raise PolicyError(
                 f"{self._given(key, path)}. That tensor cannot be recomputed from another saved one, as bits "
-                "0 would have it: give it 2 to 8 bits, or 16."
+                "0 would have it: give it 2, 3, 4, 5, 6 or 8 bits, or 16 to keep it."
             )
         if rule.format and site.recomputable:
             raise PolicyError(

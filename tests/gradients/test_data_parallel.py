@@ -34,11 +34,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 # Each value of each axis, and most pairs of them.
 NAMES = [
-    "dp2 tp1 pp1 m1",
+    "dp4 tp1 pp1 m1 overlap",
     "dp2 tp1 pp1 m4 residual",
     "dp2 tp1 pp1 m4 distributed overlap adam",
     "dp4 tp1 pp1 m4 distributed overlap two-hop",
-    "dp2 tp2 pp1 m1 overlap",
+    "dp2 tp2 pp1 m1 distributed",
     "dp2 tp1 pp2 m4 tied stages interleaved",
     "dp2 tp2 pp2 m2 distributed overlap",
 ]

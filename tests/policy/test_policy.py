@@ -93,12 +93,15 @@ def test_unknown_name_lists_the_known_ones():
 
 
 def test_rules_that_cannot_be(policy_file):
-    nothing = GOOD.replace('config: four, type: glob, pattern: "*"',
-                           'config: none, type: glob, pattern: "*"')
-    with pytest.raises(PolicyError, match=r"matcher .* gives config .*query. That .* cannot be recomputed"):
+    """Their errors name the matcher that takes the tensor, the first that is enabled, and the config."""
+    nothing = GOOD.replace("rest: {config: four", "rest: {config: none")
+    path = "decoder.layers.1.self_attention.core_attention.query"
+    named = rf"matcher 'rest' \(line 13\) gives config 'none' \(line 6\) to {path}. .*cannot be recomputed"
+    with pytest.raises(PolicyError, match=named):
         load_policy(policy_file(nothing)).rule(Site.QUERY, 2)
     quantized = GOOD.replace("config: none", "config: four")
-    with pytest.raises(PolicyError, match="give it bits 0"):
+    named = r"matcher 'outputs' \(line 10\) gives config 'four' \(line 3\) to .*norm_output.* give it bits 0"
+    with pytest.raises(PolicyError, match=named):
         load_policy(policy_file(quantized)).rule(Site.NORM2_OUTPUT, 2)
     uncovered = GOOD.replace('pattern: "*", enabled: true', 'pattern: "x", enabled: true')
     with pytest.raises(PolicyError, match="no matcher takes decoder.layers.1"):

@@ -426,9 +426,10 @@ BAD = "bad=--agoq-activations off --qk-layernorm"
 
 
 def tiny(folder: Path, ranks: int, *runs: str) -> list[str]:
-    """Arguments that let the tiny model run once in each configuration."""
-    flags = ["--model", "tiny", "--repeat", "1", "--nproc-per-node", str(ranks)]
+    """The command that lets the tiny model run once in each configuration."""
+    flags = [sys.executable, str(ROOT / "scripts" / "bench_step.py"), "--model", "tiny", "--repeat", "1"]
     flags += ["--logs", str(folder / "logs"), "--out", str(folder / "out.json")]
+    flags += ["--nproc-per-node", str(ranks)]
     return [*flags, *(word for run in runs for word in ("--run", run))]
 
 
@@ -438,16 +439,13 @@ def assert_a_run(run: dict, ranks: int) -> None:
 
 
 @pytest.mark.slow
-def test_forked_ranks_of_the_tiny_model(launcher, tmp_path):
+def test_forked_ranks_of_the_tiny_model(tmp_path):
     """Two policies and a configuration that is refused."""
-    command = tiny(tmp_path, 2, OFF, BAD, AGOQ)
-    done = launcher.run(
-        *command, "--predict", "--fork", "--one-gpu", "--", "--lr", "1e-3", tiny=False, timeout=280,
-        entry=ROOT / "scripts" / "bench_step.py",
-    )  # fmt: skip
-    assert done.codes == [1], done.log
-    off, bad, agoq = (json.loads(line) for line in done.log.splitlines() if line.startswith("{"))
-    assert set(off) == set(agoq) == KEYS | {"predicted_mib"}, done.log
+    command = [*tiny(tmp_path, 2, OFF, BAD, AGOQ), "--predict", "--fork", "--one-gpu", "--", "--lr", "1e-3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 1, done.stderr
+    off, bad, agoq = (json.loads(line) for line in done.stdout.splitlines())
+    assert set(off) == set(agoq) == KEYS | {"predicted_mib"}, done.stdout
     (off_peak,), (agoq_peak,) = off["predicted_mib"], agoq["predicted_mib"]
     assert 0 < agoq_peak <= off_peak
     assert set(bad) == {"name", "error"} and "--qk-layernorm" in bad["error"]
@@ -468,9 +466,10 @@ def test_forked_ranks_of_the_tiny_model(launcher, tmp_path):
 
 @pytest.mark.slow
 def test_the_tiny_model_under_torchrun(tmp_path):
-    command = [sys.executable, str(ROOT / "scripts" / "bench_step.py"), *tiny(tmp_path, 1, AGOQ)]
+    command = tiny(tmp_path, 1, BAD, AGOQ)
     done = subprocess.run(command, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr
-    (agoq,) = (json.loads(line) for line in done.stdout.splitlines())
-    assert set(agoq) == KEYS
+    assert done.returncode == 1, done.stderr
+    bad, agoq = (json.loads(line) for line in done.stdout.splitlines())
+    assert set(agoq) == KEYS and set(bad) == {"name", "error"}
+    assert "--qk-layernorm" in bad["error"]
     assert_a_run(agoq, 1)

@@ -194,5 +194,5 @@ def test_flags_help_is_read_once(monkeypatch):
     first = factory(CheckpointConfig)
     assert first.field_docstrings == fresh and len(fresh) > 10
     first.field_docstrings.clear()
-    monkeypatch.setattr(argument_utils.inspect, "getsource", None)
+    monkeypatch.setattr(argument_utils, "inspect", None)
     assert factory(CheckpointConfig).field_docstrings == fresh
