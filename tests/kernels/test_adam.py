@@ -148,7 +148,7 @@ def test_triton_gives_the_same_step(rng, name, segments, dtype, kept):
         step(source, states, weight, correction.to(device), settings, 12345 if bits == 8 else None)
         found.append((copy_of(states), None if weight is None else weight.cpu()))
     (expected, expected_weight), (got, got_weight) = found
-    close = {"equal_nan": True, "rtol": 1e-6, "atol": 2e-7}
+    close = {"equal_nan": True, "rtol": 1e-6, "atol": 5e-7}  # one rounding of numbers up to 4
     master = got.master_weight(got_weight)
     torch.testing.assert_close(master, expected.master_weight(expected_weight), **close)
     if bits == 32:
