@@ -26,6 +26,20 @@ _POSITIVE = (
 """Of these Megatron takes zero or less without a word, or stops at them while it trains."""
 
 
+PLACES = (
+    "save",
+    "load",
+    "pretrained_checkpoint",
+    "tensorboard_dir",
+    "wandb_save_dir",
+    "data_cache_path",
+    "tokenizer_model",
+    "agoq_report",
+)
+"""Empty ones Megatron takes as not given, or as the folder it runs in: a run would start anew, or save where
+nobody looks."""
+
+
 def check_counts(args: Namespace) -> None:
     """Of numbers that must be positive.
 
@@ -44,6 +58,12 @@ def check_saving(args: Namespace) -> None:
     Raises:
         UsageError: they cannot work.
     """
+    for name in PLACES:
+        if getattr(args, name, None) == "":
+            raise UsageError(
+                f"--{name.replace('_', '-')}: its value is empty, as that of a shell's variable that is not "
+                "set. Name a place, or leave the flag out."
+            )
     _check_batches(args)
     if args.save and not args.save_interval:
         raise UsageError("--save: say with --save-interval after how many iterations to save.")

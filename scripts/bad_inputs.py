@@ -78,9 +78,13 @@ def wrong_value(rng: random.Random, folder: Path) -> Case:
 
 
 def no_value(rng: random.Random, folder: Path) -> Case:
-    """A flag that wants a value, at the end of the line."""
+    """A flag that wants a value, at the end of the line; or a place that is empty."""
     from agoq_megatron.config import AGoQConfig
+    from agoq_megatron.saving_validation import PLACES
 
+    if rng.random() < 0.3:
+        name = _flag(rng.choice(PLACES))
+        return Case(f"{name}=", [f"{name}="], [name])
     name = _flag(rng.choice([f.name for f in fields(AGoQConfig) if f.type is not bool]))
     return Case(f"{name} without a value", [name], [name])
 

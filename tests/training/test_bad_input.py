@@ -51,6 +51,14 @@ CASES = {
     "no size": (
         "--agoq-activations auto --agoq-gpu-memory lots", ["--agoq-gpu-memory 'lots'", "such as 80GiB"]
     ),
+    "a size of nothing": (
+        "--agoq-activations auto --agoq-gpu-memory=", ["--agoq-gpu-memory '': give a size"]
+    ),
+    "a budget of nothing": ("--agoq-activation-memory=", ["--agoq-activation-memory : with"]),
+    "sensitivities of nothing": ("--agoq-sensitivities=", ["--agoq-sensitivities : only"]),
+    "a file of nothing": (
+        "--agoq-activations auto --agoq-sensitivities=", ["--agoq-sensitivities : no such file"]
+    ),
     "no sensitivities": (
         "--agoq-activations auto --agoq-gpu-memory 8GiB --agoq-sensitivities no.json",
         ["--agoq-sensitivities no.json: no such file", "agoq_megatron.calibrate"],
@@ -88,6 +96,8 @@ CASES = {
         "--agoq-activations off --agoq-probe-interval 5",
         ["--agoq-probe-interval 5", "--agoq-activations off quantizes nothing"],
     ),
+    "an empty place to load from": ("--load=", ["--load: its value is empty"]),
+    "an empty place to save to": ("--save= --save-interval 1", ["--save: its value is empty"]),
     "report in no folder": ("--agoq-report /no/such/folder/r.json", ["--agoq-report"]),
     "unknown flag": ("--agoq-activatoins off", ["--agoq-activatoins"]),
     "missing corpus": ("{real} --data-path /no/such/corpus", ["/no/such/corpus", ".bin", "prepare_corpus"]),
