@@ -54,10 +54,11 @@ from agoq_megatron.transformer_config import transformer_config_from_args  # noq
 SETTLED = [
     *"--hidden-dropout 0 --agoq-activations off --agoq-rounding policy --no-load-optim --no-load-rng".split(),
     *"--no-gradient-accumulation-fusion --no-check-for-nan-in-loss-and-grad --rerun-mode disabled".split(),
-    *("--wandb-project", "", "--tensorboard-dir", ""),
-    *("--agoq-activation-memory", "", "--agoq-gpu-memory", "", "--agoq-sensitivities", ""),
+    *("--wandb-project", ""),
 ]
 """Flags that come after the user's: here are no gradient buffers, only ``.grad``, and nothing is logged."""
+UNUSED = ("tensorboard_dir", "agoq_activation_memory", "agoq_gpu_memory", "agoq_sensitivities")
+"""Of the user's flags."""
 
 FP16_LOSS_SCALE = 2.0**16
 SECONDS_BETWEEN_LINES = 3.0
@@ -259,7 +260,7 @@ def main() -> None:
         command = shlex.join(["python", "-m", "agoq_megatron.calibrate", *sys.argv[1:]])
         flags = own_flags()
         be_one_rank()
-        args = training.parse_arguments(on_cpu)
+        args = training.parse_arguments(on_cpu, UNUSED)
         set_global_variables(args)
     except training.REFUSALS as problem:
         training.refuse(training.paragraph(problem))

@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import traceback
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -218,11 +219,15 @@ def add_arguments(parser: argparse.ArgumentParser, defaults: dict) -> argparse.A
     return parser
 
 
-def parse_arguments(on_cpu: bool) -> argparse.Namespace:
+def parse_arguments(on_cpu: bool, unused: Iterable[str] = ()) -> argparse.Namespace:
     """Parse and validate the command line: our checks, then Megatron's.
 
     What ``parse_and_validate_args`` does, but for the global state, which opens writers and reads
     the tokenizer: a dry run should leave no trace.
+
+    Args:
+        on_cpu: there is no GPU.
+        unused: names of flags that may be given but count as not given.
 
     Raises:
         UsageError: flags that cannot work.
@@ -235,6 +240,8 @@ def parse_arguments(on_cpu: bool) -> argparse.Namespace:
 
         defaults |= CPU_DEFAULTS
     args = parse_args(partial(add_arguments, defaults=defaults))
+    for name in unused:
+        setattr(args, name, None)
     if args.use_checkpoint_args:
         if args.load is None and args.pretrained_checkpoint is None:
             raise UsageError("--use-checkpoint-args: say with --load where the checkpoint is.")
