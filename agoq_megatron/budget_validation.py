@@ -18,16 +18,14 @@ def check_budget(args: Namespace) -> None:
     Raises:
         UsageError: the first problem found.
     """
-    # Empty words, as of a shell's variable that is not set, are given too: and are refused.
-    values = {flag: getattr(args, name) for name, flag in BUDGETS.items()}
-    given = [(flag, words) for flag, words in values.items() if words is not None]
+    given = [(flag, getattr(args, name)) for name, flag in BUDGETS.items() if getattr(args, name)]
     if args.agoq_activations != SOLVED:
         if given:
             raise UsageError(
                 f"{given[0][0]} {given[0][1]}: with --agoq-activations {args.agoq_activations} the widths "
                 f"are given, and no budget chooses them. Use --agoq-activations {SOLVED} or leave it out."
             )
-        if args.agoq_sensitivities is not None and not args.agoq_dry_run:
+        if args.agoq_sensitivities and not args.agoq_dry_run:
             raise UsageError(
                 f"--agoq-sensitivities {args.agoq_sensitivities}: only --agoq-activations {SOLVED} (and "
                 "python -m agoq_megatron.plan) read it. Use that or leave it out."
@@ -43,7 +41,7 @@ def check_budget(args: Namespace) -> None:
             parse_size(words)
         except ValueError as problem:
             raise UsageError(f"{flag} {problem}.") from problem
-    if args.agoq_sensitivities is not None and not Path(args.agoq_sensitivities).is_file():
+    if args.agoq_sensitivities and not Path(args.agoq_sensitivities).is_file():
         raise UsageError(
             f"--agoq-sensitivities {args.agoq_sensitivities}: no such file. python -m "
             "agoq_megatron.calibrate writes one for your model, or leave the flag out for the nearest that "

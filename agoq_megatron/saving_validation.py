@@ -26,7 +26,7 @@ _POSITIVE = (
 """Of these Megatron takes zero or less without a word, or stops at them while it trains."""
 
 
-PLACES = (
+NOT_EMPTY = (
     "save",
     "load",
     "pretrained_checkpoint",
@@ -35,9 +35,26 @@ PLACES = (
     "data_cache_path",
     "tokenizer_model",
     "agoq_report",
+    "agoq_activation_memory",
+    "agoq_gpu_memory",
+    "agoq_sensitivities",
 )
-"""Empty ones Megatron takes as not given, or as the folder it runs in: a run would start anew, or save where
-nobody looks."""
+"""Empty ones would count as not given, or as the folder of the run: it would start anew, save where nobody
+looks, or have another budget, without a word."""
+
+
+def check_empty(args: Namespace) -> None:
+    """Of places and sizes that are empty.
+
+    Raises:
+        UsageError: one is.
+    """
+    for name in NOT_EMPTY:
+        if getattr(args, name, None) == "":
+            raise UsageError(
+                f"--{name.replace('_', '-')}: its value is empty, as that of a shell's variable that is not "
+                "set. Give one, or leave the flag out."
+            )
 
 
 def check_counts(args: Namespace) -> None:
@@ -58,12 +75,6 @@ def check_saving(args: Namespace) -> None:
     Raises:
         UsageError: they cannot work.
     """
-    for name in PLACES:
-        if getattr(args, name, None) == "":
-            raise UsageError(
-                f"--{name.replace('_', '-')}: its value is empty, as that of a shell's variable that is not "
-                "set. Name a place, or leave the flag out."
-            )
     _check_batches(args)
     if args.save and not args.save_interval:
         raise UsageError("--save: say with --save-interval after how many iterations to save.")

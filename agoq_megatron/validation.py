@@ -12,7 +12,7 @@ from pathlib import Path
 from agoq_megatron.budget_validation import check_budget
 from agoq_megatron.policy.policy import COMPUTED, load_policy
 from agoq_megatron.refusals import Check, UsageError, is_set
-from agoq_megatron.saving_validation import check_counts, check_saving
+from agoq_megatron.saving_validation import check_counts, check_empty, check_saving
 from agoq_megatron.state_validation import check_gradients, check_optimizer
 
 RECOMPUTE_MODULES = ("core_attn", "mlp", "layernorm")
@@ -196,6 +196,7 @@ def check(args: Namespace, on_cpu: bool = False) -> None:
         value = getattr(args, attribute, None)
         if value is not None and refused(value):
             raise UsageError(f"{flag}: {remedy}.")
+    check_empty(args)
     check_counts(args)
     policy = None
     if args.agoq_activations not in COMPUTED:  # those are computed from flags that are valid

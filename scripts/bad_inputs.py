@@ -78,12 +78,12 @@ def wrong_value(rng: random.Random, folder: Path) -> Case:
 
 
 def no_value(rng: random.Random, folder: Path) -> Case:
-    """A flag that wants a value, at the end of the line; or a place that is empty."""
+    """A flag that wants a value, at the end of the line; or an empty one."""
     from agoq_megatron.config import AGoQConfig
-    from agoq_megatron.saving_validation import PLACES
+    from agoq_megatron.saving_validation import NOT_EMPTY
 
     if rng.random() < 0.3:
-        name = _flag(rng.choice(PLACES))
+        name = _flag(rng.choice(NOT_EMPTY))
         return Case(f"{name}=", [f"{name}="], [name])
     name = _flag(rng.choice([f.name for f in fields(AGoQConfig) if f.type is not bool]))
     return Case(f"{name} without a value", [name], [name])
@@ -301,7 +301,7 @@ def _break(old: str, new: str, names: str, located: bool) -> tuple[str, str, lis
 
 
 BROKEN_POLICIES = [[_break(old, new, *wanted) for new in news] for old, news, *wanted in _BREAKS]
-"""For each thing that can be broken, the ways to break it: (in words, the file's text, what the error holds)."""
+"""By what is broken, each way to break it: (in words, the file's text, what the error holds)."""
 
 
 def broken_policy(rng: random.Random, folder: Path) -> Case:

@@ -51,14 +51,11 @@ CASES = {
     "no size": (
         "--agoq-activations auto --agoq-gpu-memory lots", ["--agoq-gpu-memory 'lots'", "such as 80GiB"]
     ),
-    "a size of nothing": (
-        "--agoq-activations auto --agoq-gpu-memory=", ["--agoq-gpu-memory '': give a size"]
+    "an empty size": (
+        "--agoq-activations auto --agoq-gpu-memory=", ["--agoq-gpu-memory: its value is empty"]
     ),
-    "a budget of nothing": ("--agoq-activation-memory=", ["--agoq-activation-memory : with"]),
-    "sensitivities of nothing": ("--agoq-sensitivities=", ["--agoq-sensitivities : only"]),
-    "a file of nothing": (
-        "--agoq-activations auto --agoq-sensitivities=", ["--agoq-sensitivities : no such file"]
-    ),
+    "an empty budget": ("--agoq-activation-memory=", ["--agoq-activation-memory: its value is empty"]),
+    "empty sensitivities": ("--agoq-sensitivities=", ["--agoq-sensitivities: its value is empty"]),
     "no sensitivities": (
         "--agoq-activations auto --agoq-gpu-memory 8GiB --agoq-sensitivities no.json",
         ["--agoq-sensitivities no.json: no such file", "agoq_megatron.calibrate"],
