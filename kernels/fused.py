@@ -18,6 +18,7 @@ from agoq_kernels import norm as norms
 from agoq_kernels import reference
 from agoq_kernels.formats import Format
 from agoq_kernels.operator import operator
+from agoq_kernels.rotary import common_vectors as vectors
 from agoq_kernels.rotary import merge_qkv_backward
 from agoq_kernels.rotary import split_qkv as split
 from torch import Tensor
@@ -29,15 +30,15 @@ def format_name(fmt: Format | None) -> str:
     """A format as one argument of an operator; "" for None."""
     if fmt is None:
         return ""
-    return f"{fmt.bits} {fmt.code} {fmt.group} {fmt.scale_bits} {fmt.rounding}"
+    return f"{fmt.bits} {fmt.code} {fmt.group} {fmt.scale_bits} {fmt.rounding} {fmt.outliers}"
 
 
 @functools.cache
 def _format(name: str) -> Format | None:
     if not name:
         return None
-    bits, code, group, scale_bits, rounding = name.split()
-    return Format(int(bits), code, int(group), int(scale_bits), rounding)
+    bits, code, group, scale_bits, rounding, outliers = name.split()
+    return Format(int(bits), code, int(group), int(scale_bits), rounding, int(outliers))
 
 
 def kept_as_is(x: Tensor) -> Kept:
@@ -247,9 +248,33 @@ def _(grad, x, scale, zero, kind, fmt, output_into_grad):
 # --- Rotary ---------------------------------------------------------------------------------------
 
 
+def common_vectors(
+    qkv: Tensor, groups: int, head_dim: int, tables: tuple[Tensor, Tensor] | None, interleaved: bool
+) -> Tensor:
+    """FP32 ``[b, n + 2g, d]``; see :func:`agoq_kernels.rotary.common_vectors`."""
+    cos, sin = tables if tables is not None else (None, None)
+    return common_vectors_op(qkv, cos, sin, groups, head_dim, interleaved)
+
+
+@operator("common_vectors")
+def common_vectors_op(
+    qkv: Tensor, cos: Tensor | None, sin: Tensor | None, groups: int, head_dim: int, interleaved: bool
+) -> Tensor:
+    return vectors(qkv, groups, head_dim, None if cos is None else (cos, sin), interleaved)
+
+
+@common_vectors_op.register_kernel("cuda")
+def _(qkv, cos, sin, groups, head_dim, interleaved):
+    tables = None if cos is None else (cos, sin)
+    if qkv.dtype == torch.float64:
+        return vectors(qkv, groups, head_dim, tables, interleaved)
+    return _triton().common_vectors(qkv, tables, groups, head_dim, interleaved)
+
+
 def split_qkv(
     qkv: Tensor, groups: int, head_dim: int, tables: tuple[Tensor, Tensor] | None,
     interleaved: bool, formats: tuple[Format | None, ...], keys: tuple[int, ...],
+    common: Tensor | None = None, centre_key: bool = False,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Kept, Kept, Kept]]:  # fmt: skip
     """Split Megatron's interleaved projection, rotate query and key, quantize all three.
 
@@ -257,34 +282,44 @@ def split_qkv(
         qkv: ``[s, b, groups * (r + 2) * head_dim]``.
         tables: FP32 cosine and sine ``[s, 1, 1, rot]``, or None for no rotation.
         formats, keys: of query, key and value, packed as ``[s, b, heads * head_dim]``.
+        common: what :func:`common_vectors` found: it is taken off what is packed.
+        centre_key: it is taken off the key that is returned, too.
 
     Returns:
         query ``[s, b, groups * r, d]``, key and value ``[s, b, groups, d]``; and the three packed.
     """
     cos, sin = tables if tables is not None else (None, None)
     names = ",".join(format_name(fmt) for fmt in formats)
-    out = split_qkv_op(qkv, cos, sin, groups, head_dim, interleaved, names, list(keys))
+    out = split_qkv_op(qkv, cos, sin, groups, head_dim, interleaved, names, list(keys), common, centre_key)
     return tuple(out[:3]), (tuple(out[3:6]), tuple(out[6:9]), tuple(out[9:12]))
 
 
 @operator("split_qkv")
 def split_qkv_op(
     qkv: Tensor, cos: Tensor | None, sin: Tensor | None, groups: int, head_dim: int,
-    interleaved: bool, formats: str, keys: list[int],
+    interleaved: bool, formats: str, keys: list[int], common: Tensor | None, centre_key: bool,
 ) -> list[Tensor]:  # fmt: skip
     tables = None if cos is None else (cos, sin)
     parts = split(qkv, groups, head_dim, tables, interleaved)
     out = [part.clone() if part.data_ptr() == qkv.data_ptr() else part for part in parts]
-    for part, name, key in zip(parts, formats.split(","), keys, strict=True):
-        out += _pack(part.flatten(2), _format(name), key)
+    heads = [part.shape[2] for part in parts]
+    shifts = [None] * 3 if common is None else common.split(heads, dim=1)
+    names = formats.split(",")
+    for i, (part, shift, name, key) in enumerate(zip(parts, shifts, names, keys, strict=True)):
+        rest = part if shift is None else part.to(shift.dtype) - shift
+        out += _pack(rest.flatten(2), _format(name), key)
+        if i == 1 and centre_key:
+            out[1] = rest.to(qkv.dtype)
     return out
 
 
 @split_qkv_op.register_kernel("cuda")
-def _(qkv, cos, sin, groups, head_dim, interleaved, formats, keys):
+def _(qkv, cos, sin, groups, head_dim, interleaved, formats, keys, common, centre_key):
     tables = None if cos is None else (cos, sin)
     formats = tuple(_format(name) for name in formats.split(","))
-    parts, packed = _triton().split_qkv(qkv, tables, groups, head_dim, interleaved, formats, tuple(keys))
+    parts, packed = _triton().split_qkv(
+        qkv, tables, groups, head_dim, interleaved, formats, tuple(keys), common, centre_key
+    )
     return [*parts, *packed[0], *packed[1], *packed[2]]
 
 

@@ -33,13 +33,17 @@ def quantize(x: Tensor, fmt: Format, key: int = 0) -> tuple[Tensor, Tensor, Tens
         )
     if not 0 <= key < 1 << 63:
         raise ValueError(f"key must be in 0..2^63-1; got {key}")
-    return quantize_op(x, fmt.bits, fmt.code, fmt.group, fmt.scale_bits, fmt.rounding, key)
+    return quantize_op(
+        x, fmt.bits, fmt.code, fmt.group, fmt.scale_bits, fmt.rounding, fmt.outliers, key
+    )
 
 
-def dequantize(codes: Tensor, scale: Tensor, zero: Tensor, fmt: Format, dtype: torch.dtype) -> Tensor:
+def dequantize(
+    codes: Tensor, scale: Tensor, zero: Tensor, fmt: Format, dtype: torch.dtype, shift: Tensor | None = None
+) -> Tensor:
     """The tensor [..., n], in dtype, that quantize() stored in format fmt as (codes, scale, zero).
 
-    Computed in FP32, then cast. Raises ValueError where the three tensors do not fit each other or
+    Computed in FP32, then cast. shift, FP32 [b, n], is added to a tensor [s, b, n] before. Raises ValueError where the three tensors do not fit each other or
     fmt, TypeError for a dtype that is not floating-point.
     """
     if dtype not in _FLOATS:
@@ -59,19 +63,23 @@ def dequantize(codes: Tensor, scale: Tensor, zero: Tensor, fmt: Format, dtype: t
                 f"{name} is {tensor.dtype} {tuple(tensor.shape)}; "
                 f"codes {tuple(codes.shape)} in {fmt} go with {its_dtype} {shape}"
             )
-    return dequantize_op(codes, scale, zero, fmt.bits, fmt.code, fmt.group, fmt.scale_bits, dtype)
+    if shift is not None and (codes.dim() != 3 or tuple(shift.shape) != (codes.shape[1], n)):
+        raise ValueError(f"shift is {tuple(shift.shape)}; codes {tuple(codes.shape)} in {fmt} are not [s, b, n]")
+    return dequantize_op(
+        codes, scale, zero, fmt.bits, fmt.code, fmt.group, fmt.scale_bits, fmt.outliers, dtype, shift
+    )
 
 
 @operator("quantize")
 def quantize_op(
-    x: Tensor, bits: int, code: str, group: int, scale_bits: int, rounding: str, key: int
+    x: Tensor, bits: int, code: str, group: int, scale_bits: int, rounding: str, outliers: int, key: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return reference.quantize(x, Format(bits, code, group, scale_bits, rounding), key)
+    return reference.quantize(x, Format(bits, code, group, scale_bits, rounding, outliers), key)
 
 
 @quantize_op.register_kernel("cuda")
-def _(x, bits, code, group, scale_bits, rounding, key):
-    fmt = Format(bits, code, group, scale_bits, rounding)
+def _(x, bits, code, group, scale_bits, rounding, outliers, key):
+    fmt = Format(bits, code, group, scale_bits, rounding, outliers)
     if x.dtype == torch.float64:
         return reference.quantize(x, fmt, key)
     from agoq_kernels.triton import launchers
@@ -80,8 +88,8 @@ def _(x, bits, code, group, scale_bits, rounding, key):
 
 
 @quantize_op.register_fake
-def _(x, bits, code, group, scale_bits, rounding, key):
-    fmt = Format(bits, code, group, scale_bits, rounding)
+def _(x, bits, code, group, scale_bits, rounding, outliers, key):
+    fmt = Format(bits, code, group, scale_bits, rounding, outliers)
     *lead, n = x.shape
     per_group = (*lead, n // group)
     return (
@@ -100,21 +108,30 @@ def dequantize_op(
     code: str,
     group: int,
     scale_bits: int,
+    outliers: int,
     dtype: torch.dtype,
+    shift: Tensor | None,
 ) -> Tensor:
-    return reference.dequantize(codes, scale, zero, Format(bits, code, group, scale_bits), dtype)
+    return _dequantize(codes, scale, zero, bits, code, group, scale_bits, outliers, dtype, shift)
+
+
+def _dequantize(codes, scale, zero, bits, code, group, scale_bits, outliers, dtype, shift):
+    fmt = Format(bits, code, group, scale_bits, outliers=outliers)
+    if shift is None:
+        return reference.dequantize(codes, scale, zero, fmt, dtype)
+    return (reference.dequantize(codes, scale, zero, fmt, shift.dtype) + shift).to(dtype)
 
 
 @dequantize_op.register_kernel("cuda")
-def _(codes, scale, zero, bits, code, group, scale_bits, dtype):
-    fmt = Format(bits, code, group, scale_bits)
+def _(codes, scale, zero, bits, code, group, scale_bits, outliers, dtype, shift):
     if dtype == torch.float64:
-        return reference.dequantize(codes, scale, zero, fmt, dtype)
+        return _dequantize(codes, scale, zero, bits, code, group, scale_bits, outliers, dtype, shift)
     from agoq_kernels.triton import launchers
 
-    return launchers.dequantize((codes, scale, zero), fmt, dtype)
+    fmt = Format(bits, code, group, scale_bits, outliers=outliers)
+    return launchers.dequantize((codes, scale, zero), fmt, dtype, shift)
 
 
 @dequantize_op.register_fake
-def _(codes, scale, zero, bits, code, group, scale_bits, dtype):
+def _(codes, scale, zero, bits, code, group, scale_bits, outliers, dtype, shift):
     return codes.new_empty((*codes.shape[:-1], codes.shape[-1] * 8 // bits), dtype=dtype)

@@ -12,17 +12,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}  # bits -> plane widths
+# Bits -> plane widths.
+PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,), 10: (8, 2), 12: (8, 4)}
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Pack uint8 codes [..., group], each < 2^bits, into uint8 bytes [..., group * bits / 8]."""
+    """Pack codes [..., group], each < 2^bits, into uint8 bytes [..., group * bits / 8]. They are uint8, or int16
+    where bits > 8."""
     if bits == 8:
         return codes
     packed, shift = [], 0
     for width in PLANES[bits]:
         plane = codes if width == bits else (codes >> shift) & ((1 << width) - 1)
-        lanes = plane.unflatten(-1, (8 // width, -1)).unbind(-2)  # 8/w tensors [..., B]
+        lanes = plane.to(torch.uint8).unflatten(-1, (8 // width, -1)).unbind(-2)  # 8/w tensors [..., B]
         byte = lanes[0].clone()
         for position, lane in enumerate(lanes[1:], 1):
             byte.add_(lane, alpha=1 << position * width)  # an OR: no two lanes share a bit
@@ -32,7 +34,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
-    """Undo pack(): uint8 bytes [..., group * bits / 8] to uint8 codes [..., group]."""
+    """Undo pack(): uint8 bytes [..., group * bits / 8] to codes [..., group], in uint8 (int16 where bits > 8)."""
     if bits == 8:
         return packed
     sizes = [packed.shape[-1] * width // bits for width in PLANES[bits]]
@@ -40,7 +42,7 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
     for width, plane in zip(PLANES[bits], packed.split(sizes, -1), strict=True):
         mask = (1 << width) - 1
         lanes = [(plane >> offset if offset else plane) & mask for offset in range(0, 8, width)]
-        part = torch.cat(lanes, -1)
+        part = torch.cat(lanes, -1).to(torch.int16 if bits > 8 else torch.uint8)
         codes = part if codes is None else codes.add_(part, alpha=1 << shift)
         shift += width
     return codes

@@ -1,8 +1,15 @@
-"""Rotary embedding, causal attention and the output projection, with the attention output kept once.
+"""Rotary embedding, causal attention and the output projection, whose backward is that of a proper attention.
 
-The attention's backward and the projection's weight gradient both need the output O. As one function
-they share a single saved copy. Q, K and V are kept after the rotation, K and V with their own number
-of heads; the rotation itself needs only the angles, which all layers share.
+The attention's backward and the projection's weight gradient both need the output O. As one function they share
+it. Q, K and V are kept after the rotation, K and V with their own number of heads; the rotation itself needs
+only the angles, which all layers share.
+
+Backward rebuilds the softmax as exp(score - log-sum-exp). With scores of rounded Q and K and the exact
+log-sum-exp its rows no longer sum to 1, by a factor of e to the error of a score: on a pretrained model, whose
+keys and queries share vectors of 100 and more, that was noise. So O and its log-sum-exp are computed again from
+the rounded Q, K and V (where the policy does not say otherwise): the gradient is then the exact one of an
+attention at inputs nearby, for any input. And what the tokens of a head have in common is not rounded at all but
+kept once (``rotary.common_vectors``), so that the codes are those of the rest.
 """
 
 from __future__ import annotations
@@ -11,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 from agoq_kernels.attention import attention, attention_backward, groups_at_a_time
-from agoq_kernels.fused import merge_qkv, split_qkv
+from agoq_kernels.fused import common_vectors, merge_qkv, split_qkv
 from agoq_kernels.rotary import rotary_tables
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -20,6 +27,7 @@ from agoq_megatron.autograd.linear import input_gradient, linear, weight_gradien
 from agoq_megatron.autograd.saving import SavedTensor, Shelf
 
 LSE = "self_attention.core_attention.log_sum_exp"
+COMMON = "self_attention.core_attention.common_vectors"
 
 
 @dataclass(frozen=True)
@@ -32,7 +40,7 @@ class AttentionLinearSpec:
         head_dim: features a head.
         scale: factor on the scores.
         interleaved: rotary pairs are neighbours instead of halves.
-        recompute: run the attention again in backward instead of keeping O and its log-sum-exp.
+        recompute: run the attention again in backward whatever ``output`` says.
         fuse_weight_gradient: add the weight's gradient to its buffer within the product.
     """
 
@@ -46,6 +54,11 @@ class AttentionLinearSpec:
     interleaved: bool
     recompute: bool
     fuse_weight_gradient: bool = False
+
+    @property
+    def again(self) -> bool:
+        """Whether backward computes the output and its log-sum-exp from what is kept of Q, K and V."""
+        return self.recompute or self.output.rule.recompute
 
 
 class AttentionLinear(torch.autograd.Function):
@@ -64,21 +77,27 @@ class AttentionLinear(torch.autograd.Function):
         sites = spec.query, spec.key, spec.value
         formats = tuple(saved.rule.format if keep else None for saved in sites)
         keys = tuple(saved.next_key() if keep else 0 for saved in sites)
-        (q, k, v), packed = split_qkv(
-            qkv, spec.groups, spec.head_dim, tables, spec.interleaved, formats, keys
-        )
+        layout = spec.groups, spec.head_dim, tables, spec.interleaved
+        common = common_vectors(qkv, *layout) if any(formats) else None
+        # Where statistics of this pass are kept they must be those of the keys that backward sees.
+        centre_key = common is not None and formats[1] is not None and not spec.again
+        (q, k, v), packed = split_qkv(qkv, *layout, formats, keys, common, centre_key)
         out, lse = attention(q, k, v, spec.scale)
         flat = out.view(s, b, -1)
         if keep:
             shelf = Shelf()
             for saved, part, its_packed in zip(sites, (q, k, v), packed, strict=True):
                 shelf.put(saved, part.view(s, b, -1), its_packed)
-            if not spec.recompute:
+            if not spec.again:
                 shelf.put(spec.output, flat)
                 shelf.put_exact(LSE, spec.output.layer_number, lse)
+            if common is not None:
+                heads = q.shape[2], v.shape[2]
+                shared = common[:, : heads[0]], common[:, -heads[1] :]
+                shelf.put_exact(COMMON, spec.query.layer_number, torch.cat(shared, 1).flatten(1))
             shelf.save(ctx, weight)
             # The angles are one constant table of the model, shared by all layers and steps.
-            ctx.spec, ctx.dtype, ctx.angles = spec, qkv.dtype, angles
+            ctx.spec, ctx.dtype, ctx.angles, ctx.common = spec, qkv.dtype, angles, common is not None
         return linear(flat, weight)
 
     @staticmethod
@@ -87,15 +106,22 @@ class AttentionLinear(torch.autograd.Function):
         shelf, (weight,) = Shelf.take(ctx)
         spec: AttentionLinearSpec = ctx.spec
         s, b, _ = grad.shape
+        shift_q = shift_v = None
+        if ctx.common:
+            n_v = spec.groups * spec.head_dim
+            shared = shelf.exact()
+            shift_q, shift_v = shared[:, :-n_v], shared[:, -n_v:]
 
-        def heads(saved: SavedTensor) -> Tensor:
-            return shelf.get(saved, ctx.dtype).view(s, b, -1, spec.head_dim)
+        def heads(saved: SavedTensor, shift: Tensor | None = None) -> Tensor:
+            return shelf.get(saved, ctx.dtype, shift).view(s, b, -1, spec.head_dim)
 
-        q, k, v = heads(spec.query), heads(spec.key), heads(spec.value)
-        if spec.recompute:
+        # The keys stay without their common vector: it changes neither the softmax nor any gradient, and in
+        # 16 bits a large one would cost both their precision.
+        q, k, v = heads(spec.query, shift_q), heads(spec.key), heads(spec.value, shift_v)
+        if spec.again:
             out, lse = attention(q, k, v, spec.scale)
         else:
-            out, lse = heads(spec.output), shelf.exact()
+            out, lse = heads(spec.output), shelf.exact(-2 if ctx.common else -1)
         grad_weight = None
         if ctx.needs_input_grad[2]:
             grad_weight = weight_gradient(weight, grad, out.view(s, b, -1), spec.fuse_weight_gradient)

@@ -69,12 +69,13 @@ class SavedTensor:
             return tensors
         return *tensors, torch.empty(0, dtype=torch.uint8, device=tensors[0].device)
 
-    def unpack(self, kept: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
-        """The tensor ``[..., n]`` back from what :meth:`pack` returned."""
+    def unpack(self, kept: tuple[Tensor, ...], dtype: torch.dtype, shift: Tensor | None = None) -> Tensor:
+        """The tensor ``[..., n]`` back from what :meth:`pack` returned; ``shift`` ``[b, n]`` was taken off what
+        was quantized."""
         fmt = self.rule.format
         if fmt is None:
             return kept[0]
-        return dequantize(*self.kept(kept), fmt, dtype)
+        return dequantize(*self.kept(kept), fmt, dtype, shift)
 
 
 def saved_tensor(policy: ActivationPolicy, site: Site, layer_number: int) -> SavedTensor:
@@ -122,9 +123,10 @@ class Shelf:
         _, start, stop = self._spans[saved.site]
         return tuple(self._tensors[start:stop])
 
-    def get(self, saved: SavedTensor, dtype: torch.dtype) -> Tensor:
-        """The tensor kept for ``saved``, dequantized to ``dtype`` if it was packed."""
-        return saved.unpack(self.packed(saved), dtype)
+    def get(self, saved: SavedTensor, dtype: torch.dtype, shift: Tensor | None = None) -> Tensor:
+        """The tensor kept for ``saved``, dequantized to ``dtype`` if it was packed. See
+        :meth:`SavedTensor.unpack`."""
+        return saved.unpack(self.packed(saved), dtype, shift)
 
     def exact(self, index: int = -1) -> Tensor:
         """A tensor stored by :meth:`put_exact`, by position (the last by default)."""

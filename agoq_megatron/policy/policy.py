@@ -119,7 +119,7 @@ class ActivationPolicy:
                 f"{self._given(key, path)}. That tensor cannot be recomputed from another saved one, as bits "
                 "0 would have it: give it 2, 3, 4, 5, 6 or 8 bits, or 16 to keep it."
             )
-        if rule.format and site.recomputable:
+        if rule.format and site.free:
             raise PolicyError(
                 f"{self._given(key, path)}, which would be quantized. That tensor is rebuilt from its "
                 "producer's saved input at no cost in memory: give it bits 0, or 16 to keep it."

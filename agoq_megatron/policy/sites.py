@@ -30,5 +30,11 @@ class Site(Enum):
 
     @property
     def recomputable(self) -> bool:
-        """Whether it can be rebuilt from another saved tensor of the same layer."""
+        """Whether it can be rebuilt from other saved tensors of the same layer."""
+        return self is Site.ATTENTION_OUTPUT or self.free
+
+    @property
+    def free(self) -> bool:
+        """Whether rebuilding it costs next to no time: a pass over memory that is made anyway. (The attention
+        output takes an attention.)"""
         return self in (Site.NORM1_OUTPUT, Site.NORM2_OUTPUT, Site.FC2_INPUT)

@@ -101,12 +101,12 @@ def _store_scale(scale, FMT: tl.constexpr):
         stored = tl.where(invalid, 0x7FC0, stored)
         return stored.to(tl.int16), (stored << 16).to(tl.float32, bitcast=True)
     else:
-        bits = tl.minimum(bits, 0x47600000)  # 57344; integers order as the positive floats do
+        bits = tl.minimum(bits, 0x4F400000)  # 1.5 * 2^31; integers order as the positive floats do
         if FMT.bits >= 6:
-            bits += 0xFFFFF
+            bits += 0x1FFFFF
         else:
-            bits += 0x7FFFF + ((bits >> 20) & 1)
-        stored = tl.minimum(tl.maximum((bits >> 20) - 888, 1), 254)
+            bits += 0xFFFFF + ((bits >> 21) & 1)
+        stored = tl.minimum(tl.maximum((bits >> 21) - 380, 1), 254)
         stored = tl.where(scale == 0, 0, stored)
         stored = tl.where(invalid, 255, stored)
         return stored.to(tl.uint8), _decode_scale(stored, FMT)
@@ -114,12 +114,12 @@ def _store_scale(scale, FMT: tl.constexpr):
 
 @triton.jit
 def _decode_scale(stored, FMT: tl.constexpr):
-    """Stored scales as integers -> FP32."""
+    """Stored scales as integers, or words of groups with an outlier -> FP32."""
     if FMT.scale_bits == 16:
         return (stored.to(tl.int32) << 16).to(tl.float32, bitcast=True)
     else:
-        stored = stored.to(tl.int32)
-        bits = tl.where(stored == 0, 0, (stored + 888) << 20)
+        stored = stored.to(tl.int32) & 0xFF
+        bits = tl.where(stored == 0, 0, (stored + 380) << 21)
         bits = tl.where(stored == 255, 0x7FC00000, bits)
         return bits.to(tl.float32, bitcast=True)
 
@@ -152,6 +152,51 @@ def _scale_and_zero(xs, FMT: tl.constexpr):
         zero = tl.where(usable, (0.0 - low) * inverse, 0.0)
         zero = _clamp((zero + ROUND) - ROUND, 0.0, FMT.top)
     return stored, inverse, zero
+
+
+# --- Outliers -------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _take_outliers(xs, FMT: tl.constexpr):
+    """Lanes -> the lanes with the largest of each group, the first of several, set to 0; its index and its
+    number as a bfloat16 in the upper bits of the group's word [R]; and whether that is NaN or infinity [R]. A
+    group that holds one stays as it is."""
+    B: tl.constexpr = FMT.group // FMT.lanes
+    absmax = tl.abs(xs[0])
+    for i in tl.static_range(1, tl.constexpr(FMT.lanes)):
+        absmax = _nan_max(absmax, tl.abs(xs[i]))
+    absmax = _group_max(absmax)
+    finite = absmax < float("inf")
+    column = tl.arange(0, B)[None, :]
+    first = tl.zeros_like(xs[0]).to(tl.int32) + FMT.group
+    for i in tl.static_range(tl.constexpr(FMT.lanes)):
+        hit = (tl.abs(xs[i]) == absmax[:, None]) & finite[:, None]
+        first = tl.minimum(first, tl.where(hit, column + i * B, FMT.group))
+    index = tl.min(first, 1)
+    number = tl.zeros_like(xs[0])
+    rest = ()
+    for i in tl.static_range(tl.constexpr(FMT.lanes)):
+        largest = column + i * B == index[:, None]
+        number += tl.where(largest, xs[i], 0.0)
+        rest = rest + (tl.where(largest, 0.0, xs[i]),)
+    bits = tl.sum(number, 1).to(tl.int32, bitcast=True)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+    invalid = (finite == 0) | ((bits & 0x7F800000) == 0x7F800000)
+    return rest, bits | (index << 8), invalid
+
+
+@triton.jit
+def _put_outliers(xs, words, FMT: tl.constexpr):
+    """The lanes with each group's outlier in its place."""
+    B: tl.constexpr = FMT.group // FMT.lanes
+    column = tl.arange(0, B)[None, :]
+    index = ((words >> 8) & 0xFF)[:, None]
+    number = (words & -0x10000).to(tl.float32, bitcast=True)[:, None]
+    whole = ()
+    for i in tl.static_range(tl.constexpr(FMT.lanes)):
+        whole = whole + (tl.where(column + i * B == index, number, xs[i]),)
+    return whole
 
 
 # --- Random numbers (rng.py) ----------------------------------------------------------------------
@@ -251,7 +296,7 @@ def _nearest_level(y, tables, FMT: tl.constexpr):
     # The range of the levels as [0, 1], where limiting costs nothing; NaN becomes 0.
     place = _saturate(magnitude, FMT.place_factor, FMT.place_offset)
     cell = tl.fma(place, FMT.cells * 1.0, ROUND).to(tl.int32, bitcast=True)  # + ROUND_BITS
-    threshold, below = _entry(tables, cell, ROUND_BITS - 16)
+    threshold, below = _entry(tables, cell, ROUND_BITS - FMT.n_codes)
     code = below + tl.where(magnitude > threshold, 1.0, 0.0)
     if FMT.code == "e2m1":
         code += tl.where(y < 0, 8.0, 0.0)
@@ -267,7 +312,7 @@ def _stochastic_level(y, u, tables, FMT: tl.constexpr):
     lower = tl.zeros_like(y).to(tl.int32)
     for i in tl.static_range(tl.constexpr(FMT.n_inner_levels)):
         lower += (magnitude >= FMT.inner_levels[i]).to(tl.int32)
-    # Entry i < 16 holds level i and, in the high word, the distance to the next.
+    # Entry i below the number of codes holds level i and, in the high word, the distance to the next.
     level, gap = _entry(tables, lower, 0)
     code = lower.to(tl.float32) + tl.where(u * gap < magnitude - level, 1.0, 0.0)
     if FMT.code == "e2m1":
@@ -325,8 +370,14 @@ def quantize_store(xs, groups, mask, codes_ptr, scale_ptr, zero_ptr, tables, key
     lanes may hold anything.
     """
     B: tl.constexpr = FMT.group // FMT.lanes
+    if FMT.outliers:
+        xs, word, invalid = _take_outliers(xs, FMT)
     stored, inverse, zero = _scale_and_zero(xs, FMT)
-    tl.store(scale_ptr + groups, stored, mask=mask)
+    if FMT.outliers:
+        word = tl.where(invalid | (stored == 255), 0x7FC000FF, word | stored.to(tl.int32))
+        tl.store(scale_ptr + groups, word, mask=mask)
+    else:
+        tl.store(scale_ptr + groups, stored, mask=mask)
     if FMT.has_zero:
         tl.store(zero_ptr + groups, _bits(zero).to(tl.uint8), mask=mask)
 
@@ -356,8 +407,8 @@ def _decode(code, zero, tables, FMT: tl.constexpr):
     elif FMT.code == "int_asym":
         return (code | MAGIC_BITS).to(tl.float32, bitcast=True) - (zero + MAGIC)[:, None]
     elif FMT.code == "cubic":
-        m = ((code * 2) | MAGIC_BITS).to(tl.float32, bitcast=True) - (MAGIC + 15.0)
-        return (m * (m * m + 225.0)) * FMT.cubic_unit
+        m = ((code * 2) | MAGIC_BITS).to(tl.float32, bitcast=True) - (MAGIC + FMT.top)
+        return (m * (m * m + FMT.top * FMT.top)) * FMT.cubic_unit
     else:
         level, _ = _entry(tables, code, 0)
         return level
@@ -410,6 +461,8 @@ def unpack(packed, tables, FMT: tl.constexpr):
     xs = ()
     for lane in tl.static_range(tl.constexpr(FMT.lanes)):
         xs = xs + (_decode(codes[lane], zero, tables, FMT) * step[:, None],)
+    if FMT.outliers:
+        xs = _put_outliers(xs, packed[0], FMT)
     return xs
 
 

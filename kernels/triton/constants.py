@@ -11,12 +11,7 @@ from agoq_kernels.formats import Format
 from agoq_kernels.packing import PLANES
 from torch import Tensor
 
-_LEVELS = {
-    "nf4": (formats.NF4_LEVELS, formats.NF4_THRESHOLDS),
-    "cubic": (formats.CUBIC_LEVELS, formats.CUBIC_THRESHOLDS),
-    "e2m1": (formats.E2M1_LEVELS, formats.E2M1_THRESHOLDS),
-}
-_N_LEVELS = 16
+_OF_LEVELS = ("nf4", "cubic", "e2m1")
 _MARGIN = 1e-6  # of a cell: more than the rounding of a place
 
 
@@ -35,6 +30,7 @@ class Constants:
         inverse_range: FP32 factor from a group's range to its scale.
         place_factor, place_offset: what takes the range of the levels to [0, 1].
         cells: into how many cells the table of thresholds cuts that; one more is centred at its end.
+        n_codes: of a code of levels.
     """
 
     bits: int
@@ -56,7 +52,9 @@ class Constants:
     place_factor: float
     place_offset: float
     cells: int
+    n_codes: int
     cubic_unit: float
+    outliers: int
 
 
 @functools.cache
@@ -74,7 +72,7 @@ def constants(fmt: Format | None, group: int = 64, run: int = 256) -> Constants:
     planes = PLANES[fmt.bits]
     qmax, top = float((1 << (fmt.bits - 1)) - 1), float((1 << fmt.bits) - 1)
     largest = {"int": qmax, "int_asym": top, "e2m1": 6.0}.get(fmt.code, 1.0)
-    levels = _LEVELS.get(fmt.code, ((), ()))[0]
+    levels = formats.levels_and_thresholds(fmt.code, fmt.bits)[0] if fmt.code in _OF_LEVELS else ()
     return Constants(
         bits=fmt.bits,
         code=fmt.code,
@@ -92,29 +90,31 @@ def constants(fmt: Format | None, group: int = 64, run: int = 256) -> Constants:
         inverse_range=_fp32(1 / largest),
         inner_levels=tuple(levels[1:-1]),
         n_inner_levels=max(len(levels) - 2, 0),
-        # Cells are narrower than the distance of any two thresholds: a 16th, or for E2M1 a quarter.
+        # Cells are narrower than the distance of any two thresholds: 2^(1 - bits), or for E2M1 a quarter.
         place_factor=_fp32(1 / 6) if fmt.code == "e2m1" else 0.5,
         place_offset=0.0 if fmt.code == "e2m1" else 0.5,
-        cells=24 if fmt.code == "e2m1" else 32,
-        cubic_unit=_fp32(1 / 6750),
+        cells=24 if fmt.code == "e2m1" else 2 << fmt.bits,
+        n_codes=1 << fmt.bits,
+        cubic_unit=formats.cubic_unit(fmt.bits),
+        outliers=fmt.outliers,
     )
 
 
 @functools.cache
-def tables(code: str, device: torch.device) -> Tensor:
-    """int64 [n] of pairs of FP32 words (low, high): 16 of (level, distance to the next one), by code;
+def tables(code: str, bits: int, device: torch.device) -> Tensor:
+    """int64 [n] of pairs of FP32 words (low, high): 2^bits of (level, distance to the next one), by code;
     then one of (threshold, code below it) for each cell. [1] for codes without levels."""
-    if code not in _LEVELS:
+    if code not in _OF_LEVELS:
         return torch.zeros(1, dtype=torch.int64, device=device)
-    levels, thresholds = _LEVELS[code]
+    levels, thresholds = formats.levels_and_thresholds(code, bits)
     if code == "e2m1":
         signed = levels + tuple(-v for v in levels)
     else:
         signed = levels
     gaps = [b - a for a, b in zip(levels, levels[1:], strict=False)]
-    gaps += [0.0] * (_N_LEVELS - len(gaps))
+    gaps += [0.0] * (len(signed) - len(gaps))
 
-    fmt = constants(Format(code=code))
+    fmt = constants(Format(bits, code))
     bounds, below = [], []
     places = [(_fp32(t) * fmt.place_factor + fmt.place_offset) * fmt.cells for t in thresholds]
     for cell in range(fmt.cells + 1):

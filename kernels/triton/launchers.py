@@ -8,12 +8,13 @@ from agoq_kernels.formats import Format
 from agoq_kernels.triton import activation, rotary
 from agoq_kernels.triton.norm import norm_backward, norm_forward, norm_from_kept
 from agoq_kernels.triton.quantize import Packed, dequantize, empty_packed, quantize
-from agoq_kernels.triton.rotary import merge_qkv
+from agoq_kernels.triton.rotary import common_vectors, merge_qkv
 from torch import Tensor
 
 __all__ = [
     "activation_backward",
     "activation_forward",
+    "common_vectors",
     "dequantize",
     "merge_qkv",
     "norm_backward",
@@ -49,12 +50,21 @@ def activation_backward(
 def split_qkv(
     qkv: Tensor, tables: tuple[Tensor, Tensor] | None, groups: int, head_dim: int,
     interleaved: bool, formats: tuple[Format | None, ...], keys: tuple[int, ...],
+    common: Tensor | None = None, centre_key: bool = False,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Packed, Packed, Packed]]:  # fmt: skip
     """See fused.split_qkv()."""
     fused = [f if f is None or head_dim % f.group == 0 else None for f in formats]
-    parts, packed = rotary.split_qkv(qkv, tables, groups, head_dim, interleaved, fused, keys)
-    packed = list(packed)
+    centre_later = centre_key and formats[1] is not fused[1]
+    parts, packed = rotary.split_qkv(
+        qkv, tables, groups, head_dim, interleaved, fused, keys, common, centre_key and not centre_later
+    )
+    parts, packed, before = list(parts), list(packed), 0
     for i, fmt in enumerate(formats):
+        heads = parts[i].shape[2]
         if fmt is not fused[i]:
-            packed[i] = quantize(parts[i].flatten(2), fmt, keys[i])
-    return parts, tuple(packed)
+            rest = parts[i] if common is None else parts[i].float() - common[:, before : before + heads]
+            packed[i] = quantize(rest.flatten(2), fmt, keys[i])
+            if i == 1 and centre_later:
+                parts[1] = rest.to(qkv.dtype)
+        before += heads
+    return tuple(parts), tuple(packed)

@@ -43,15 +43,22 @@ def _quantize_kernel(
 @Kernel
 @triton.jit(do_not_specialize=["n_groups"])
 def _dequantize_kernel(
-    codes_ptr, scale_ptr, zero_ptr, tables_ptr, x_ptr, n_groups, R: tl.constexpr, FMT: tl.constexpr
-):
+    codes_ptr, scale_ptr, zero_ptr, tables_ptr, x_ptr, shift_ptr, n_groups, groups_per_row, batch,
+    SHIFT: tl.constexpr, R: tl.constexpr, FMT: tl.constexpr,
+):  # fmt: skip
     B: tl.constexpr = FMT.group // FMT.lanes
     groups = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     mask = groups < n_groups
     xs = load_dequantize(groups, mask, codes_ptr, scale_ptr, zero_ptr, tables_ptr, FMT)
     out = x_ptr + (groups * FMT.group)[:, None] + tl.arange(0, B)[None, :]
+    row = groups // groups_per_row
+    first = (row % batch * groups_per_row + (groups - row * groups_per_row)) * FMT.group
+    shift = shift_ptr + first[:, None] + tl.arange(0, B)[None, :]
     for i in tl.static_range(tl.constexpr(FMT.lanes)):
-        tl.store(out + i * B, cast(xs[i], x_ptr.dtype.element_ty), mask=mask[:, None])
+        x = xs[i]
+        if SHIFT:
+            x += tl.load(shift + i * B, mask=mask[:, None], other=0.0)
+        tl.store(out + i * B, cast(x, x_ptr.dtype.element_ty), mask=mask[:, None])
 
 
 def empty_packed(lead: tuple[int, ...], n: int, fmt: Format | None, device) -> Packed:
@@ -73,7 +80,8 @@ def packed_arguments(packed: Packed, fmt: Format | None) -> tuple[Tensor, ...]:
     # Scales travel as integers: the interpreter has no bfloat16, and kernels work on bits anyway.
     if scale.dtype == torch.bfloat16:
         scale = scale.view(torch.int16)
-    return codes, scale, zero, tables(fmt.code if fmt else "", codes.device)
+    found = tables(fmt.code, fmt.bits, codes.device) if fmt else tables("", 0, codes.device)
+    return codes, scale, zero, found
 
 
 @functools.lru_cache(maxsize=256)  # 0 stands where nothing is drawn
@@ -103,15 +111,16 @@ def quantize(x: Tensor, fmt: Format, key: int) -> Packed:
     return packed
 
 
-def dequantize(packed: Packed, fmt: Format, dtype: torch.dtype) -> Tensor:
-    """reference.dequantize() on a GPU."""
+def dequantize(packed: Packed, fmt: Format, dtype: torch.dtype, shift: Tensor | None = None) -> Tensor:
+    """ops.dequantize() on a GPU."""
     codes = packed[0]
     x = torch.empty((*codes.shape[:-1], codes.shape[-1] * 8 // fmt.bits), dtype=dtype, device=codes.device)
     n_groups = x.numel() // fmt.group
     if n_groups:
         per_group = TILE // fmt.group
         _dequantize_kernel[(cdiv(n_groups, per_group),)](
-            *packed_arguments(packed, fmt), x, n_groups, R=per_group, FMT=constants(fmt),
-            num_warps=4, enable_fp_fusion=False,
+            *packed_arguments(packed, fmt), x, x if shift is None else shift.contiguous(), n_groups,
+            x.shape[-1] // fmt.group, 1 if shift is None else shift.shape[0], SHIFT=shift is not None,
+            R=per_group, FMT=constants(fmt), num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return x

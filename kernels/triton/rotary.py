@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from agoq_kernels.formats import Format
+from agoq_kernels.rotary import sample_stride
 from agoq_kernels.triton.codec import cast, quantize_store, widen
 from agoq_kernels.triton.constants import constants
 from agoq_kernels.triton.launch import Kernel, cdiv
@@ -22,14 +23,15 @@ TILE = 4096  # elements a program, at most
 @Kernel
 @triton.jit(do_not_specialize=["n_tokens", "key_a", "key_b"])
 def _rotate_kernel(
-    source_ptr, out_ptr, cos_ptr, sin_ptr, codes_ptr, scale_ptr, zero_ptr, tables_ptr,
-    n_tokens, batch, source_token, source_group, out_token, out_group, key_a, key_b,
+    source_ptr, out_ptr, cos_ptr, sin_ptr, common_ptr, codes_ptr, scale_ptr, zero_ptr, tables_ptr,
+    n_tokens, batch, source_token, source_group, out_token, out_group, common_batch, key_a, key_b,
     HEADS: tl.constexpr, HEADS_A_GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, ROT: tl.constexpr,
-    INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr, QUANTIZE: tl.constexpr, RUNS: tl.constexpr,
-    T: tl.constexpr, NG: tl.constexpr, FMT: tl.constexpr,
+    INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr, QUANTIZE: tl.constexpr, CENTRE: tl.constexpr,
+    CENTRE_OUT: tl.constexpr, RUNS: tl.constexpr, T: tl.constexpr, NG: tl.constexpr, FMT: tl.constexpr,
 ):  # fmt: skip
     """T tokens, and all heads of each as NG groups (padded). Strides in elements; ROT 0 copies.
 
+    CENTRE: the common vector of each head is taken off what is quantized; CENTRE_OUT: off the output, too.
     RUNS: no lane of a group crosses the middle or the end of the rotated features, so that the
     partners of a run of neighbours are a run as well.
     """
@@ -46,6 +48,7 @@ def _rotate_kernel(
     source = source_ptr + token * source_token + inside[0] * source_group + inside[1]
     out = out_ptr + token * out_token + inside[0] * out_group + inside[1]
     table = (token // batch) * ROT
+    common = common_ptr + token % batch * common_batch + head * HEAD_DIM
     run = tl.arange(0, B)[None, :]
 
     xs = ()
@@ -73,11 +76,87 @@ def _rotate_kernel(
                 lower = lower == 0
             x = x * cos + tl.where(lower, 0.0 - other, other) * sin
         rounded = cast(x, out_ptr.dtype.element_ty)
+        kept = widen(rounded)
+        if CENTRE:
+            kept = kept - tl.load(common[:, None] + feature, mask=mask[:, None], other=0.0)
+            if CENTRE_OUT:
+                rounded = cast(kept, out_ptr.dtype.element_ty)
         tl.store(out[:, None] + feature, rounded, mask=mask[:, None])
-        xs = xs + (widen(rounded),)
+        xs = xs + (kept,)
     if QUANTIZE:
         groups = token * (HEADS * HEAD_DIM // FMT.group) + group
         quantize_store(xs, groups, mask, codes_ptr, scale_ptr, zero_ptr, tables_ptr, key_a, key_b, FMT)
+
+
+@Kernel
+@triton.jit
+def _common_kernel(
+    source_ptr, cos_ptr, sin_ptr, out_ptr, n, stride, batch, width, count,
+    PER_GROUP: tl.constexpr, QUERIES: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    ROT: tl.constexpr, INTERLEAVED: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Mean of one head of one sequence, after the rotation, over n tokens at a distance of stride.
+
+    Heads of the output are those of queries, keys, values; HEADS: queries in all; QUERIES: of a group.
+    """
+    HALF: tl.constexpr = ROT // 2
+    head = tl.program_id(0) % count
+    b = (tl.program_id(0) // count).to(tl.int64)
+    groups = (count - HEADS) // 2
+    key = head - HEADS
+    # Of a group's [q ... q k v]: where this head begins.
+    group = tl.where(head < HEADS, head // QUERIES, key % groups)
+    place = tl.where(head < HEADS, head % QUERIES, QUERIES + key // groups)
+    source = source_ptr + b * width + group * PER_GROUP + place * HEAD_DIM
+    turns = head < HEADS + groups
+    feature = tl.arange(0, D)[None, :]
+    inside = feature < HEAD_DIM
+    total = tl.zeros([T, D], tl.float32)
+    for start in range(0, n, T):
+        token = ((start + tl.arange(0, T)).to(tl.int64) * stride)[:, None]
+        mask = ((start + tl.arange(0, T)) < n)[:, None] & inside
+        row = source + token * batch * width
+        x = widen(tl.load(row + feature, mask=mask, other=0.0))
+        if ROT > 0:
+            turned = mask & (feature < ROT) & turns
+            if INTERLEAVED:
+                partner = feature ^ 1
+                lower = feature % 2 == 0
+            else:
+                partner = tl.where(feature < HALF, feature + HALF, feature - HALF)
+                lower = feature < HALF
+            other = widen(tl.load(row + partner, mask=turned, other=0.0))
+            cos = tl.load(cos_ptr + token * ROT + feature, mask=turned, other=1.0)
+            sin = tl.load(sin_ptr + token * ROT + feature, mask=turned, other=0.0)
+            x = x * cos + tl.where(lower, 0.0 - other, other) * sin
+        total += x
+    mean = tl.sum(total, 0) / n
+    feature = tl.arange(0, D)
+    tl.store(out_ptr + (b * count + head) * HEAD_DIM + feature, mean, mask=feature < HEAD_DIM)
+
+
+def common_vectors(
+    qkv: Tensor, tables: tuple[Tensor, Tensor] | None, groups: int, head_dim: int, interleaved: bool
+) -> Tensor:
+    """See rotary.common_vectors()."""
+    qkv = qkv.contiguous()
+    s, b, width = qkv.shape
+    per_group = width // groups
+    queries = per_group // head_dim - 2
+    count = groups * (queries + 2)
+    rot = 0 if tables is None else tables[0].shape[-1]
+    cos, sin = tables if tables is not None else (qkv, qkv)
+    out = torch.empty((b, count, head_dim), dtype=torch.float32, device=qkv.device)
+    stride = sample_stride(s)
+    if out.numel():
+        padded = triton.next_power_of_2(head_dim)
+        _common_kernel[(b * count,)](
+            qkv, cos, sin, out, cdiv(s, stride), stride, b, width, count, PER_GROUP=per_group,
+            QUERIES=queries, HEADS=groups * queries, HEAD_DIM=head_dim, ROT=rot,
+            INTERLEAVED=interleaved, T=max(4096 // padded, 1), D=padded, num_warps=4,
+            enable_fp_fusion=False,
+        )  # fmt: skip
+    return out
 
 
 def _largest_power_of_2(n: int, limit: int) -> int:
@@ -87,7 +166,8 @@ def _largest_power_of_2(n: int, limit: int) -> int:
 def _rotate(
     source: Tensor, out: Tensor, tables: tuple[Tensor, Tensor] | None, heads: int, per_group: int,
     head_dim: int, strides: tuple[int, int, int, int], tokens: int, batch: int, interleaved: bool,
-    inverse: bool, fmt: Format | None = None, key: int = 0,
+    inverse: bool, fmt: Format | None = None, key: int = 0, common: Tensor | None = None,
+    common_batch: int = 0, centre_out: bool = False,
 ) -> Packed:  # fmt: skip
     rot = 0 if tables is None else tables[0].shape[-1]
     # Without a format any power of two that divides the head serves as a group.
@@ -100,9 +180,10 @@ def _rotate(
     cos, sin = tables if tables is not None else (source, source)
     if tokens:
         _rotate_kernel[(cdiv(tokens, per_program),)](
-            source, out, cos, sin, *packed_arguments(packed, fmt), tokens, batch, *strides,
-            *signed_key(key), HEADS=heads, HEADS_A_GROUP=per_group, HEAD_DIM=head_dim, ROT=rot,
+            source, out, cos, sin, source if common is None else common, *packed_arguments(packed, fmt),
+            tokens, batch, *strides, common_batch, *signed_key(key), HEADS=heads, HEADS_A_GROUP=per_group, HEAD_DIM=head_dim, ROT=rot,
             INTERLEAVED=interleaved, INVERSE=inverse, QUANTIZE=fmt is not None,
+            CENTRE=common is not None, CENTRE_OUT=centre_out,
             RUNS=rot // 2 % lane == 0, T=per_program, NG=groups, FMT=numbers,
             num_warps=min(max(groups * numbers.group * per_program // 512, 1), 16),
             enable_fp_fusion=False,
@@ -113,6 +194,7 @@ def _rotate(
 def split_qkv(
     qkv: Tensor, tables: tuple[Tensor, Tensor] | None, groups: int, head_dim: int,
     interleaved: bool, formats: tuple[Format | None, ...], keys: tuple[int, ...],
+    common: Tensor | None = None, centre_key: bool = False,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Packed, Packed, Packed]]:  # fmt: skip
     """See fused.split_qkv(); groups of a format lie within a head."""
     qkv = qkv.contiguous()
@@ -126,10 +208,13 @@ def split_qkv(
         part = torch.empty((s, b, heads, head_dim), dtype=qkv.dtype, device=qkv.device)
         strides = width, per_group, heads * head_dim, heads_a_group * head_dim
         parts.append(part)
+        before = (0, queries * groups, (queries + 1) * groups)[i] * head_dim
+        shift = None if common is None else common.view(-1)[before:]
         packed.append(
             _rotate(
                 qkv.view(-1)[offset:], part, tables if i < 2 else None, heads, heads_a_group,
-                head_dim, strides, s * b, b, interleaved, False, formats[i], keys[i],
+                head_dim, strides, s * b, b, interleaved, False, formats[i], keys[i], shift,
+                groups * per_group, centre_key and i == 1,
             )
         )  # fmt: skip
     return tuple(parts), tuple(packed)
