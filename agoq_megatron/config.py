@@ -52,15 +52,20 @@ class AGoQConfig:
 
     agoq_grad_bits: Literal[32, 16, 8] = 32
     """Bits in which gradients are accumulated and reduced. 32: Megatron's FP32. 16: the same as
-    Megatron's --grad-reduce-in-bf16. 8: codes in blocks of 64 with a scale, 1.03 bytes a parameter, summed
-    over ranks in FP32; norms, biases and parameters of less than 4096 numbers stay in FP32."""
+    Megatron's --grad-reduce-in-bf16. 8: codes in blocks of 64 with a scale, 1.03 bytes a parameter, which are
+    sent and summed over ranks in FP32, and half a byte that carries what rounding loses
+    (--agoq-grad-residual-bits); norms, biases and parameters of less than 4096 numbers stay in FP32."""
 
-    agoq_grad_residual_bits: Literal[0, 4] = 0
-    """Of 8-bit gradients: carry what rounding loses from one micro-batch to the next in 4 more bits. They
-    stay on the rank. The error of many micro-batches is then that of one."""
+    agoq_grad_residual_bits: Literal[0, 4] | None = None
+    """Of 8-bit gradients: carry what rounding loses from one micro-batch to the next in 4 more bits, half a
+    byte a parameter. They stay on the rank. Without, the error grows with the number of micro-batches.
+    Default: 4; 0 with --agoq-grad-code e4m3 or --agoq-grad-scale least-squares, which have none."""
 
-    agoq_grad_rounding: Literal["nearest", "stochastic"] = "nearest"
-    """Of 8-bit gradients: rounding of each micro-batch's sum."""
+    agoq_grad_rounding: Literal["nearest", "stochastic"] | None = None
+    """Of 8-bit gradients: rounding of each micro-batch's sum, of the residual where there is one; what is
+    sent then is the nearest code. Nearest loses what is small beside the sum. Stochastic is drawn from a
+    counter (seed, iteration, parameter), so that a run repeats, and mirrored in every second micro-batch.
+    Default: stochastic with a residual, else nearest."""
 
     agoq_grad_scale: Literal["absmax", "least-squares"] = "absmax"
     """Of 8-bit gradients: a block's scale, from its largest number, or from there by least squares."""
@@ -77,8 +82,10 @@ class AGoQConfig:
     """Of 8-bit gradients: ranks of a node, for the two hops. Default: as many as the launcher started."""
 
     agoq_grad_probe_interval: int = 0
-    """Of 8-bit gradients: every that many iterations accumulate and reduce a sample of each bucket in FP32
-    as well and log the relative errors. 0: never."""
+    """Of 8-bit gradients: every that many iterations accumulate and reduce a sample in FP32 as well, 64
+    blocks of 64 numbers spread through each parameter, and log the relative errors, and the share that
+    arrives of all micro-batches but the first (less than 1 where what is small beside the sum gets lost). It
+    takes 32 KiB a parameter in these iterations. 0: never."""
 
     agoq_optimizer_bits: Literal[32, 8] = 32
     """Bits of each of Adam's two moments. 8: one byte a number in blocks of 64, 2.06 bytes a parameter for

@@ -28,7 +28,7 @@ FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompu
 EXACT = {"agoq_activations": "off", "recompute_granularity": None, "recompute_method": None}
 PLAIN = {
     "agoq_grad_bits": 32,
-    "agoq_grad_residual_bits": 0,
+    "agoq_grad_residual_bits": None,
     "agoq_optimizer_bits": 32,
     "agoq_master_weights": None,
 }

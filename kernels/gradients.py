@@ -7,8 +7,15 @@ now every rank's share of the same numbers.
 
 A number is code * scale. With a residual it is (16 * code + residual) * scale / 16: four more bits, kept
 beside the bucket and never sent, which carry what rounding to 8 bits would lose from one micro-batch to
-the next. A scale of 0 makes a block zero, whatever its codes are; a block that has seen NaN or infinity
-has the scale NaN.
+the next. What is sent is the nearest code. A scale of 0 makes a block zero, whatever its codes are; a block
+that has seen NaN or infinity has the scale NaN.
+
+Stochastic rounding keeps, in the mean, what is small beside the sum, but its error has twice the variance of
+that to the nearest. Half of that variance is the draw itself, so an odd key draws the mirror images of the
+even key before it (antithetic variates): over the two micro-batches of a pair the draws sum to zero, and the
+error of many is that of rounding to the nearest, without its bias. That the first draw has moved the number
+which the second rounds does no harm as long as both round it alike, to steps of nearly the same size: a block
+whose scale has changed by more than an eighth draws anew.
 """
 
 from __future__ import annotations
@@ -29,6 +36,10 @@ _PIECE = 512 * NORM_STRETCH
 CODES = ("int8", "e4m3")
 SCALES = ("absmax", "least-squares")
 ROUNDINGS = ("nearest", "stochastic")
+ALIKE = 0.125
+"""Draws are mirrored where a block's scale has changed by no more than this part of it."""
+ANEW = 0x1E3779B9
+"""Makes of a block's seed another, whose draws have nothing to do with those of the first."""
 _LARGEST = {"int8": 127.0, "e4m3": 448.0}
 
 
@@ -61,6 +72,16 @@ class GradientFormat:
             raise ValueError("e4m3 has no least-squares scale")
         if self.residual_bits and self.scale != "absmax":
             raise ValueError("with a residual the scale is absmax: nothing is left for least squares to gain")
+
+
+def pair_of(key: int) -> int:
+    """The key that says what a key draws: the even one of its pair."""
+    return key & ~1
+
+
+def is_mirrored(key: int) -> bool:
+    """Whether a key draws the mirror images of its pair's draws."""
+    return bool(key & 1)
 
 
 _format = cache(GradientFormat)  # an operator's arguments are plain values
@@ -109,10 +130,13 @@ def _stored(scale: Tensor) -> Tensor:
     return torch.where(scale.isnan(), 0x7FC0, bits).to(torch.int16).view(torch.bfloat16)
 
 
-def _encode(x: Tensor, fmt: GradientFormat, first: int, key: int) -> tuple[Tensor, Tensor, Tensor]:
+def _encode(
+    x: Tensor, fmt: GradientFormat, first: int, key: int, before: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """FP32 ``[n, 64]`` -> bytes ``[n, 64]``, BF16 scales ``[n]``, residual in units of scale / 16.
 
-    ``first`` is the first block's place in the bucket, which says what stochastic rounding draws.
+    ``first`` is the first block's place in the bucket, which says with the key what stochastic rounding
+    draws, and ``before`` are the blocks' scales until now.
     """
     largest = _LARGEST[fmt.code]
     scale = _round_up(x.abs().amax(-1) * (1 / largest))
@@ -123,8 +147,12 @@ def _encode(x: Tensor, fmt: GradientFormat, first: int, key: int) -> tuple[Tenso
         return codes.view(torch.uint8), _stored(scale), torch.zeros_like(x)
     fine = 16.0 if fmt.residual_bits else 1.0
     if fmt.rounding == "stochastic":
-        drawn = halves(words(first, len(x), key, x.device), BLOCK)
-        t = (y * fine + ((drawn + 0.5) * 2.0**-16 - 0.5)).round()  # exact but for the sum with y
+        seeds = words(first, len(x), pair_of(key), x.device)
+        if is_mirrored(key):
+            alike = (scale - before.float()).abs() <= before.float() * ALIKE
+            seeds = torch.where(alike, seeds, seeds ^ ANEW)
+        drawn = (halves(seeds, BLOCK) + 0.5) * 2.0**-16 - 0.5
+        t = (y * fine + (-drawn if is_mirrored(key) else drawn)).round()  # exact but for the sum with y
     else:
         t = (y * fine).round()
     t = t.clamp(-largest * fine, largest * fine)
@@ -147,7 +175,7 @@ def accumulate(
         blocks: blocks in a segment.
         first: block, counted over all segments, at which ``grad`` begins.
         grad: ``[n]``, contiguous; the rest of its last block belongs to nobody else.
-        key: of stochastic rounding.
+        key: of stochastic rounding; an odd one mirrors the draws of the even one before it.
     """
     accumulate_op(
         bucket, residual, blocks, first, grad, fmt.code, fmt.residual_bits, fmt.rounding, fmt.scale, key
@@ -186,7 +214,7 @@ def _accumulate(
             nibbles = residual.view(-1, BLOCK // 2)[first + done : first + done + here]
             low = torch.cat((nibbles & 15, nibbles >> 4), -1).float() - 8
             total += torch.where(scales[:, None] == 0, 0.0, low * (scales[:, None].float() / 16))
-        new_codes, new_scales, rest = _encode(total, fmt, first + done, key)
+        new_codes, new_scales, rest = _encode(total, fmt, first + done, key, scales)
         codes.copy_(new_codes)
         scales.copy_(new_scales)
         if nibbles is not None:
@@ -225,6 +253,13 @@ def _sum(segments: Tensor, blocks: int, first: int, n: int, factor: float, code:
         values = _values(row, scale, code)  # in the order of the ranks, as the kernel does
         total = values if total is None else total + values
     return (total * factor).flatten()[:n]
+
+
+def block_values(segments: Tensor, blocks: int, segment: Tensor, inside: Tensor, code: str) -> Tensor:
+    """FP32 ``[m, 64]``: the numbers of single blocks, number ``inside`` of ``segment``, both int64 ``[m]``.
+    For samples: plain torch on every device."""
+    codes, scales = _parts(segments, blocks)
+    return _values(codes[segment, inside], scales[segment, inside], code)
 
 
 @operator("requantize_gradients", mutates_args=("out",))

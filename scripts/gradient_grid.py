@@ -144,6 +144,7 @@ def configurations() -> list[Configuration]:
 
 
 TWO_HOP = "--agoq-grad-reduce two-hop --agoq-grad-node-size"
+NO_RESIDUAL = "--agoq-grad-residual-bits 0"
 MORE: dict[str, dict] = {
     "one rank": {"dp": 1},
     "two-hop": {"dp": 4, "quantized": f"{TWO_HOP} 2"},
@@ -158,8 +159,9 @@ MORE: dict[str, dict] = {
     "average in collective": {"dp": 2, "quantized": "--ddp-average-in-collective"},
     "one bucket": {"dp": 2, "both": "--ddp-bucket-size 100000000"},
     "probed": {"dp": 2, "quantized": "--agoq-grad-probe-interval 3"},
-    "residual": {"dp": 2, "quantized": "--agoq-grad-residual-bits 4"},
-    "stochastic": {"dp": 2, "quantized": "--agoq-grad-rounding stochastic"},
+    "no residual": {"dp": 2, "quantized": NO_RESIDUAL},
+    "stochastic, no residual": {"dp": 2, "quantized": f"{NO_RESIDUAL} --agoq-grad-rounding stochastic"},
+    "residual to the nearest": {"dp": 2, "quantized": "--agoq-grad-rounding nearest"},
     "least squares": {"dp": 2, "quantized": "--agoq-grad-scale least-squares"},
     "e4m3": {"dp": 2, "quantized": "--agoq-grad-code e4m3"},
 }
@@ -180,16 +182,17 @@ has steps of the update's size."""
 def bound(configuration: Configuration) -> float:
     """Largest relative L2 error of the update that quantizing explains.
 
-    A step is linear in the gradients, and the errors of all roundings are independent. The sum of m
-    micro-batches is rounded m times while it grows: if they are noise, its square grows as 1, 2, ... m, and
-    the squared errors add up to (m + 1) / 2 of that of one rounding; if they agree it is less. Sums over
-    ranks and over steps are as far off as what is summed, or less where that agrees. Rounding to BF16
-    between two hops adds 3% to a squared error.
+    A step is linear in the gradients, and the errors of all roundings are independent. With a residual what
+    counts is the last rounding, to 8 bits. Without, the sum of m micro-batches is rounded m times while it
+    grows: if they are noise, its square grows as 1, 2, ... m, and the squared errors add up to (m + 1) / 2 of
+    that of one rounding; if they agree it is less. Sums over ranks and over steps are as far off as what is
+    summed, or less where that agrees. Rounding to BF16 between two hops adds 3% to a squared error.
     """
     if configuration.adam:
         return ADAM_BOUND
     c = configuration
-    squares = 1.0 if "residual" in c.quantized else (c.micro_batches + 1) / 2
+    carried = not any(flag in c.quantized for flag in (NO_RESIDUAL, "least-squares", "e4m3"))
+    squares = 1.0 if carried else (c.micro_batches + 1) / 2
     if "stochastic" in c.quantized:
         squares *= 2
     if c.dp > 1 and not c.distributed:

@@ -50,10 +50,22 @@ class RoundingCounter:
 
     def key(self, layer_number: int, site: str) -> int:
         """Next key of this tensor in the current iteration."""
+        return self._key(layer_number, site, self._use(layer_number, site))
+
+    def paired_key(self, layer_number: int, site: str) -> int:
+        """Next key of this tensor, for draws that are mirrored in every second use: an even key, and that key
+        plus 1 in the next use. A site asks for keys in one of the two ways only."""
+        pair, second = divmod(self._use(layer_number, site), 2)
+        return self._key(layer_number, site, pair) & ~1 | second
+
+    def _use(self, layer_number: int, site: str) -> int:
         if self._clock is not None:
             self.begin_iteration(self._clock())
         use = self._uses[layer_number, site]
         self._uses[layer_number, site] = use + 1
+        return use
+
+    def _key(self, layer_number: int, site: str, use: int) -> int:
         state = int.from_bytes(site.encode(), "little") % _MASK
         for value in (self._seed, self._rank, self._iteration, layer_number, use):
             state = _mix(state, value)

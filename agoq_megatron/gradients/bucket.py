@@ -20,6 +20,7 @@ from agoq_kernels.gradients import (
     BLOCK,
     GradientFormat,
     accumulate,
+    block_values,
     norms_of_sum,
     requantize_sum,
     segment_bytes,
@@ -144,6 +145,19 @@ class GradientBucket:
             self._read_segments(segments, inside, count) for segments, inside, count in self._spans(start, n)
         ]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def read_blocks(self, chosen: Tensor) -> Tensor:
+        """FP32 ``[m, BLOCK]`` of single blocks, int64 ``[m]``, counted over the bucket: as :meth:`read` gives
+        them. All of them must be readable."""
+        owners, inside = chosen // self.blocks, chosen % self.blocks
+        if not self._is_parts and self._reduced is not None:
+            out = self._reduced.view(-1, BLOCK)[inside] * self._factor
+        else:
+            rows = [owners] if self._is_parts else torch.arange(len(self._segments), device=self.device)
+            place = self._segments, self.blocks
+            out = sum(block_values(*place, row.expand_as(inside), inside, self.format.code) for row in rows)
+            out *= self._factor
+        return out if self._multiplier is None else out.mul_(self._multiplier)
 
     def norms(self, start: int, n: int) -> Tensor:
         """FP32 numbers whose L2 norm is that of ``read(start, n)``, without making that."""

@@ -52,7 +52,7 @@ class QuantizedGradient:
     def add_(self, grad: Tensor) -> QuantizedGradient:
         """Add a micro-batch's gradient, of the parameter's shape."""
         codes: GradientBucket = self.bucket.codes
-        key = counter.key(0, f"gradient {self._name}") if codes.format.rounding == "stochastic" else 0
+        key = counter.paired_key(0, f"gradient {self._name}") if codes.format.rounding == "stochastic" else 0
         self.bucket.probe.add(self.start, grad)
         codes.add(self.start, grad, key)
         return self

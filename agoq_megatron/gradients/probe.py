@@ -1,4 +1,9 @@
-"""How far 8-bit gradients are off: a sample of each bucket is accumulated and reduced in FP32 as well."""
+"""How far 8-bit gradients are off: samples of every parameter are accumulated and reduced in FP32 as well.
+
+Cost, in iterations that are probed only: 32 KiB a parameter, for two copies of its sample in FP32, and a few
+small operations for each of its gradients and each bucket, which read 16 KiB of a gradient. The host waits
+for the device in the first of them only.
+"""
 
 from __future__ import annotations
 
@@ -7,55 +12,94 @@ import torch.distributed as dist
 from agoq_kernels.gradients import BLOCK
 from torch import Tensor
 
-SAMPLE = 64 * BLOCK
-"""Numbers of a sample at most."""
+SAMPLE = 64
+"""Blocks of a parameter's sample, at most."""
+_GOLDEN = 0.6180339887498949
+
+
+def sampled_blocks(numel: int) -> Tensor:
+    """Which whole blocks of a parameter are sampled, int64 ``[<= SAMPLE]``, in order: one from each of as
+    many equal stretches, at another place in each, so that no row length of the matrix hides a part of it."""
+    whole = numel // BLOCK
+    count = min(SAMPLE, whole)
+    stretch = torch.arange(count, dtype=torch.float64)
+    return ((stretch + (stretch * _GOLDEN).frac()) * whole / max(count, 1)).long()
 
 
 class Probe:
-    """Shadows the first numbers of a bucket's largest parameter, while it is told to.
+    """Shadows blocks spread through each parameter of a bucket, while it is told to.
 
     Args:
         bucket: of Megatron's, with our ``codes``.
         params: those whose gradients are in codes.
 
     Attributes:
-        squares: ``[4]`` FP64 sums of the last measured reduction on this rank: squared error and square
-            of what was accumulated, squared error and square of what was reduced. None before the first.
+        squares: ``[6]`` FP64 sums of the last measured reduction on this rank: squared error and square
+            of what was accumulated, squared error and square of what was reduced; and, of what the
+            micro-batches after a parameter's first have brought, its product with what of it is in the codes,
+            and its square. None before the first.
     """
 
     def __init__(self, bucket, params: list):
         self._bucket = bucket
         self.active = False
         self.squares: Tensor | None = None
-        self._shadow: Tensor | None = None
-        largest = max(params, key=lambda p: p.numel(), default=None)
-        self._size = min(SAMPLE, largest.numel()) if params else 0
-        self._start = bucket.param_to_index[largest][0] if params else 0
+        self._shadow: Tensor | None = None  # FP32 [blocks, BLOCK], of all parameters
+        self._first: Tensor | None = None  # of each parameter's first micro-batch
+        self._begun: set[int] = set()
+        self._rows: dict[int, slice] = {}  # of the shadow, by where a parameter starts in the bucket
+        self._inside: dict[int, Tensor] = {}  # sampled blocks of a parameter
+        places = []
+        for param in params:
+            start = bucket.param_to_index[param][0]
+            blocks = sampled_blocks(param.numel())
+            first = sum(map(len, places))
+            self._rows[start], self._inside[start] = slice(first, first + len(blocks)), blocks
+            places.append(start // BLOCK + blocks)
+        self._blocks = torch.cat(places) if places else torch.empty(0, dtype=torch.int64)  # of the bucket
+        self._on_device: Tensor | None = None  # the same
 
     def begin(self, active: bool) -> None:
         """Before an iteration: measure it, or do not."""
-        self.active = active and self._size > 0
-        self._shadow = None
+        self.active = active and len(self._blocks) > 0
+        self._shadow = self._first = None
+        self._begun.clear()
+
+    def _make_shadow(self, device: torch.device) -> None:
+        if self._shadow is None:
+            self._shadow, self._first = torch.zeros(2, len(self._blocks), BLOCK, device=device)
 
     def add(self, start: int, grad: Tensor) -> None:
         """Told of every gradient that is accumulated from ``start`` of the bucket on."""
-        if self.active and start == self._start:
-            sample = grad.reshape(-1)[: self._size].float()
-            self._shadow = sample.clone() if self._shadow is None else self._shadow + sample
+        if not self.active:
+            return
+        self._make_shadow(grad.device)
+        blocks = self._inside[start] = self._inside[start].to(grad.device)
+        flat = grad.reshape(-1)
+        sample = flat[: flat.numel() // BLOCK * BLOCK].view(-1, BLOCK)[blocks].float()
+        rows = self._rows[start]
+        self._shadow[rows] += sample
+        if start not in self._begun:
+            self._begun.add(start)
+            self._first[rows] = sample
 
     def before_reduction(self) -> None:
         """Compare what this rank has accumulated."""
         if not self.active:
             return
         codes = self._bucket.codes
-        if self._shadow is None:
-            self._shadow = torch.zeros(self._size, device=codes.read(0, 1).device)
-        held = codes.read(self._start, self._size)
-        self.squares = torch.zeros(4, dtype=torch.float64, device=held.device)
+        self._make_shadow(codes.device)
+        if self._on_device is None:
+            self._on_device = self._blocks.to(codes.device)
+        held = codes.read_blocks(self._on_device)
+        rest = self._shadow - self._first
+        self.squares = torch.zeros(6, dtype=torch.float64, device=held.device)
         self.squares[0] = (held - self._shadow).double().square().sum()
         self.squares[1] = self._shadow.double().square().sum()
+        self.squares[4] = ((held - self._first).double() * rest).sum()
+        self.squares[5] = rest.double().square().sum()
         # Reduced from what is held, so that the error of the reduction stands alone.
-        self._shadow = held
+        self._shadow, self._first = held, None
         if codes.group.size() > 1:
             dist.all_reduce(self._shadow, group=codes.group)
 
@@ -64,11 +108,11 @@ class Probe:
         if not self.active:
             return
         codes = self._bucket.codes
-        exact = self._shadow * factor
-        first, last = codes.readable()
-        start, end = max(first, self._start), min(last, self._start + self._size)
+        readable = torch.tensor(codes.readable()) // BLOCK
+        start, end = torch.searchsorted(self._blocks, readable).tolist()  # in the order of the bucket
         if end > start:
-            exact = exact[start - self._start : end - self._start]
-            self.squares[2] = (codes.read(start, end - start) - exact).double().square().sum()
+            exact = self._shadow[start:end] * factor
+            got = codes.read_blocks(self._on_device[start:end])
+            self.squares[2] = (got - exact).double().square().sum()
             self.squares[3] = exact.double().square().sum()
         self._shadow = None

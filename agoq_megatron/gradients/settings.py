@@ -61,6 +61,21 @@ class GradientSettings:
         )
 
 
+def format_from_args(args) -> GradientFormat:
+    """The format of 8-bit gradients that Megatron's arguments with our flags ask for, defaults filled in.
+
+    Raises:
+        ValueError: a combination that does not exist.
+    """
+    code, scale = args.agoq_grad_code, args.agoq_grad_scale
+    residual_bits, rounding = args.agoq_grad_residual_bits, args.agoq_grad_rounding
+    if residual_bits is None:
+        residual_bits = 4 if (code, scale) == ("int8", "absmax") else 0
+    if rounding is None:
+        rounding = "stochastic" if residual_bits else "nearest"
+    return GradientFormat(code, residual_bits, rounding, scale)
+
+
 def settings_from_args(args) -> GradientSettings | None:
     """From Megatron's arguments with our flags; None where gradients are stock Megatron's.
 
@@ -69,14 +84,8 @@ def settings_from_args(args) -> GradientSettings | None:
     """
     if args.agoq_grad_bits != 8:
         return None
-    fmt = GradientFormat(
-        code=args.agoq_grad_code,
-        residual_bits=args.agoq_grad_residual_bits,
-        rounding=args.agoq_grad_rounding,
-        scale=args.agoq_grad_scale,
-    )
     return GradientSettings(
-        fmt,
+        format_from_args(args),
         args.agoq_grad_reduce,
         args.agoq_grad_node_size,
         args.agoq_grad_probe_interval,

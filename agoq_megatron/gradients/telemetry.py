@@ -17,9 +17,10 @@ class GradientMeter:
         probe_interval: iterations between two measurements of the error; 0 measures none.
 
     Attributes:
-        errors: of every probed iteration, ``{"iteration", "accumulated", "reduced"}``: relative L2 errors
-            of what ranks have accumulated and of what was reduced, over all ranks' samples. None where
-            there is no 8-bit gradient.
+        errors: of every probed iteration, ``{"iteration", "accumulated", "reduced", "arrived"}``: relative L2
+            errors of what ranks have accumulated and of what was reduced, over all ranks' samples; and the
+            share of what all micro-batches but the first have brought that arrived in the codes, 1 where
+            accumulating has no bias. None where there is no 8-bit gradient, or no second micro-batch.
     """
 
     def __init__(self, probe_interval: int = 0):
@@ -50,15 +51,16 @@ class GradientMeter:
         if not self._due(iteration):
             return
         found = [probe.squares for probe in self._probes() if probe.squares is not None]
-        squares = torch.stack(found).sum(0) if found else torch.zeros(4, dtype=torch.float64)
+        squares = torch.stack(found).sum(0) if found else torch.zeros(6, dtype=torch.float64)
         squares = squares.to(next(self._chunks[0].parameters()).device)
         dist.all_reduce(squares)
-        accumulated, exact, reduced, total = squares.tolist()
+        accumulated, exact, reduced, total, arrived, rest = squares.tolist()
         self.errors.append(
             {
                 "iteration": iteration + 1,
                 "accumulated": (accumulated / exact) ** 0.5 if exact else None,
                 "reduced": (reduced / total) ** 0.5 if total else None,
+                "arrived": arrived / rest if rest else None,
             }
         )
 
@@ -97,9 +99,10 @@ class GradientMeter:
         }
 
     def last_errors(self) -> dict[str, float]:
-        """The errors that TensorBoard and W&B get, of all ranks; nothing before the first probe."""
+        """What of these TensorBoard and W&B get; nothing before the first probe."""
         last = self.errors[-1] if self.errors else {}
         found = {f"agoq/gradient-error-{name}": last.get(name) for name in ("accumulated", "reduced")}
+        found["agoq/gradient-share-arrived"] = last.get("arrived")
         return {name: error for name, error in found.items() if error is not None}
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from agoq_kernels.attention import groups_at_a_time
 from agoq_kernels.gradients import BLOCK, segment_bytes
 
-from agoq_megatron.gradients.settings import launched_on_a_node, node_layout
+from agoq_megatron.gradients.settings import format_from_args, launched_on_a_node, node_layout
 from agoq_megatron.memory import ATTENTION_SITES, MLP_SITES, Plan
 from agoq_megatron.optimizer.settings import OptimizerSettings, optimizer_settings_from_args
 from agoq_megatron.planning.in_flight import Schedule
@@ -79,7 +79,7 @@ def schedule_of(args) -> Schedule:
 def gradient_bytes(args, count: Parameters) -> float:
     """Held on a rank from the first micro-batch to the optimizer."""
     if args.agoq_grad_bits == 8:
-        coded = segment_bytes(1) / BLOCK + args.agoq_grad_residual_bits / 8
+        coded = segment_bytes(1) / BLOCK + format_from_args(args).residual_bits / 8
         return (count.matrices + count.embeddings) * coded + 4 * count.vectors
     wide = 2 if args.grad_reduce_in_bf16 else 4
     return wide * count.total

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from agoq_kernels.gradients import BLOCK, NORM_STRETCH, GradientFormat, segment_bytes
+from agoq_kernels import gradients
+from agoq_kernels.gradients import BLOCK, NORM_STRETCH, GradientFormat, is_mirrored, pair_of, segment_bytes
 from agoq_kernels.triton.codec import INTERPRET, MAGIC, ROUND, _centred, _clamp, _nan_max, _word, widen
 from agoq_kernels.triton.launch import Kernel, cdiv
 from agoq_kernels.triton.quantize import signed_key
@@ -13,6 +14,8 @@ from torch import Tensor
 
 BLOCKS = 32  # of a program
 HALF = tl.constexpr(BLOCK // 2)
+ALIKE = tl.constexpr(gradients.ALIKE)
+ANEW = tl.constexpr(gradients.ANEW)
 
 
 @triton.jit
@@ -84,8 +87,10 @@ def load_rows(ptr, index, mask):
 
 
 @triton.jit
-def _round(y, seeds, column, STOCHASTIC: tl.constexpr):
-    if STOCHASTIC:
+def _round(y, seeds, column, STOCHASTIC: tl.constexpr, MIRRORED: tl.constexpr):
+    if STOCHASTIC and MIRRORED:
+        y -= _centred(seeds, column)
+    elif STOCHASTIC:
         y += _centred(seeds, column)
     return (y + ROUND) - ROUND
 
@@ -95,7 +100,7 @@ def _round(y, seeds, column, STOCHASTIC: tl.constexpr):
 def _accumulate_kernel(
     codes_ptr, scales_ptr, residual_ptr, grad_ptr, blocks, first, n, key_a, key_b,
     RESIDUAL: tl.constexpr, STOCHASTIC: tl.constexpr, LEAST_SQUARES: tl.constexpr,
-    WHOLE: tl.constexpr, SEGMENT: tl.constexpr, R: tl.constexpr,
+    MIRRORED: tl.constexpr, WHOLE: tl.constexpr, SEGMENT: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     own = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     mask = own * (2 * HALF) < n
@@ -134,17 +139,20 @@ def _accumulate_kernel(
     inverse = _inverse(new)[:, None]
     y0 = tl.where(inverse > 0, x0 * inverse, 0.0)
     y1 = tl.where(inverse > 0, x1 * inverse, 0.0)
-    seeds = _word(block.to(tl.int32), key_a, key_b)[:, None]
+    seeds = _word(block.to(tl.int32), key_a, key_b)
+    if MIRRORED:
+        seeds = tl.where(tl.abs(new - scale) <= scale * ALIKE, seeds, seeds ^ ANEW)
+    seeds = seeds[:, None]
     if RESIDUAL:
-        t0 = _clamp(_round(y0 * 16.0, seeds, column, STOCHASTIC), -2032.0, 2032.0)
-        t1 = _clamp(_round(y1 * 16.0, seeds, column + HALF, STOCHASTIC), -2032.0, 2032.0)
+        t0 = _clamp(_round(y0 * 16.0, seeds, column, STOCHASTIC, MIRRORED), -2032.0, 2032.0)
+        t1 = _clamp(_round(y1 * 16.0, seeds, column + HALF, STOCHASTIC, MIRRORED), -2032.0, 2032.0)
         q0 = tl.floor((t0 + 8.0) * 0.0625)
         q1 = tl.floor((t1 + 8.0) * 0.0625)
         byte = (t0 - 16.0 * q0 + 8.0) + (t1 - 16.0 * q1 + 8.0) * 16.0
         tl.store(low, (byte + MAGIC).to(tl.int32, bitcast=True).to(tl.uint8), mask=mask[:, None])
     else:
-        q0 = _clamp(_round(y0, seeds, column, STOCHASTIC), -127.0, 127.0)
-        q1 = _clamp(_round(y1, seeds, column + HALF, STOCHASTIC), -127.0, 127.0)
+        q0 = _clamp(_round(y0, seeds, column, STOCHASTIC, MIRRORED), -127.0, 127.0)
+        q1 = _clamp(_round(y1, seeds, column + HALF, STOCHASTIC, MIRRORED), -127.0, 127.0)
     if LEAST_SQUARES:
         square = tl.sum(q0 * q0 + q1 * q1, 1)
         product = tl.sum(y0 * q0 + y1 * q1, 1)
@@ -224,13 +232,13 @@ def accumulate(
     bucket: Tensor, residual: Tensor, blocks: int, first: int, grad: Tensor, fmt: GradientFormat, key: int
 ) -> None:
     """See gradients.accumulate(), for int8."""
-    n = grad.numel()
+    n, stochastic = grad.numel(), fmt.rounding == "stochastic"
     if n:
         _accumulate_kernel[(cdiv(n, BLOCKS * BLOCK),)](
             bucket.view(torch.int8), bucket.view(torch.int16), residual, grad, blocks, first, n,
-            *signed_key(key), RESIDUAL=fmt.residual_bits > 0, STOCHASTIC=fmt.rounding == "stochastic",
-            LEAST_SQUARES=fmt.scale == "least-squares", WHOLE=n % BLOCK == 0, SEGMENT=segment_bytes(1),
-            R=BLOCKS, num_warps=4, enable_fp_fusion=False,
+            *signed_key(pair_of(key)), RESIDUAL=fmt.residual_bits > 0, STOCHASTIC=stochastic,
+            LEAST_SQUARES=fmt.scale == "least-squares", MIRRORED=stochastic and is_mirrored(key),
+            WHOLE=n % BLOCK == 0, SEGMENT=segment_bytes(1), R=BLOCKS, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
 
 

@@ -24,6 +24,24 @@ def test_it_follows_the_clock_of_a_foreign_loop(seed):
     assert len(set(keys)) == len(keys)
 
 
+def test_keys_in_pairs(seed):
+    """An even key and the next one, in turn; another pair after that, and in every iteration and site."""
+    counter = RoundingCounter()
+    counter.seed(seed)
+    pairs = []
+    for iteration in (0, 1):
+        counter.begin_iteration(iteration)
+        for site in ("a", "b"):
+            keys = [counter.paired_key(0, site) for _ in range(5)]
+            assert [key - keys[0] for key in keys[:2]] == [0, 1] and keys[3] == keys[2] + 1
+            pairs += keys[::2]
+    assert all(key % 2 == 0 for key in pairs) and len(set(pairs)) == len(pairs)
+    again = RoundingCounter()  # resumed in the second iteration
+    again.seed(seed)
+    again.begin_iteration(1)
+    assert [again.paired_key(0, "a") for _ in range(5)][::2] == pairs[6:9]
+
+
 def test_without_megatrons_arguments_there_is_no_clock(monkeypatch):
     from megatron.training import global_vars
 

@@ -13,6 +13,7 @@ from launch import spawn_ranks
 from agoq_megatron.gradients.bucket import GradientBucket, Hops
 from agoq_megatron.gradients.settings import node_layout
 
+DEFAULT = GradientFormat(residual_bits=4, rounding="stochastic")
 SIZES = ((7, 33), (BLOCK * 5,), (1,), (19, 64), (3, 3, 3))
 
 
@@ -28,7 +29,7 @@ def on_a_rank(rank: int, world: int, store: str, seed: int) -> None:
         if world == 4
     }
     hops = Hops(two["within"][rank // 2], two["between"][rank % 2]) if two else None
-    for fmt in (GradientFormat(), GradientFormat(residual_bits=4), GradientFormat(code="e4m3")):
+    for fmt in (GradientFormat(), DEFAULT, GradientFormat(code="e4m3")):
         reduce(rank, world, seed, fmt, None)
         if hops:
             reduce(rank, world, seed, fmt, hops)
@@ -67,6 +68,7 @@ def reduce(rank: int, world: int, seed: int, fmt: GradientFormat, hops: Hops | N
                         bucket.add(start, grad, key=micro_batch)
         quantized = 0.08 if fmt.code == "e4m3" else 0.02
         assert error(bucket.read(0, numel), own) < quantized
+        assert_single_blocks(bucket)
         bucket.scale(0.5)
         bucket.scale(torch.tensor(4.0))
         share = round_ == 1
@@ -78,6 +80,7 @@ def reduce(rank: int, world: int, seed: int, fmt: GradientFormat, hops: Hops | N
         mine = rank * bucket.part, (rank + 1) * bucket.part
         assert (first, last) == ((0, numel) if share or world == 1 else mine)
         got = bucket.read(first, last - first)
+        assert_single_blocks(bucket)
         if exact[first:last].any():
             assert error(got, exact[first:last] / world) < (1.5 if share else 1.0) * quantized
             assert error(bucket.norms(first, last - first).norm(), got.double().norm()) < 1e-5
@@ -101,6 +104,14 @@ def reduce(rank: int, world: int, seed: int, fmt: GradientFormat, hops: Hops | N
         bucket.add(0, torch.tensor([1.0, float("nan")]))
     bucket.reduce(share=True).wait()
     assert bucket.read(0, BLOCK).isnan().all() and bucket.read(BLOCK, BLOCK).isfinite().all()
+
+
+def assert_single_blocks(bucket: GradientBucket) -> None:
+    """Every second block that can be read, from the last one on, as they are read together."""
+    first, last = bucket.readable()
+    blocks = torch.arange(first // BLOCK, last // BLOCK).flip(0)[::2]
+    whole = bucket.read(first, last - first).view(-1, BLOCK)
+    assert torch.equal(bucket.read_blocks(blocks), whole[blocks - first // BLOCK])
 
 
 def reduce_again(rank: int, world: int, seed: int, share: bool) -> None:

@@ -37,7 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 NAMES = [
     "dp4 tp1 pp1 m1 overlap",
     "dp2 tp1 pp1 m4",
-    "dp2 tp1 pp1 m4 residual",
+    "dp2 tp1 pp1 m4 no residual",
     "dp2 tp1 pp1 m4 distributed overlap adam",
     "dp4 tp1 pp1 m4 distributed overlap two-hop",
     "dp2 tp2 pp1 m1 distributed",
@@ -196,7 +196,7 @@ def test_trains_as_stock(found, name):
 @whole_runs
 def test_a_residual_makes_it_more_precise(found):
     """The bounds leave room; this does not: what is accumulated without loss shows in the end."""
-    plain, residual = (found["rows"][f"dp2 tp1 pp1 m4{rest}"] for rest in ("", " residual"))
+    residual, plain = (found["rows"][f"dp2 tp1 pp1 m4{rest}"] for rest in ("", " no residual"))
     assert residual["error"] < plain["error"]
 
 
@@ -217,17 +217,17 @@ def test_bad_numbers_are_refused_where_that_is_asked_for(found):
 @whole_runs
 @pytest.mark.parametrize("kind", WATCHED)
 def test_bytes_of_gradients(found, kind):
-    """About one a parameter: at the most while the buffers are made, by their own count, and, after each
-    step, by what exists less than with stock gradients of 4 bytes."""
+    """About one and a half a parameter, with the residual: at the most while the buffers are made, by their
+    own count, and, after each step, by what exists less than with stock gradients of 4 bytes."""
     for rank, stock in zip(found["watched"][kind], found["stock"][kind], strict=True):
         numel = rank["numel"]
         # The parameters move to a buffer of their own, also in stock Megatron.
         parameters = 4 * numel if kind == "distributed" else 0
-        assert rank["constructed"] - parameters < 1.05 * numel
+        assert rank["constructed"] - parameters < 1.55 * numel
         assert stock["constructed"] - parameters >= 4 * numel  # this is what the measurement sees
-        assert all(numel < said < 1.05 * numel for said in rank["said"])
+        assert all(1.5 * numel < said < 1.55 * numel for said in rank["said"])
         for live, more in zip(rank["live"], stock["live"], strict=True):
-            assert 4 * numel - (more - live) < 1.05 * numel
+            assert 4 * numel - (more - live) < 1.55 * numel
 
 
 # --- The comparison -------------------------------------------------------------------------------

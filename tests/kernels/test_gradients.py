@@ -131,6 +131,41 @@ def test_least_squares_is_no_worse(rng):
     assert errors["least-squares"] <= errors["absmax"]
 
 
+def test_odd_keys_mirror_the_draws_of_even_ones(rng):
+    """Where the scale stays, what one rounds up the other rounds down: two numbers half-way between steps get
+    one step together, and a fresh even key gives other draws. A scale that doubles is drawn for anew."""
+    fmt, blocks = GradientFormat(residual_bits=4, rounding="stochastic"), 40
+    unit = 1 / 2048
+
+    def drawn(key: int, largest: float) -> torch.Tensor:
+        """Of numbers of 100.5 units: whether each was rounded up."""
+        bucket, residual = empty(1, blocks, fmt)
+        start = torch.zeros(blocks, BLOCK)
+        start[:, 0] = 127 * 16 * unit
+        accumulate(bucket, residual, blocks, 0, start.flatten(), fmt, 2)
+        more = torch.full((blocks, BLOCK), 100.5 * unit * largest)
+        more[:, 0] = 127 * 16 * unit * (largest - 1)
+        accumulate(bucket, residual, blocks, 0, more.flatten(), fmt, key)
+        fine = residual.view(-1, BLOCK // 2)
+        return torch.cat((fine & 15, fine >> 4), -1)[:, 1:] == 5 + 8  # 101 = 6 * 16 + 5
+
+    even, odd, other = drawn(6, 1), drawn(7, 1), drawn(8, 1)
+    assert torch.equal(even, ~odd) and 0.4 < even.float().mean() < 0.6
+    for far in ((even, other), (drawn(6, 2), drawn(7, 2))):
+        assert 0.4 < (far[0] == far[1]).float().mean() < 0.6
+
+
+def test_single_blocks(rng):
+    """Blocks of several segments, in any order, as the sums give them."""
+    blocks, fmt = 9, GradientFormat()
+    bucket, residual = empty(3, blocks, fmt)
+    accumulate(bucket, residual, blocks, 1, torch.randn(25 * BLOCK, generator=rng), fmt)
+    chosen = torch.randperm(3 * blocks, generator=rng)[:11]
+    place = bucket.view(3, -1), blocks, chosen // blocks, chosen % blocks
+    got = gradients.block_values(*place, "int8")
+    assert torch.equal(got, whole(bucket, blocks).view(-1, BLOCK)[chosen])
+
+
 def test_tiny_and_huge(rng):
     for size in (1e-30, 1e-35, 1e30, 3e38):
         grad = (torch.rand(BLOCK, generator=rng) - 0.5) * 2 * size
@@ -159,11 +194,20 @@ def test_triton_gives_the_same_bytes(rng, fmt, dtype):
     blocks = 21
     expected = empty(3, blocks, fmt)
     got = tuple(t.clone().to(DEVICE) for t in expected)
-    for step, (first, n) in enumerate(((0, 21 * BLOCK), (7, 40 * BLOCK + 5), (62, 3), (7, 40 * BLOCK))):
-        grad = (torch.randn(n, generator=rng) * 10.0 ** (step - 2)).to(dtype)
+    # The last two leave most scales nearly as they are: there the draws of an odd key are mirrored.
+    places = (
+        (0, 21 * BLOCK),
+        (7, 40 * BLOCK + 5),
+        (62, 3),
+        (7, 40 * BLOCK),
+        (0, 47 * BLOCK),
+        (3, 44 * BLOCK),
+    )
+    for step, ((first, n), size) in enumerate(zip(places, (0.01, 0.1, 1.0, 10.0, 0.5, 0.5), strict=True)):
+        grad = (torch.randn(n, generator=rng) * size).to(dtype)
         if step == 1:
             grad[[5, 900]] = torch.tensor([float("nan"), float("inf")], dtype=dtype)
-        key = int(torch.randint(0, 2**62, (), generator=rng))
+        key = int(torch.randint(0, 2**62, (), generator=rng)) & ~1 | step & 1
         gradients._accumulate(*expected, blocks, first, grad, fmt, key)
         kernels.accumulate(*got, blocks, first, grad.to(DEVICE), fmt, key)
         mine, own = got[0].cpu(), expected[0]

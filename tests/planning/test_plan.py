@@ -40,12 +40,13 @@ RUNS = {
 
 # One H100 80GB, scripts/bench_step.py; docs/performance.md names the raw results. (model, flags, MiB)
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+CODES_ALONE = "--agoq-grad-bits 8 --agoq-grad-residual-bits 0"  # the default when most of this was measured
 MEASURED = {
     "off": ("llama3-8b", "--agoq-activations off", 53577),
     "agoq": ("llama3-8b", "", 39865),
-    "8-bit gradients": ("llama3-8b", "--agoq-grad-bits 8", 34183),
-    "residual": ("llama3-8b", "--agoq-grad-bits 8 --agoq-grad-residual-bits 4", 35363),
-    "8-bit gradients and states": ("llama3-8b", "--agoq-grad-bits 8 --agoq-optimizer-bits 8", 19733),
+    "8-bit gradients": ("llama3-8b", CODES_ALONE, 34183),
+    "residual": ("llama3-8b", "--agoq-grad-bits 8", 35363),
+    "8-bit gradients and states": ("llama3-8b", f"{CODES_ALONE} --agoq-optimizer-bits 8", 19733),
     "7B, off": ("llama2-7b", "--agoq-activations off", 50457),
     "7B, agoq": ("llama2-7b", "", 38068),
     "13B, off": ("llama2-13b", "--agoq-activations off", 71673),
@@ -73,7 +74,7 @@ MEASURED = {
     ),
     "LLaMA-3-8B whole, all in 8 bits": (
         "llama3-8b", "--num-layers 32 --vocab-size 128256 --micro-batch-size 1 --agoq-loss-chunks 8 "
-        "--agoq-grad-bits 8 --agoq-optimizer-bits 8", 63306,
+        f"{CODES_ALONE} --agoq-optimizer-bits 8", 63306,
     ),
 }  # fmt: skip
 
@@ -137,7 +138,8 @@ def flags_on_two_gpus(layout: str, row: str) -> list[str]:
     import bench_step
 
     shape, rows, flags = bench_gpus.layouts(2, tiny=False)[layout]
-    run = ["--nproc-per-node", "2", *shape, "--run", f"{row}={rows[row]}", "--logs", "."]
+    measured = rows[row].replace("--agoq-grad-bits 8", CODES_ALONE)
+    run = ["--nproc-per-node", "2", *shape, "--run", f"{row}={measured}", "--logs", "."]
     args = bench_step.parse_arguments([*run, "--", *flags.split()])
     command = bench_step.build_command(args, row, row, args.shape, iterations=10)
     return command[command.index(str(bench_step.ROOT / "pretrain_gpt_agoq.py")) + 1 :]
@@ -240,7 +242,7 @@ def test_a_large_run(tmp_path):
     # 17U of a token and layer in exact form; U is cut by the eight tensor-parallel ranks.
     assert first["saved activations"] == pytest.approx(17 * 2 * 8192 / 8 * 8192 * 10 * 11, rel=0.03)
     reduced = report["kinds"]["A + G + O"]["stages"][0]["parts"]
-    assert reduced["gradients"] == pytest.approx(1.031 * plain[0]["parameters"], rel=0.01)
+    assert reduced["gradients"] == pytest.approx(1.531 * plain[0]["parameters"], rel=0.01)
     assert report["kinds"]["A"]["largest"]["sequence"] > 3 * report["kinds"]["BF16"]["largest"]["sequence"]
     assert figure.stat().st_size > 10_000
     assert "Side by side" in run.stdout and "all-gather of weights" in run.stdout
