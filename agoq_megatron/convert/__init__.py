@@ -1,4 +1,4 @@
-"""Checkpoints to and from Hugging Face's LLaMA: ``python -m agoq_megatron.convert.to_hf`` and ``.from_hf``.
+"""Hugging Face's LLaMA and Qwen2, to and from: ``python -m agoq_megatron.convert.to_hf``, ``.from_hf``.
 
 Both work on files alone, in one process, without a GPU and without building a model: a layer's tensors are in
 memory at a time (``to_hf``: a shard's, 5 GB), so that the size of the model does not matter.

@@ -1,4 +1,4 @@
-"""What a LLaMA is, as Megatron's arguments say it and as Hugging Face's ``config.json`` does.
+"""What a LLaMA or Qwen2 is, as Megatron's arguments say it and as Hugging Face's ``config.json`` does.
 
 What one of the two cannot express is refused by name: a checkpoint that loads and computes something else
 would be worse than none.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from agoq_megatron.refusals import Check, UsageError, is_set
 
@@ -19,56 +20,63 @@ LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max
 _SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 """Without a default in Hugging Face's files, which always hold them."""
 
+_POSITIONS = {"llama": 2048, "qwen2": 32768}
+"""``max_position_embeddings`` of a ``config.json`` without it, by ``model_type``: the types carried here."""
+
+Biases = Literal["none", "qkv", "all"]
+_CLASSES = {"none": "LlamaForCausalLM", "qkv": "Qwen2ForCausalLM", "all": "LlamaForCausalLM"}
+
 
 def _other_than(*values: object):
     return lambda value: value not in values
 
 
-_NOT_LLAMA: tuple[Check, ...] = (
-    ("normalization", _other_than("RMSNorm"), "--normalization", "LLaMA's norms are RMSNorm"),
-    ("swiglu", lambda v: not v, "--swiglu", "LLaMA's MLP is SwiGLU; this one is not"),
+_NOT_CARRIED: tuple[Check, ...] = (
+    ("normalization", _other_than("RMSNorm"), "--normalization", "its norms are RMSNorm"),
+    ("swiglu", lambda v: not v, "--swiglu", "its MLP is SwiGLU, and this one is not"),
     (
         "position_embedding_type", _other_than("rope"), "--position-embedding-type",
-        "LLaMA has rotary positions (rope)",
+        "it has rotary positions (rope)",
     ),
     ("rope_type", _other_than("rope"), "--rope-type", "only plain rotary positions are converted"),
-    ("rotary_percent", _other_than(1.0), "--rotary-percent", "LLaMA rotates the whole head"),
-    ("rotary_interleaved", is_set, "--rotary-interleaved", "LLaMA rotates a head's halves, not pairs"),
+    ("rotary_percent", _other_than(1.0), "--rotary-percent", "it rotates the whole head"),
+    ("rotary_interleaved", is_set, "--rotary-interleaved", "it rotates a head's halves, not pairs"),
     (
         "rotary_seq_len_interpolation_factor", _other_than(1), "--rotary-seq-len-interpolation-factor",
         "interpolated positions are not converted",
     ),
-    ("no_rope_freq", is_set, "--no-rope-freq", "every layer of LLaMA has rotary positions"),
-    ("layernorm_zero_centered_gamma", is_set, "--apply-layernorm-1p", "LLaMA's norms multiply by the weight"),
-    ("apply_layernorm_1p", is_set, "--apply-layernorm-1p", "LLaMA's norms multiply by the weight"),
-    ("qk_layernorm", is_set, "--qk-layernorm", "LLaMA has no norms on query and key"),
-    ("qk_l2_norm", is_set, "--qk-l2-norm", "LLaMA has no norms on query and key"),
+    ("no_rope_freq", is_set, "--no-rope-freq", "every layer has rotary positions"),
+    ("layernorm_zero_centered_gamma", is_set, "--apply-layernorm-1p", "its norms multiply by the weight"),
+    ("apply_layernorm_1p", is_set, "--apply-layernorm-1p", "its norms multiply by the weight"),
+    ("qk_layernorm", is_set, "--qk-layernorm", "it has no norms on query and key"),
+    ("qk_l2_norm", is_set, "--qk-l2-norm", "it has no norms on query and key"),
     (
         "apply_residual_connection_post_layernorm", is_set, "--apply-residual-connection-post-layernorm",
-        "LLaMA takes the residual before the norm",
+        "it takes the residual before the norm",
     ),
-    ("num_experts", is_set, "--num-experts", "a mixture of experts is no LLaMA"),
-    ("multi_latent_attention", is_set, "--multi-latent-attention", "LLaMA's attention is another"),
-    ("attention_output_gate", is_set, "--attention-output-gate", "LLaMA's attention has no gate"),
-    ("softmax_type", _other_than("vanilla"), "--softmax-type", "LLaMA's softmax is the vanilla one"),
-    ("window_size", is_set, "--window-size", "LLaMA attends to the whole past"),
-    ("mtp_num_layers", is_set, "--mtp-num-layers", "LLaMA predicts one token"),
-    ("hybrid_layer_pattern", is_set, "--hybrid-layer-pattern", "LLaMA has transformer layers only"),
+    ("num_experts", is_set, "--num-experts", "it has no experts"),
+    ("multi_latent_attention", is_set, "--multi-latent-attention", "its attention is another"),
+    ("attention_output_gate", is_set, "--attention-output-gate", "its attention has no gate"),
+    ("softmax_type", _other_than("vanilla"), "--softmax-type", "its softmax is the vanilla one"),
+    ("window_size", is_set, "--window-size", "it attends to the whole past"),
+    ("mtp_num_layers", is_set, "--mtp-num-layers", "it predicts one token"),
+    ("hybrid_layer_pattern", is_set, "--hybrid-layer-pattern", "it has transformer layers only"),
     (
         "heterogeneous_layers_config_path", is_set, "--heterogeneous-layers-config-path",
-        "LLaMA's layers are alike",
+        "its layers are alike",
     ),
-    ("use_mup", is_set, "--use-mup", "LLaMA has no multipliers"),
-    ("glu_linear_offset", is_set, "--glu-linear-offset", "LLaMA's MLP has no offset"),
-    ("activation_func_clamp_value", is_set, "--activation-func-clamp-value", "LLaMA's MLP is not clamped"),
-    ("squared_relu", is_set, "--squared-relu", "LLaMA's MLP is SwiGLU"),
-    ("quick_geglu", is_set, "--quick-geglu", "LLaMA's MLP is SwiGLU"),
+    ("use_mup", is_set, "--use-mup", "it has no multipliers"),
+    ("glu_linear_offset", is_set, "--glu-linear-offset", "its MLP has no offset"),
+    ("activation_func_clamp_value", is_set, "--activation-func-clamp-value", "its MLP is not clamped"),
+    ("squared_relu", is_set, "--squared-relu", "its MLP is SwiGLU"),
+    ("quick_geglu", is_set, "--quick-geglu", "its MLP is SwiGLU"),
 )  # fmt: skip
+"""What neither class of Hugging Face's computes. With these the errors end in its class's name."""
 
 
 @dataclass(frozen=True)
-class Llama:
-    """A LLaMA without its weights.
+class Architecture:
+    """A LLaMA or Qwen2 without its weights. Which of them, its biases say.
 
     Attributes:
         layers, hidden, ffn, heads, groups, head_dim: sizes; groups are the key/value heads.
@@ -77,7 +85,8 @@ class Llama:
         epsilon: of the norms.
         rope_base: base of the rotary frequencies.
         rope_factor: LLaMA 3.1's scaling of long wavelengths, or None.
-        biases: every linear layer but the output has a bias.
+        biases: which linear layers have one: "none", "qkv" (query, key and value: Qwen2), or "all" but the
+            output layer.
         tied: the output layer's weight is the embedding's.
     """
 
@@ -92,8 +101,13 @@ class Llama:
     epsilon: float
     rope_base: int
     rope_factor: float | None
-    biases: bool
+    biases: Biases
     tied: bool
+
+    @property
+    def hf_class(self) -> str:
+        """The model's class in transformers."""
+        return _CLASSES[self.biases]
 
     def megatron_args(self) -> dict:
         """Megatron's arguments, by attribute."""
@@ -114,8 +128,8 @@ class Llama:
             "rotary_interleaved": False,
             "use_rope_scaling": self.rope_factor is not None,
             "rope_scaling_factor": self.rope_factor or 8.0,
-            "add_bias_linear": self.biases,
-            "add_qkv_bias": False,
+            "add_bias_linear": self.biases == "all",
+            "add_qkv_bias": self.biases == "qkv",
             "swiglu": True,
             "normalization": "RMSNorm",
             "layernorm_epsilon": self.epsilon,
@@ -145,14 +159,16 @@ class Llama:
             flags += ["--group-query-attention", "--num-query-groups", str(self.groups)]
         if self.rope_factor is not None:
             flags += ["--use-rope-scaling", "--rope-scaling-factor", str(self.rope_factor)]
-        if not self.biases:
+        if self.biases != "all":
             flags += ["--disable-bias-linear"]
+        if self.biases == "qkv":
+            flags += ["--add-qkv-bias"]
         if not self.tied:
             flags += ["--untie-embeddings-and-output-weights"]
         return flags
 
     def hf_config(self, dtype: str, **tokens: int | list[int] | None) -> dict:
-        """``config.json`` for transformers 4.43 and newer.
+        """``config.json`` for transformers 4.43 and newer (Qwen2: 4.48).
 
         Args:
             dtype: "bfloat16", "float16" or "float32".
@@ -161,9 +177,14 @@ class Llama:
         scaling = None
         if self.rope_factor is not None:
             scaling = {"rope_type": "llama3", "factor": self.rope_factor, **LLAMA3_SCALING}
+        if self.biases == "qkv":
+            # All layers attend to the whole past, by either of the readings that max_window_layers has had.
+            own = {"use_sliding_window": False, "sliding_window": None, "max_window_layers": self.layers}
+        else:
+            own = {"attention_bias": self.biases == "all", "mlp_bias": self.biases == "all"}
         return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
+            "architectures": [self.hf_class],
+            "model_type": "qwen2" if self.biases == "qkv" else "llama",
             "num_hidden_layers": self.layers,
             "hidden_size": self.hidden,
             "intermediate_size": self.ffn,
@@ -178,38 +199,34 @@ class Llama:
             "rope_scaling": scaling,
             "torch_dtype": dtype,
             "hidden_act": "silu",
-            "attention_bias": self.biases,
-            "mlp_bias": self.biases,
             "attention_dropout": 0.0,
             "tie_word_embeddings": self.tied,
             "use_cache": True,
             "bos_token_id": None,
             "eos_token_id": None,
+            **own,
         } | tokens
 
 
-def llama_from_args(args: Namespace, vocabulary: int) -> Llama:
+def architecture_from_args(args: Namespace, vocabulary: int) -> Architecture:
     """From the arguments that Megatron has saved in a checkpoint.
 
     Raises:
-        UsageError: what ``LlamaForCausalLM`` cannot compute, by its flag.
+        UsageError: what Hugging Face's class cannot compute, by its flag.
     """
-    for attribute, refused, flag, why in _NOT_LLAMA:
+    biases: Biases = "all" if args.add_bias_linear else "qkv" if args.add_qkv_bias else "none"
+    hf_class = _CLASSES[biases]
+    for attribute, refused, flag, why in _NOT_CARRIED:
         value = getattr(args, attribute, None)
         if value is not None and refused(value):
-            raise UsageError(f"{flag}: {why}. LlamaForCausalLM cannot hold this model.")
-    if args.add_qkv_bias and not args.add_bias_linear:
+            raise UsageError(f"{flag}: {hf_class} cannot hold this model: {why}.")
+    if biases != "qkv" and args.hidden_size % args.num_attention_heads:
         raise UsageError(
-            "--add-qkv-bias: LlamaForCausalLM has biases on query, key, value and output together, "
-            "or on none. It cannot hold this model."
-        )
-    if args.hidden_size % args.num_attention_heads:
-        raise UsageError(
-            f"--hidden-size {args.hidden_size}: LlamaForCausalLM takes multiples of --num-attention-heads "
+            f"--hidden-size {args.hidden_size}: {hf_class} takes multiples of --num-attention-heads "
             f"{args.num_attention_heads} only. It cannot hold this model."
         )
     grouped = args.group_query_attention
-    return Llama(
+    return Architecture(
         layers=args.num_layers,
         hidden=args.hidden_size,
         ffn=args.ffn_hidden_size,
@@ -221,12 +238,12 @@ def llama_from_args(args: Namespace, vocabulary: int) -> Llama:
         epsilon=args.layernorm_epsilon,
         rope_base=args.rotary_base,
         rope_factor=args.rope_scaling_factor if args.use_rope_scaling else None,
-        biases=args.add_bias_linear,
+        biases=biases,
         tied=not args.untie_embeddings_and_output_weights,
     )
 
 
-def llama_from_hf(config: Mapping) -> Llama:
+def architecture_from_hf(config: Mapping) -> Architecture:
     """From Hugging Face's ``config.json``, of transformers 4 (``rope_theta``, ``rope_scaling``) or 5
     (``rope_parameters``).
 
@@ -238,21 +255,27 @@ def llama_from_hf(config: Mapping) -> Llama:
         if not holds:
             raise UsageError(f"config.json: {key} is {config.get(key)!r}; {why}.")
 
-    refuse_unless(config.get("model_type") == "llama", "model_type", "only LLaMA's class is converted")
+    kind = config.get("model_type")
+    refuse_unless(kind in _POSITIONS, "model_type", "only 'llama' and 'qwen2' are converted")
     refuse_unless(config.get("hidden_act", "silu") == "silu", "hidden_act", "Megatron's --swiglu is silu")
     refuse_unless(
         not config.get("quantization_config"), "quantization_config", "save the model in 16 or 32 bits first"
     )
-    attention_bias, mlp_bias = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
-    refuse_unless(
-        attention_bias == mlp_bias, "attention_bias" if attention_bias else "mlp_bias",
-        "Megatron has biases in attention and MLP together, or in neither",
-    )  # fmt: skip
+    if kind == "qwen2":
+        biases: Biases = "qkv"
+        _refuse_windows(config)
+    else:
+        attention_bias, mlp_bias = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
+        refuse_unless(
+            attention_bias == mlp_bias, "attention_bias" if attention_bias else "mlp_bias",
+            "Megatron has biases in attention and MLP together, in neither, or on query, key and value alone",
+        )  # fmt: skip
+        biases = "all" if attention_bias else "none"
     for key in _SIZES:
         refuse_unless(isinstance(config.get(key), int), key, "a size of the model is needed")
     base, factor = _rope(config)
     heads = config["num_attention_heads"]
-    return Llama(
+    return Architecture(
         layers=config["num_hidden_layers"],
         hidden=config["hidden_size"],
         ffn=config["intermediate_size"],
@@ -260,13 +283,26 @@ def llama_from_hf(config: Mapping) -> Llama:
         groups=config.get("num_key_value_heads") or heads,
         head_dim=config.get("head_dim") or config["hidden_size"] // heads,
         vocabulary=config["vocab_size"],
-        positions=config.get("max_position_embeddings", 2048),
+        positions=config.get("max_position_embeddings", _POSITIONS[kind]),
         epsilon=config.get("rms_norm_eps", 1e-6),
         rope_base=base,
         rope_factor=factor,
-        biases=attention_bias,
+        biases=biases,
         tied=bool(config.get("tie_word_embeddings", False)),
     )
+
+
+def _refuse_windows(config: Mapping) -> None:
+    """Qwen2's attention to a window of the past, which is off in the models as they are published."""
+    remedy = "these layers attend to the whole past. Switch it off if the model was trained without"
+    if config.get("use_sliding_window"):
+        raise UsageError(
+            f"config.json: use_sliding_window is {config['use_sliding_window']} (sliding_window "
+            f"{config.get('sliding_window')}, max_window_layers {config.get('max_window_layers')}); {remedy}."
+        )
+    kinds = set(config.get("layer_types") or ()) - {"full_attention"}
+    if kinds:
+        raise UsageError(f"config.json: layer_types is {', '.join(sorted(kinds))} in places; {remedy}.")
 
 
 def _rope(config: Mapping) -> tuple[int, float | None]:
@@ -284,7 +320,8 @@ def _rope(config: Mapping) -> tuple[int, float | None]:
     if kind != "llama3":
         raise UsageError(
             f"config.json: rope_type is {kind!r}; Megatron's --use-rope-scaling is 'llama3', and without it "
-            "positions are not scaled."
+            "positions are not scaled. Where a model is meant for use without it too, as Qwen2.5 is up to "
+            "32,768 tokens, take it out of config.json."
         )
     for key, fixed in LLAMA3_SCALING.items():
         if rope.get(key) != fixed:

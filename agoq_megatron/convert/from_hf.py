@@ -1,4 +1,4 @@
-"""Write a Hugging Face LLaMA as a checkpoint that training starts from.
+"""Write a Hugging Face LLaMA or Qwen2 as a checkpoint that training starts from.
 
     python -m agoq_megatron.convert.from_hf --input DIR --output CKPT
 
@@ -17,7 +17,7 @@ import argparse
 import shlex
 from pathlib import Path
 
-from agoq_megatron.convert.architecture import llama_from_hf
+from agoq_megatron.convert.architecture import architecture_from_hf
 from agoq_megatron.convert.hf_store import ModelReader, copy_tokenizer, load_tokenizer
 from agoq_megatron.convert.megatron_store import RELEASE, Source, write_checkpoint
 from agoq_megatron.convert.output import check_output, quiet_imports, run_command, whole_folder
@@ -25,8 +25,9 @@ from agoq_megatron.convert.weights import Weight, model_weights
 from agoq_megatron.refusals import UsageError
 
 FLAGS = "megatron_flags.txt"
-VOCABULARY_MULTIPLE = 1024
-"""Megatron pads a vocabulary to a multiple of 128 times the tensor-parallel ranks: 8 of them are usual."""
+VOCABULARY_MULTIPLES = 128, 1024
+"""Megatron pads a vocabulary to a multiple of 128 times the tensor-parallel ranks. A model's rows stay as
+they are where they are a multiple of the first (Qwen2.5's 151,936); others grow to one of the second."""
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -47,14 +48,14 @@ def convert(options: argparse.Namespace) -> list[str]:
         raise UsageError(f"--input: {options.input} is no folder. (Models are not downloaded here.)")
     check_output(options.output, options.overwrite, made_by_us=RELEASE)
     with ModelReader(options.input) as reader:
-        llama = llama_from_hf(reader.config)
-        weights = model_weights(llama)
-        reader.check({name: shape for w in weights for name, shape in w.parts.items()}, llama.tied)
+        model = architecture_from_hf(reader.config)
+        weights = model_weights(model)
+        reader.check({name: shape for w in weights for name, shape in w.parts.items()}, model.tied)
         sources = [_source(reader, weight) for weight in weights]
         with whole_folder(options.output) as folder:
-            tokenizer = _tokenizer(options.input, folder, options.output, llama.vocabulary)
+            tokenizer = _tokenizer(options.input, folder, options.output, model.vocabulary)
             args = argparse.Namespace(
-                **llama.megatron_args(),
+                **model.megatron_args(),
                 **{flag.lstrip("-").replace("-", "_"): value for flag, value in tokenizer.items()},
                 # Megatron asks a checkpoint's arguments for these.
                 tensor_model_parallel_size=1,
@@ -65,8 +66,8 @@ def convert(options: argparse.Namespace) -> list[str]:
                 no_save_rng=True,
                 ckpt_format="torch_dist",
             )
-            write_checkpoint(folder, sources, llama.layers, args)
-            flags = llama.flags() + [str(word) for pair in tokenizer.items() for word in pair]
+            write_checkpoint(folder, sources, model.layers, args)
+            flags = model.flags() + [str(word) for pair in tokenizer.items() for word in pair]
             (folder / FLAGS).write_text(shlex.join(flags) + "\n")
     print(
         f"{options.output}: {sum(w.numel for w in weights):,} parameters in {sources[0].dtype}. Flags of the "
@@ -98,7 +99,8 @@ def _tokenizer(source: Path, folder: Path, final: Path, vocabulary: int) -> dict
         raise UsageError(f"--input: the tokenizer has {tokens} tokens, the model rows for {vocabulary}.")
     if tokens < vocabulary:
         # The model would get a row for each of the tokenizer's tokens only.
-        rows = -(-vocabulary // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+        enough, usual = VOCABULARY_MULTIPLES
+        rows = vocabulary if vocabulary % enough == 0 else -(-vocabulary // usual) * usual
         flags["--padded-vocab-size"] = rows
     return flags
 

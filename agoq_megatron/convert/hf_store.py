@@ -29,34 +29,35 @@ class ModelReader:
         config: ``config.json``.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, flag: str = "--input"):
+        """``flag`` named the folder; errors begin with it."""
         from safetensors import SafetensorError, safe_open
 
-        self.folder = folder
+        self.folder, self.flag = folder, flag
         if not (folder / CONFIG).is_file():
-            raise UsageError(f"--input: {folder} has no config.json: no folder of a Hugging Face model.")
-        self.config = _read_json(folder / CONFIG)
+            raise UsageError(f"{flag}: {folder} has no config.json: no folder of a Hugging Face model.")
+        self.config = _read_json(folder / CONFIG, flag)
         if (folder / INDEX).is_file():
-            index = _read_json(folder / INDEX).get("weight_map")
+            index = _read_json(folder / INDEX, flag).get("weight_map")
             if not isinstance(index, dict):
-                raise UsageError(f"--input: {folder / INDEX} has no weight_map.")
+                raise UsageError(f"{flag}: {folder / INDEX} has no weight_map.")
             files = sorted(set(index.values()))
         elif (folder / SINGLE).is_file():
             files = [SINGLE]
         else:
             raise UsageError(
-                f"--input: {folder} has no safetensors files. If it has others, load it with transformers "
+                f"{flag}: {folder} has no safetensors files. If it has others, load it with transformers "
                 "and write it by save_pretrained(), which makes such files."
             )
         self._stack = contextlib.ExitStack()
         self._file_of = {}
         for file in files:
             if not (folder / file).is_file():
-                raise UsageError(f"--input: {folder / file}, which the index names, is missing.")
+                raise UsageError(f"{flag}: {folder / file}, which the index names, is missing.")
             try:
                 opened = self._stack.enter_context(safe_open(folder / file, framework="pt"))
             except SafetensorError as problem:  # a download that was cut, say
-                raise UsageError(f"--input: {folder / file} cannot be read: {problem}.") from problem
+                raise UsageError(f"{flag}: {folder / file} cannot be read: {problem}.") from problem
             self._file_of |= dict.fromkeys(opened.keys(), opened)
 
     def __enter__(self) -> ModelReader:
@@ -75,7 +76,7 @@ class ModelReader:
         found = {self._slice(name).get_dtype() for name in names}
         if len(found) > 1 or not found <= _DTYPES.keys():
             raise UsageError(
-                f"--input: {', '.join(names)} are of {', '.join(sorted(found))}; one of "
+                f"{self.flag}: {', '.join(names)} are of {', '.join(sorted(found))}; one of "
                 f"{', '.join(_DTYPES)} is needed."
             )
         return _DTYPES[found.pop()]
@@ -89,22 +90,24 @@ class ModelReader:
         for name, shape in parts.items():
             stored = tuple(self._slice(name).get_shape())
             if stored != shape:
-                raise UsageError(f"--input: {name} has the shape {stored}; by config.json {shape} is due.")
+                raise UsageError(
+                    f"{self.flag}: {name} has the shape {stored}; by config.json {shape} is due."
+                )
         known = parts.keys() | ({"lm_head.weight"} if tied else set())
         left = [name for name in self._file_of if name not in known and not name.endswith(_IGNORED)]
         if left:
-            raise UsageError(f"--input: LLaMA has no place for {', '.join(sorted(left)[:5])}.")
+            raise UsageError(f"{self.flag}: the model has no place for {', '.join(sorted(left)[:5])}.")
 
     def read(self, names: Iterable[str]) -> list[Tensor]:
         return [self._file_of[name].get_tensor(name) for name in names]
 
     def _slice(self, name: str):
         if name not in self._file_of:
-            raise UsageError(f"--input: {self.folder} has no {name}, which the model needs.")
+            raise UsageError(f"{self.flag}: {self.folder} has no {name}, which the model needs.")
         return self._file_of[name].get_slice(name)
 
 
-def _read_json(path: Path) -> dict:
+def _read_json(path: Path, flag: str) -> dict:
     """
     Raises:
         UsageError: the file holds something else.
@@ -112,9 +115,9 @@ def _read_json(path: Path) -> dict:
     try:
         found = json.loads(path.read_text())
     except ValueError as problem:
-        raise UsageError(f"--input: {path} cannot be read: {problem}.") from problem
+        raise UsageError(f"{flag}: {path} cannot be read: {problem}.") from problem
     if not isinstance(found, dict):
-        raise UsageError(f"--input: {path} holds no JSON object.")
+        raise UsageError(f"{flag}: {path} holds no JSON object.")
     return found
 
 

@@ -155,7 +155,7 @@ class CheckpointReader:
                 )
         if left:
             raise UsageError(
-                f"--load: LlamaForCausalLM has no place for {', '.join(sorted(left)[:5])}"
+                f"--load: Hugging Face's class has no place for {', '.join(sorted(left)[:5])}"
                 f"{' and others' if len(left) > 5 else ''}."
             )
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from agoq_megatron.convert.architecture import llama_from_args
+from agoq_megatron.convert.architecture import architecture_from_args
 from agoq_megatron.convert.hf_store import CONFIG, ModelWriter, copy_tokenizer, load_tokenizer, shards
 from agoq_megatron.convert.megatron_store import CheckpointReader, check_files, find_checkpoint
 from agoq_megatron.convert.output import check_output, quiet_imports, run_command, whole_folder
@@ -58,8 +58,8 @@ def convert(options: argparse.Namespace) -> None:
     reader = CheckpointReader(checkpoint)
     tokenizer_folder = _tokenizer_folder(options, reader.args)
     tokenizer = None if tokenizer_folder is None else load_tokenizer(tokenizer_folder, "--tokenizer")
-    llama = llama_from_args(reader.args, _vocabulary(options, reader, tokenizer))
-    weights = model_weights(llama)
+    model = architecture_from_args(reader.args, _vocabulary(options, reader, tokenizer))
+    weights = model_weights(model)
     reader.check(weights)
     stored = reader.dtype(weights[0])
     dtype = DTYPES[options.dtype] if options.dtype else stored
@@ -80,7 +80,7 @@ def convert(options: argparse.Namespace) -> None:
                 parts = zip(weight.parts, weight.split(tensor), strict=True)
                 tensors |= {name: part.to(dtype).contiguous() for name, part in parts}
             writer.add(number, tensors)
-        writer.finish(llama.hf_config(name, **tokens))
+        writer.finish(model.hf_config(name, **tokens))
         copied = [] if tokenizer_folder is None else copy_tokenizer(tokenizer_folder, folder)
     print(
         f"{options.output}: iteration {reader.iteration}, {sum(w.numel for w in weights):,} parameters in "

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from agoq_megatron.convert.architecture import Llama
+from agoq_megatron.convert.architecture import Architecture
 
 EMBEDDING = "embedding.word_embeddings.weight"
 
@@ -53,62 +53,62 @@ class Weight:
         return torch.Size(self.shape).numel()
 
 
-def split_qkv(qkv: Tensor, llama: Llama) -> tuple[Tensor, Tensor, Tensor]:
+def split_qkv(qkv: Tensor, model: Architecture) -> tuple[Tensor, Tensor, Tensor]:
     """``[(n + 2g) d, ...]`` -> query ``[n d, ...]``, key and value ``[g d, ...]``."""
     rest = qkv.shape[1:]
-    groups = qkv.view(llama.groups, llama.heads // llama.groups + 2, llama.head_dim, *rest)
+    groups = qkv.view(model.groups, model.heads // model.groups + 2, model.head_dim, *rest)
     query, key, value = groups[:, :-2], groups[:, -2], groups[:, -1]
     return query.reshape(-1, *rest), key.reshape(-1, *rest), value.reshape(-1, *rest)
 
 
-def join_qkv(query: Tensor, key: Tensor, value: Tensor, llama: Llama) -> Tensor:
+def join_qkv(query: Tensor, key: Tensor, value: Tensor, model: Architecture) -> Tensor:
     """The inverse of :func:`split_qkv`."""
     rest = query.shape[1:]
-    parts = [part.view(llama.groups, -1, llama.head_dim, *rest) for part in (query, key, value)]
+    parts = [part.view(model.groups, -1, model.head_dim, *rest) for part in (query, key, value)]
     return torch.cat(parts, dim=1).view(-1, *rest)
 
 
-def model_weights(llama: Llama) -> list[Weight]:
+def model_weights(model: Architecture) -> list[Weight]:
     """All tensors of the model, in the order in which they are used."""
 
     def same(name: str, hf_name: str, *shape: int) -> Weight:
         return Weight(name, None, {hf_name: shape}, lambda t: (t,), lambda parts: parts[0])
 
-    weights = [same(EMBEDDING, "model.embed_tokens.weight", llama.vocabulary, llama.hidden)]
-    for layer in range(llama.layers):
-        weights += _layer_weights(llama, layer)
-    weights.append(same("decoder.final_layernorm.weight", "model.norm.weight", llama.hidden))
-    if not llama.tied:
-        weights.append(same("output_layer.weight", "lm_head.weight", llama.vocabulary, llama.hidden))
+    weights = [same(EMBEDDING, "model.embed_tokens.weight", model.vocabulary, model.hidden)]
+    for layer in range(model.layers):
+        weights += _layer_weights(model, layer)
+    weights.append(same("decoder.final_layernorm.weight", "model.norm.weight", model.hidden))
+    if not model.tied:
+        weights.append(same("output_layer.weight", "lm_head.weight", model.vocabulary, model.hidden))
     return weights
 
 
-def _layer_weights(llama: Llama, layer: int) -> list[Weight]:
-    h, f, q, kv = llama.hidden, llama.ffn, llama.heads * llama.head_dim, llama.groups * llama.head_dim
+def _layer_weights(model: Architecture, layer: int) -> list[Weight]:
+    h, f, q, kv = model.hidden, model.ffn, model.heads * model.head_dim, model.groups * model.head_dim
 
     def weight(name: str, parts: dict[str, tuple], split=lambda t: (t,), join=lambda parts: parts[0]):
         named = {f"model.layers.{layer}.{part}": shape for part, shape in parts.items()}
         return Weight(f"decoder.layers.{name}", layer, named, split, join)
 
-    qkv = (lambda t: split_qkv(t, llama), lambda parts: join_qkv(*parts, llama))
+    qkv = (lambda t: split_qkv(t, model), lambda parts: join_qkv(*parts, model))
     halves = (lambda t: t.chunk(2), torch.cat)
     weights = [
         weight("self_attention.linear_qkv.layer_norm_weight", {"input_layernorm.weight": (h,)}),
         weight("mlp.linear_fc1.layer_norm_weight", {"post_attention_layernorm.weight": (h,)}),
     ]
-    for kind in ("weight", "bias") if llama.biases else ("weight",):
 
-        def linear(parts: dict[str, tuple[int, int]], module: str, kind=kind) -> dict:
-            shapes = {name: shape if kind == "weight" else shape[:1] for name, shape in parts.items()}
-            return {f"{module}.{name}.{kind}": shape for name, shape in shapes.items()}
+    def linear(kind: str, module: str, parts: dict[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:
+        return {f"{module}.{name}.{kind}": s if kind == "weight" else s[:1] for name, s in parts.items()}
 
-        attention = linear({"q_proj": (q, h), "k_proj": (kv, h), "v_proj": (kv, h)}, "self_attn")
+    projections = {"q_proj": (q, h), "k_proj": (kv, h), "v_proj": (kv, h)}
+    for kind in ("weight",) if model.biases == "none" else ("weight", "bias"):
+        attention = linear(kind, "self_attn", projections)
+        weights.append(weight(f"self_attention.linear_qkv.{kind}", attention, *qkv))
+    for kind in ("weight", "bias") if model.biases == "all" else ("weight",):
+        gated = linear(kind, "mlp", {"gate_proj": (f, h), "up_proj": (f, h)})
         weights += [
-            weight(f"self_attention.linear_qkv.{kind}", attention, *qkv),
-            weight(f"self_attention.linear_proj.{kind}", linear({"o_proj": (h, q)}, "self_attn")),
-            weight(
-                f"mlp.linear_fc1.{kind}", linear({"gate_proj": (f, h), "up_proj": (f, h)}, "mlp"), *halves
-            ),
-            weight(f"mlp.linear_fc2.{kind}", linear({"down_proj": (h, f)}, "mlp")),
+            weight(f"self_attention.linear_proj.{kind}", linear(kind, "self_attn", {"o_proj": (h, q)})),
+            weight(f"mlp.linear_fc1.{kind}", gated, *halves),
+            weight(f"mlp.linear_fc2.{kind}", linear(kind, "mlp", {"down_proj": (h, f)})),
         ]
     return weights

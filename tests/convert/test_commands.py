@@ -234,5 +234,5 @@ def test_as_a_user_starts_them(hf, tmp_path):
     assert bad.returncode == 2 and not bad.stdout
     assert (
         bad.stderr
-        == "from_hf: error: config.json: model_type is 'mistral'; only LLaMA's class is converted.\n"
+        == "from_hf: error: config.json: model_type is 'mistral'; only 'llama' and 'qwen2' are converted.\n"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 
 from agoq_megatron.convert import from_hf, to_hf
 
@@ -36,7 +37,7 @@ INTERLEAVED = "--num-layers 4 --num-layers-per-virtual-pipeline-stage 1".split()
 
 MODELS = {
     "GQA untied BF16": [*SIZES, *INTERLEAVED, *GQA, *UNTIED, "--bf16"],
-    "GQA tied FP32": [*SIZES, "--num-layers", "2", *GQA],
+    "Qwen2, GQA tied FP32": [*SIZES, "--num-layers", "2", *GQA, "--add-qkv-bias"],
     "MHA untied FP32": [*SIZES, "--num-layers", "2", *UNTIED],
     "MHA tied BF16": [*SIZES, "--num-layers", "2", "--bf16"],
 }
@@ -85,7 +86,7 @@ def our_logits(launcher, tmp_path):
 
 @torch.no_grad()
 def hf_logits(folder: Path, tokens: torch.Tensor, **options) -> torch.Tensor:
-    model, loading = LlamaForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+    model, loading = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
     assert not any(loading.values()), loading
     return model.eval()(tokens).logits.float()
 
@@ -184,32 +185,43 @@ def test_weights_stay_at_a_learning_rate_of_zero(model, launcher, tmp_path):
     assert_same(weights(tmp_path / "run"), weights(checkpoint))
 
 
+QWEN = dict(rms_norm_eps=1e-6, rope_parameters=dict(rope_type="default", rope_theta=1e6))
 RANDOM = {
-    "GQA, untied, LLaMA 3.1's rope": dict(
+    "GQA, untied, LLaMA 3.1's rope": partial(
+        LlamaConfig,
         num_key_value_heads=2, tie_word_embeddings=False, max_position_embeddings=16384,
         rope_parameters=dict(
             rope_type="llama3", rope_theta=500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
             original_max_position_embeddings=8192,
         ),
     ),
-    "MHA, tied, biases": dict(
+    "MHA, tied, biases": partial(
+        LlamaConfig,
         num_key_value_heads=4, tie_word_embeddings=True, attention_bias=True, mlp_bias=True, head_dim=64,
     ),
+    "Qwen2, GQA, tied": partial(Qwen2Config, num_key_value_heads=2, tie_word_embeddings=True, **QWEN),
+    "Qwen2, GQA, untied": partial(Qwen2Config, num_key_value_heads=2, tie_word_embeddings=False, **QWEN),
+    "Qwen2, MHA, untied": partial(Qwen2Config, num_key_value_heads=4, tie_word_embeddings=False, **QWEN),
 }  # fmt: skip
+KINDS = [
+    pytest.param(kind, marks=[pytest.mark.exhaustive] if "Qwen2, MHA" in kind else []) for kind in RANDOM
+]
 
 
-@pytest.mark.parametrize("kind", RANDOM)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_model_of_transformers(kind, our_logits, seed, rng, tmp_path):
     """Fresh weights, all of them random (norms and biases too), with a tokenizer that has fewer tokens than
     the model has rows."""
-    config = LlamaConfig(
+    config = RANDOM[kind](
         vocab_size=VOCABULARY, hidden_size=128, intermediate_size=192, num_hidden_layers=3,
-        num_attention_heads=4, **RANDOM[kind],
+        num_attention_heads=4,
     )  # fmt: skip
     torch.manual_seed(seed)
-    source = LlamaForCausalLM(config)
-    for parameter in source.parameters():
-        torch.nn.init.normal_(parameter, mean=1.0 if parameter.dim() == 1 else 0.0, std=0.2)
+    source = AutoModelForCausalLM.from_config(config)
+    for name, parameter in source.named_parameters():
+        # Norms around one; the keys' biases as large as trained ones are beside the rest.
+        mean = 5.0 if name.endswith("k_proj.bias") else 1.0 if parameter.dim() == 1 else 0.0
+        torch.nn.init.normal_(parameter, mean=mean, std=0.2)
     source.save_pretrained(tmp_path / "hf")
     write_tokenizer(tmp_path / "hf")
     tokens = torch.randint(VOCABULARY, (2, LENGTH), generator=rng)
@@ -217,18 +229,21 @@ def test_a_model_of_transformers(kind, our_logits, seed, rng, tmp_path):
     flags = take_back("--input", tmp_path / "hf", "--output", tmp_path / "ckpt")
     assert flags[flags.index("--padded-vocab-size") + 1] == "1024"
     ours = our_logits(tokens, *flags, "--seq-length", LENGTH, "--load", tmp_path / "ckpt")
-    assert distance(ours, hf_logits(tmp_path / "hf", tokens)) < 1e-5
+    error = distance(ours, hf_logits(tmp_path / "hf", tokens))
+    print(f"{kind}: {error:.2e}")
+    assert error < 1e-5
 
     # And out again: the tokenizer that went along decides how many rows.
     export("--load", tmp_path / "ckpt", "--output", tmp_path / "again", "--vocab-size", VOCABULARY)
     assert torch.equal(hf_logits(tmp_path / "again", tokens), hf_logits(tmp_path / "hf", tokens))
     text = "a cat and a hat"
-    assert AutoTokenizer.from_pretrained(tmp_path / "again").encode(text) == [0, 1, 2, 0, 3]
+    # (AutoTokenizer would take a Qwen2 model's for one of Qwen's own kind.)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "again")
+    assert tokenizer.encode(text) == [0, 1, 2, 0, 3]
 
 
 def write_tokenizer(folder: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
 
     words = {word: i for i, word in enumerate(("a", "cat", "and", "hat", "<|end|>"))}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<|end|>"))

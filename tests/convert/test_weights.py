@@ -37,7 +37,7 @@ def test_every_weight_is_its_parts(llama, rng):
         assert torch.equal(weight.join(parts), tensor)
         assert not seen & weight.parts.keys()
         seen |= weight.parts.keys()
-    per_layer = 9 + 7 * llama.biases
+    per_layer = 9 + {"none": 0, "qkv": 3, "all": 7}[llama.biases]
     assert len(seen) == 2 + (not llama.tied) + per_layer * llama.layers
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from agoq_megatron.convert import from_hf
-from agoq_megatron.convert.architecture import Llama
+from agoq_megatron.convert.architecture import Architecture
 from agoq_megatron.convert.weights import model_weights
 from agoq_megatron.refusals import UsageError
 
@@ -32,7 +32,7 @@ def checkpoint(rng, tmp_path) -> Path:
     tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(["<|end|>", *alphabet])}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    llama = Llama(2, 64, 96, 4, 2, 16, 257, 256, 1e-5, 10000, None, False, False)
+    llama = Architecture(2, 64, 96, 4, 2, 16, 257, 256, 1e-5, 10000, None, "none", False)
     source = tmp_path / "source"
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>").save_pretrained(source)
     (source / "config.json").write_text(json.dumps(llama.hf_config("float32")))
