@@ -40,6 +40,8 @@ class ActivationLinearSpec:
 class ActivationLinear(torch.autograd.Function):
     """``linear(activation(x))``, added to ``total`` if given; gradients of ``x``, weight and total."""
 
+    outputs, weight_argument = 1, 1
+
     @staticmethod
     def forward(
         ctx,
@@ -58,9 +60,11 @@ class ActivationLinear(torch.autograd.Function):
         once and is the same either way, so that what is kept does not change what is computed.
         """
         saved = spec.pre_activation
+        if keep:
+            ctx.probe = probing.capture(ActivationLinear, spec, ctx.needs_input_grad, x, weight, None, False)
         fmt, key = (saved.rule.format, saved.next_key()) if keep else (None, 0)
-        # Nobody reads x again but who compares it with its codes, or keeps it or the output as they are.
-        free = not keep or (fmt is not None and spec.output.rule.recompute and not probing.active())
+        # Nobody reads x again but who keeps it, or the output, as they are.
+        free = not keep or (fmt is not None and spec.output.rule.recompute)
         y, packed = activation_forward(x, spec.kind, fmt, key, output_into_x=free)
         if keep:
             shelf = Shelf()
@@ -82,6 +86,8 @@ class ActivationLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
+        if ctx.probe is not None:
+            ctx.probe.measure(grad)
         shelf, (weight,) = Shelf.take(ctx)
         spec: ActivationLinearSpec = ctx.spec
         saved = spec.pre_activation

@@ -23,6 +23,7 @@ from agoq_kernels.rotary import rotary_tables
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from agoq_megatron.autograd import probing
 from agoq_megatron.autograd.linear import input_gradient, linear, weight_gradient
 from agoq_megatron.autograd.saving import SavedTensor, Shelf
 
@@ -64,6 +65,8 @@ class AttentionLinearSpec:
 class AttentionLinear(torch.autograd.Function):
     """``linear(attention(rotate(split(qkv))))``; gradients of ``qkv`` and the projection weight."""
 
+    outputs, weight_argument = 1, 2
+
     @staticmethod
     def forward(
         ctx, qkv: Tensor, angles: Tensor | None, weight: Tensor, spec: AttentionLinearSpec, keep: bool
@@ -73,6 +76,8 @@ class AttentionLinear(torch.autograd.Function):
         The result is this rank's partial sum; the caller reduces it over tensor-parallel ranks.
         """
         s, b, _ = qkv.shape
+        if keep:
+            ctx.probe = probing.capture(AttentionLinear, spec, ctx.needs_input_grad, qkv, angles, weight)
         tables = None if angles is None else rotary_tables(angles)
         sites = spec.query, spec.key, spec.value
         formats = tuple(saved.rule.format if keep else None for saved in sites)
@@ -103,6 +108,8 @@ class AttentionLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
+        if ctx.probe is not None:
+            ctx.probe.measure(grad)
         shelf, (weight,) = Shelf.take(ctx)
         spec: AttentionLinearSpec = ctx.spec
         s, b, _ = grad.shape

@@ -18,6 +18,7 @@ from agoq_kernels.fused import norm_backward, norm_forward, norm_from_kept
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from agoq_megatron.autograd import probing
 from agoq_megatron.autograd.collectives import (
     Done,
     all_reduce,
@@ -60,6 +61,8 @@ class NormLinearSpec:
 class NormLinear(torch.autograd.Function):
     """``linear(norm(x + residual))``, and the sum; gradients of both addends and of all parameters."""
 
+    outputs, weight_argument = 2, 4
+
     @staticmethod
     def forward(
         ctx,
@@ -83,6 +86,8 @@ class NormLinear(torch.autograd.Function):
         y, x, packed = norm_forward(x, residual, norm_weight, norm_bias, spec.eps, spec.kind, fmt, key)
         total, handle = gather_sequence(y, spec.group) if spec.sequence_parallel else (y, Done())
         if keep:
+            inputs = x, None, norm_weight, norm_bias, weight, bias
+            ctx.probe = probing.capture(NormLinear, spec, ctx.needs_input_grad, *inputs)
             ctx.set_materialize_grads(False)  # no gradient of the sum: nothing to add, rather than zeros
             shelf = Shelf()
             shelf.put(saved, x, packed)
@@ -95,6 +100,8 @@ class NormLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor, residual_grad: Tensor | None):
+        if ctx.probe is not None:
+            ctx.probe.measure(grad)
         shelf, (norm_weight, norm_bias, weight) = Shelf.take(ctx)
         spec: NormLinearSpec = ctx.spec
         need_weight, need_bias = ctx.needs_input_grad[4:6]

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from agoq_megatron.autograd import probing
 from agoq_megatron.autograd.saving import SavedTensor
 
 
@@ -25,7 +26,8 @@ class _Region:
     def pack(self, x: Tensor):
         quantized = self.saved is not None and self.saved.rule.format is not None
         if quantized and x.data_ptr() == self.entry.data_ptr() and x.shape == self.entry.shape:
-            return self.saved, self.saved.pack(x, entry=True), x.dtype
+            probing.note_entry(self.saved, x)
+            return self.saved, self.saved.pack(x), x.dtype
         if self.saved is not None and x.data_ptr() == self.entry.data_ptr():
             self.saved.pack(x)  # announces what is kept as it is
         return None, x, None

@@ -15,7 +15,7 @@ from agoq_kernels.fused import Kept, kept_as_is
 from agoq_kernels.ops import dequantize, quantize
 from torch import Tensor
 
-from agoq_megatron.autograd import accounting, probing
+from agoq_megatron.autograd import accounting
 from agoq_megatron.autograd.rounding import counter
 from agoq_megatron.policy.policy import ActivationPolicy, Rule
 from agoq_megatron.policy.sites import Site
@@ -42,12 +42,11 @@ class SavedTensor:
             return 0
         return counter.key(self.layer_number, self.site.value)
 
-    def pack(self, x: Tensor, packed: Kept | None = None, entry: bool = False) -> tuple[Tensor, ...]:
+    def pack(self, x: Tensor, packed: Kept | None = None) -> tuple[Tensor, ...]:
         """The tensors to keep for ``x`` ``[..., n]``: none, ``x`` itself, or codes and scales.
 
         Args:
             packed: what a fused operator already made of ``x``, with :meth:`next_key` as its key.
-            entry: it is the input of a region that is recomputed.
         """
         if self.rule.recompute:
             return ()
@@ -56,7 +55,6 @@ class SavedTensor:
             kept = (x,)
         else:
             codes, scale, zero = packed or quantize(x, fmt, self.next_key())
-            probing.observe(self.site, self.layer_number, x, (codes, scale, zero), fmt, entry)
             kept = (codes, scale, zero) if zero.numel() else (codes, scale)
         accounting.announce(self.layer_number, self.site.value, kept)
         return kept
