@@ -3,8 +3,9 @@
 In one pass: the gradient, codes of one or more ranks that are summed or plain numbers, is scaled; both
 moments and the master weight are updated as they are kept (``states``); and the weight that the model
 computes with is written. The arithmetic is that of ``torch.optim.Adam`` and ``AdamW`` on a CPU
-(``foreach=False``), operation for operation in FP32. With moments in 8 bits the GPU's kernel divides by
-approximate reciprocals, to 2^-21 of a step; what it keeps of the moments is the same.
+(``foreach=False``), operation for operation in FP32. With moments in 8 bits the GPU's kernel
+fuses products with sums and divides by approximate reciprocals, to 2^-21 of a step; given moments have the
+same codes.
 """
 
 from __future__ import annotations

@@ -1,17 +1,25 @@
 """What Adam keeps of a parameter: both moments in FP32 or 8 bits, the master weight whole or as a remainder.
 
-Moments in 8 bits are in blocks of 64 with a BF16 scale each. A step divides the first moment by the root of
-the second, so these two are what is kept:
+Moments in 8 bits are in blocks of 64. A step divides the first moment by the root of the second, so these two
+are what is kept:
 
-* the root, one byte without sign: a float that ends at the block's largest root, with 5 bits of mantissa
-  down to 1/16 of it and 4 bits below, down to 1/3641. What is not zero never becomes zero, so no step is
-  divided by nothing;
-* the ratio of the first moment to that root, as INT8. It is bounded by the decay rates whatever the sizes of
-  the gradients in a block are, and its error is the error of the step.
+* the root, as a float without sign: a power of two for the block, and a code of 0 to 510 with 6 bits of
+  mantissa down to 1/4 of it, 5 down to 1/64 and 4 below, down to 2^-21.9. 511 is zero; what is not zero never
+  becomes zero, so no step is divided by nothing;
+* the ratio of the first moment to that root, a whole number of -127 to 127 times a scale of the block. It is
+  bounded by the decay rates whatever the sizes of the gradients in a block are, and its error is the error of
+  the step.
 
-Rounding of the root is stochastic by default, with 16 random bits, and so is that of its scale: from one step
-to the next both change by less than their formats can say, and to the nearest they would stay where they are.
-Encoding what was decoded gives the same bytes (to the nearest), so that a checkpoint may hold FP32.
+Most blocks hold roots that lie within a factor of 64: these codes, 256 to 511, fit a byte. A block with
+a smaller one is *wide*: its ratios are even, and the ratio's byte holds the first bit of the root's code. Two
+bytes a number either way, and a word for the block: which of the two it is, the exponent of its power of
+two (8 bits), and the ratios' scale (FP32 without sign and without its last 8 bits).
+
+Rounding is stochastic by default, with 17 random bits for a root and 8 or 9 for a ratio, so that what changes
+by less than its code can say changes on the average: a root under beta2 = .999, and a ratio that decays to
+zero. As the unit is a power of two, roots are FP32 numbers with few bits wherever the largest of their block
+moves: one whose update is nothing is not rounded again. Encoding what was decoded gives the same bytes (to
+the nearest), so that a checkpoint may hold FP32.
 
 A BF16 weight is the upper half of its FP32 master, rounded; the lower half is kept beside it. To which side
 a master halfway between two weights was rounded is one bit more: with FP32 moments it is the sign of the
@@ -28,10 +36,14 @@ from agoq_kernels.rng import halves, words
 from torch import Tensor
 
 BLOCK = 64
-FINE = 18  # bits of an FP32 mantissa that are not kept, from 1/16 on; one more below
-SPLIT = 127  # the code of 1/16; 255 is that of 1, 0 is 0
-SPLIT_BITS = 123 << 23  # FP32 bits of 1/16
-MIN_SCALE = 2.0**-50  # of roots: their squares are no subnormal numbers
+FINE = 17  # bits of an FP32 mantissa that are not kept, from 1/4 of the unit on; one more and two more below
+SPLIT, ZERO = 382, 511  # codes of 1/4 and of 0
+SPLIT_BITS = 125 << 23  # FP32 bits of 1/4
+NARROW = 256  # the smallest code that fits a byte
+MIN_EXPONENT = (
+    127 - 40 << 23
+)  # FP32 bits of the smallest unit: the squares of its roots are no subnormal numbers
+RATIOS, WIDE_RATIOS = 127, 126  # the block's largest, in units of its scale
 
 
 @dataclass
@@ -40,7 +52,7 @@ class AdamStates:
 
     Attributes:
         exp_avg, exp_avg_sq: FP32 ``[n]``; or int8 ratios and uint8 roots ``[n]``.
-        scales: of the latter: BF16 ``[ceil(n / 64), 2]``, of ratios and roots.
+        scales: of the latter: int32 ``[ceil(n / 64)]``, the words of the blocks.
         master: FP32 ``[n]``, or
         remainder: int16 ``[n]``, the lower half of the master; its upper half is the weight.
     """
@@ -60,8 +72,8 @@ class AdamStates:
         if bits == 8:
             states = cls(
                 weight.new_zeros(n, dtype=torch.int8),
-                weight.new_zeros(n, dtype=torch.uint8),
-                weight.new_zeros((-(-n // BLOCK), 2), dtype=torch.bfloat16),
+                weight.new_full((n,), ZERO & 0xFF, dtype=torch.uint8),
+                weight.new_zeros(-(-n // BLOCK), dtype=torch.int32),
             )
         else:
             states = cls(*(weight.new_zeros(n, dtype=torch.float32) for _ in range(2)))
@@ -131,73 +143,97 @@ def _blocks(x: Tensor) -> Tensor:
     return torch.nn.functional.pad(x, (0, -x.numel() % BLOCK)).view(-1, BLOCK)
 
 
-def _roots(codes: Tensor, scales: Tensor) -> Tensor:
-    """FP32 of codes ``[blocks, 64]`` and FP32 scales ``[blocks]``."""
+def _roots(codes: Tensor, units: Tensor) -> Tensor:
+    """FP32 of codes 0..511 ``[blocks, 64]`` and FP32 units ``[blocks]``."""
     steps = (codes.int() - SPLIT) << FINE
-    # Below 1/16 a code is twice as far from the next one, so the lower of the two lines is the one.
-    numbers = (SPLIT_BITS + torch.minimum(steps, 2 * steps)).view(torch.float32)
-    return torch.where(codes == 0, 0.0, numbers) * scales[:, None]
+    # Where codes are twice and four times as far apart, the lowest of the three lines is the one.
+    steps = torch.minimum(torch.minimum(steps, 2 * steps), 4 * steps + (4 << 23))
+    return torch.where(codes == ZERO, 0.0, (SPLIT_BITS + steps).view(torch.float32)) * units[:, None]
+
+
+def is_bad(scales: Tensor) -> Tensor:
+    """bool ``[blocks]``: the block's roots are NaN, and its codes say nothing."""
+    return scales >> 23 & 0xFF == 0xFF
+
+
+def unpack(scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of words of blocks, int32 ``[blocks]``: 1 where wide, else 0; units and ratios' scales in FP32."""
+    units = torch.where(is_bad(scales), torch.nan, (scales & 0x7F800000).view(torch.float32))
+    return scales >> 31 & 1, units, (scales << 8 & 0x7FFFFFFF).view(torch.float32)
 
 
 def decode(ratios: Tensor, roots: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """Both moments in FP32 ``[n]``, of int8 and uint8 ``[n]`` and BF16 ``[blocks, 2]``."""
+    """Both moments in FP32 ``[n]``, of int8 and uint8 ``[n]`` and int32 ``[blocks]``."""
     n = ratios.numel()
-    ratio_scales, root_scales = scales.float().unbind(1)
-    root = _roots(_blocks(roots), root_scales)
-    mean = _blocks(ratios).float() * ratio_scales[:, None] * root
+    wide, units, ratio_scales = unpack(scales)
+    wide = wide[:, None]
+    ratio, code = _blocks(ratios).int(), _blocks(roots).int()
+    code = code + NARROW * torch.where(wide > 0, ratio & 1, 1)
+    root = _roots(code, units)
+    mean = (ratio & ~wide).float() * ratio_scales[:, None] * root
     return mean.flatten()[:n], (root * root).flatten()[:n]
 
 
-def _stored(scale: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """FP32 scales rounded to BF16 (stochastically with ``noise`` of 0..65535), with NaN for all that is not
-    finite; and their inverses, 0 where the scale is 0 or NaN."""
-    if noise is None:
-        rounded = scale.bfloat16().float()
-    else:
-        rounded = (scale.view(torch.int32) + noise >> 16 << 16).view(torch.float32)
-    scale = torch.where(scale.isfinite() & rounded.isfinite(), rounded, torch.nan)
-    return scale, torch.where(scale > 0, 1 / scale, 0.0)
+def _codes_of_roots(root: Tensor, noise: Tensor | int) -> tuple[Tensor, Tensor]:
+    """int32 codes ``[blocks, 64]`` of FP32 roots, and int32 bits of the blocks' units: NaN if a root is not
+    finite, 0 if all are 0."""
+    bits = torch.where(root.isfinite(), root.view(torch.int32), 0x7F800000).int()
+    # The unit is the power of two at or above the largest root as it is rounded, so that rounding it again
+    # gives the same. The largest is where codes are closest.
+    largest = (bits + noise).amax(-1) >> FINE << FINE
+    exponent = (largest + 0x7FFFFF) & 0x7F800000
+    exponent = exponent.clamp(min=MIN_EXPONENT)
+    steps = bits - exponent[:, None] + (127 << 23) - SPLIT_BITS
+    # A half and a quarter as many where codes are farther apart.
+    steps = torch.maximum(torch.maximum(steps, steps >> 1), (steps >> 2) - (1 << 23))
+    codes = ((steps + noise >> FINE) + SPLIT).clamp(min=0)
+    codes = torch.where(bits > 0, codes, ZERO)
+    unit = torch.where(exponent < 0x7F800000, torch.where(largest > 0, exponent, 0), 0x7FC00000)
+    return codes, unit.int()
 
 
 def encode(
     exp_avg: Tensor, exp_avg_sq: Tensor, ratios: Tensor, roots: Tensor, scales: Tensor, key: int | None
 ) -> None:
-    """Moments in FP32 ``[n]`` to codes and scales, in place.
+    """Moments in FP32 ``[n]`` to codes and words of blocks, in place.
 
     Args:
-        key: of stochastic rounding, which draws 16 bits a number; None rounds to the nearest.
+        key: of stochastic rounding; None rounds to the nearest.
 
-    The codes of a block whose scale is NaN say nothing.
+    The codes of a block whose unit or scale is NaN say nothing.
     """
     n = exp_avg.numel()
     root = _blocks(exp_avg_sq).sqrt()
-    largest = root.amax(-1)
-    largest = torch.where(largest > 0, largest.clamp(min=MIN_SCALE), largest)
-    seeds = None if key is None else words(0, len(largest), key, largest.device)
-    root_scale, inverse = _stored(largest, None if key is None else seeds >> 16 & 0xFFFF)
-    # The largest root stays the largest, so that encoding it again gives the same scale; and none lies above
-    # a scale that was rounded down.
-    limit = torch.where(largest > 0, torch.where(root_scale < largest, root_scale, largest), 1.0)
-    y = torch.where(root < limit[:, None], root * inverse[:, None], 1.0)
-    bits = y.view(torch.int32)
-    steps = bits - SPLIT_BITS
-    steps = torch.maximum(steps, steps >> 1)  # half as many below 1/16
-    noise = 1 << 15 if key is None else halves(seeds, BLOCK)
-    codes = (steps + (noise << FINE - 16) >> FINE) + SPLIT
-    codes = torch.maximum(codes, bits.clamp(max=1))  # 0 for nothing but 0
-    kept = _roots(codes, root_scale)
+    noise = 1 << FINE - 1
+    if key is not None:
+        # Of the 32 bits that two neighbours share a root takes 17 at its end, a ratio 8 or 9 at the other.
+        drawn = halves(words(0, len(root), key, root.device), BLOCK)
+        first, second = drawn.view(-1, BLOCK // 2, 2).unbind(-1)
+        noise = torch.stack((first | (second & 1) << 16, second << 1 | first >> 15), -1).flatten(1)
+    codes, unit = _codes_of_roots(root, noise)
+    wide = (codes < NARROW).any(-1).int()
+    kept = _roots(codes, unit.view(torch.float32))
 
-    ratio = torch.where(codes > 0, _blocks(exp_avg) * (1 / kept), 0.0)
-    # A root that is NaN makes its block NaN by its own scale.
-    ratio_scale = ratio.abs().amax(-1) * (1 / 127)
-    tiny = ratio_scale < torch.finfo(torch.float32).tiny
-    ratio_scale, inverse = _stored(torch.where(tiny, 0.0, ratio_scale))
-    # Rounded once, as a fused multiply-add rounds: the product of two FP32 numbers is exact in FP64. A scale
-    # rounded to 8 bits leaves less than 127.5.
-    z = (ratio.double() * inverse.double()[:, None]).round()
-    ratios.copy_(torch.where(z.isnan(), 0.0, z).flatten()[:n])
+    ratio = torch.where(codes != ZERO, _blocks(exp_avg) * (1 / kept), 0.0)
+    # A root that is NaN makes its block NaN by its own unit.
+    scale = ratio.abs().amax(-1) * torch.where(wide > 0, 1 / WIDE_RATIOS, 1 / RATIOS)
+    scale = torch.where(scale < torch.finfo(torch.float32).tiny, 0.0, scale)
+    # 16 bits of mantissa: the largest ratio is a whole number to 2^-9, so that it is rounded to nothing else.
+    rounded = (scale.view(torch.int32) + 0x80 & -0x100).view(torch.float32)
+    scale = torch.where(scale.isfinite() & rounded.isfinite(), rounded, torch.nan)
+    inverse = torch.where(scale > 0, 1 / scale, 0.0)
+    # Rounded once, as a fused multiply-add rounds: the product of two FP32 numbers is exact in FP64.
+    z = ratio.double() * inverse.double()[:, None]
+    wide = wide[:, None]
+    z = torch.where(z.isnan(), 0.0, z)
+    if key is None:
+        z = (z / (1 + wide)).round().int() * (1 + wide)
+    else:
+        other = torch.stack((second >> 8 - wide, first & (256 << wide) - 1), -1).flatten(1)
+        z = (z * 256).round().int() + other >> 8 & ~wide
+    ratios.copy_((z | codes >> 8 & wide).flatten()[:n])
     roots.copy_(codes.flatten()[:n])
-    scales.copy_(torch.stack((ratio_scale, root_scale), 1))
+    scales.copy_(wide[:, 0] << 31 | unit & 0x7F800000 | scale.view(torch.int32) >> 8 & 0x7FFFFF)
 
 
 # --- The master weight ----------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import triton.language as tl
 from agoq_kernels import states as kept
 from agoq_kernels.adam import AdamSettings, Gradient
 from agoq_kernels.states import BLOCK, AdamStates
-from agoq_kernels.triton.codec import INTERPRET, ROUND, _halves, _nan_max, _word, widen
+from agoq_kernels.triton.codec import INTERPRET, ROUND, _nan_max, _pair, _word, widen
 from agoq_kernels.triton.gradients import load_rows, sum_of_blocks
 from agoq_kernels.triton.launch import Kernel, cdiv
 from agoq_kernels.triton.quantize import signed_key
@@ -19,9 +19,13 @@ BYTES_NUMBERS, FP32_NUMBERS = 8, 4
 """Numbers to a thread: 16 bytes of what is widest. All that it reads and writes is then laid out alike."""
 SIZE = tl.constexpr(BLOCK)
 FINE, SPLIT_BITS = tl.constexpr(kept.FINE), tl.constexpr(kept.SPLIT_BITS)
-CODE_STEP, SPLIT_STEPS = tl.constexpr(1 << kept.FINE), tl.constexpr(kept.SPLIT << kept.FINE)
-NOISE_SHIFT, SPLIT_NOISE = tl.constexpr(kept.FINE - 16), tl.constexpr(kept.SPLIT << 16)
-SMALLEST = tl.constexpr(kept.MIN_SCALE)
+CODE_STEP, SPLIT, NARROW = tl.constexpr(1 << kept.FINE), tl.constexpr(kept.SPLIT), tl.constexpr(kept.NARROW)
+HALF, ZERO = tl.constexpr(1 << kept.FINE - 1), tl.constexpr(kept.ZERO)
+MIN_EXPONENT = tl.constexpr(kept.MIN_EXPONENT)
+INVERSE_RATIOS, INVERSE_WIDE_RATIOS = (
+    tl.constexpr(torch.tensor(1 / n).item()) for n in (kept.RATIOS, kept.WIDE_RATIOS)
+)
+ROUND_256 = tl.constexpr(1.5 * 2.0**15)  # as ROUND, to a 256th
 
 
 # --- Exact where it must be, without the branches for what does not occur -------------------------
@@ -37,12 +41,14 @@ def _sqrt(x):
     if INTERPRET:
         return tl.sqrt_rn(x)
     else:
-        inverse = tl.inline_asm_elementwise(
-            "rsqrt.approx.ftz.f32 $0, $1;", "=f,f", [tl.maximum(x, 1.1754943508222875e-38)],
+        # As assembly, where a sign costs nothing: Triton subtracts from zero.
+        return tl.inline_asm_elementwise(
+            "{ .reg .f32 i, r, n, e;"
+            " rsqrt.approx.ftz.f32 i, $1; mul.rn.f32 r, $2, i; neg.f32 n, r; fma.rn.f32 e, n, r, $2;"
+            " mul.rn.f32 i, i, 0f3F000000; fma.rn.f32 $0, e, i, r; }",
+            "=f,f,f", [x + 1.1754943508222875e-38, x],
             dtype=tl.float32, is_pure=True, pack=1,
         )  # fmt: skip
-        root = x * inverse
-        return tl.fma(tl.fma(0.0 - root, root, x), 0.5 * inverse, root)
 
 
 @triton.jit
@@ -58,13 +64,16 @@ def _approximate_inverse(x):
 
 @triton.jit
 def _inverse(x):
-    """The nearest FP32 number to 1 / x, for x of 2^-126 to 2^126 whose mantissa has at most 14 bits: for all
+    """The nearest FP32 number to 1 / x, for x of 2^-126 to 2^126 whose mantissa has at most 16 bits: for all
     of these (tried one by one) a step of Newton's ends there, be it begun two numbers beside it."""
-    inverse = _approximate_inverse(x)
     if INTERPRET:
-        return inverse
+        return tl.div_rn(1.0, x)
     else:
-        return tl.fma(inverse, tl.fma(0.0 - x, inverse, 1.0), inverse)
+        return tl.inline_asm_elementwise(
+            "{ .reg .f32 i, n, e; rcp.approx.ftz.f32 i, $1; neg.f32 n, $1;"
+            " fma.rn.f32 e, n, i, 0f3F800000; fma.rn.f32 $0, i, e, i; }",
+            "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
 
 
 # --- Moments in 8 bits ----------------------------------------------------------------------------
@@ -80,60 +89,100 @@ def _row_max(x):
 
 
 @triton.jit
-def _to_nearest(scale):
-    """What makes the upper half of an FP32 number its nearest BF16 number, if it is added to it."""
-    return 0x7FFF + ((scale.to(tl.int32, bitcast=True) >> 16) & 1)
+def _number(steps, base):
+    """FP32 of steps = (code - SPLIT) * CODE_STEP [R, 64] above ``base``, the bits of 1/4 of the unit [R]."""
+    base = base[:, None]
+    lowest = tl.minimum(tl.minimum(steps + base, steps * 2 + base), steps * 4 + (base + 0x2000000))
+    return lowest.to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _stored(scale, extra):
-    """A scale rounded to BF16, as FP32 and as the upper half of its bits, and its inverse: 0 where the scale
-    is 0 or NaN."""
-    bits = tl.minimum(scale.to(tl.int32, bitcast=True), 0x7F800000)  # NaN: infinity
-    bits = (bits + extra) & -0x10000
-    bits = tl.where((scale == scale) & (bits < 0x7F800000), bits, 0x7FC00000)  # not finite: NaN
-    rounded = bits.to(tl.float32, bitcast=True)
-    usable = rounded > 0
-    inverse = tl.where(usable, _inverse(tl.where(usable, rounded, 1.0)), 0.0)
-    return rounded, bits, inverse
+def _clear(byte, where):
+    """int8 without the bits that are set in ``where``, four at once."""
+    if INTERPRET:
+        return byte & ~where
+    else:
+        return tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, $2, 0, 0x30;", "=r,r,r", [byte, where], dtype=tl.int8, is_pure=True, pack=4
+        )
 
 
 @triton.jit
-def _number(code):
-    """FP32 of the codes of roots, in units of the scale; of 0 something."""
-    steps = code * CODE_STEP - SPLIT_STEPS
-    return (tl.minimum(steps, steps * 2) + SPLIT_BITS).to(tl.float32, bitcast=True)
+def _second_bytes(z, code, where):
+    """int8: the bits 8..15 of ``z``, and of ``code`` where they are set in ``where`` (int8), four at once."""
+    if INTERPRET:
+        return ((z >> 8).to(tl.int8) & ~where) | ((code >> 8).to(tl.int8) & where)
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 a, b, c, d;"
+            " prmt.b32 a, $1, $2, 0x51; prmt.b32 b, $3, $4, 0x51; prmt.b32 a, a, b, 0x5410;"
+            " prmt.b32 c, $5, $6, 0x51; prmt.b32 d, $7, $8, 0x51; prmt.b32 c, c, d, 0x5410;"
+            " lop3.b32 $0, a, $9, c, 0xB8; }",
+            "=r,r,r,r,r,r,r,r,r,r", [z, code, where], dtype=tl.int8, is_pure=True, pack=4,
+        )  # fmt: skip
 
 
 @triton.jit
-def _encode(exp_avg, exp_avg_sq, root, own, key_a, key_b, STOCHASTIC: tl.constexpr):
-    """Bytes of ratios and roots [R, 64] in the low bits of integers, and the bits of their scales [R], both
-    BF16, that of ratios in the lower half; see states.encode()."""
-    largest = _row_max(root)
-    largest = tl.where((largest > 0) & (largest < SMALLEST), SMALLEST, largest)
-    extra = _to_nearest(largest)
-    noise = tl.zeros_like(root).to(tl.int32) + 0x8000
+def _decode(ratio, code, words):
+    """Ratios and roots [R, 64] in FP32, of their bytes, int8 and uint8, and the blocks' words [R]; see
+    states.decode()."""
+    wide = (words >> 31) & 1
+    scale = ((words << 8) & 0x7FFFFFFF).to(tl.float32, bitcast=True)
+    # Roots that are said to be NaN become so large that their squares are infinite.
+    base = tl.minimum(words & 0x7F800000, 0x70000000) + (SPLIT_BITS - 0x3F800000)
+    first = tl.where(wide > 0, -SPLIT * CODE_STEP, (NARROW - SPLIT) * CODE_STEP)[:, None]
+    steps = (
+        code.to(tl.int32) * CODE_STEP + first + (ratio.to(tl.int32) & wide[:, None]) * (NARROW * CODE_STEP)
+    )
+    root = tl.where(steps == (ZERO - SPLIT) * CODE_STEP, 0.0, _number(steps, base))
+    ratio = _clear(ratio, tl.broadcast_to(wide[:, None], ratio.shape).to(tl.int8))
+    return ratio.to(tl.float32) * scale[:, None], root
+
+
+@triton.jit
+def _encode(exp_avg, root, own, key_a, key_b, STOCHASTIC: tl.constexpr):
+    """Bytes of ratios and roots [R, 64] in the low bits of integers, and the blocks' words [R]; see
+    states.encode()."""
+    noise = tl.zeros_like(root).to(tl.int32) + HALF
     if STOCHASTIC:
-        seeds = _word(own, key_a, key_b)
-        extra = (seeds >> 16).to(tl.int32)
-        noise = _halves(seeds[:, None], tl.arange(0, SIZE)[None, :])
-    root_scale, root_bits, inverse = _stored(largest, extra)
-    limit = tl.where(largest > 0, tl.where(root_scale < largest, root_scale, largest), 1.0)
-    y = tl.where(root < limit[:, None], root * inverse[:, None], 1.0)
-    bits = y.to(tl.int32, bitcast=True)
-    steps = bits - SPLIT_BITS
-    steps = tl.maximum(steps, steps >> 1)
-    code = (steps + ((noise | SPLIT_NOISE) << NOISE_SHIFT)) >> FINE
-    code = tl.maximum(code, tl.minimum(bits, 1))
+        column = tl.arange(0, SIZE)[None, :]
+        pair = _pair(_word(own, key_a, key_b)[:, None], column)
+        odd = (column & 1) == 1
+        noise = tl.where(odd, pair >> (32 - FINE), pair & (CODE_STEP - 1)).to(tl.int32, bitcast=True)
+    bits = root.to(tl.int32, bitcast=True)
+    # As integers without sign positive floats keep their order, and NaN is larger than all.
+    largest = tl.max((bits + noise).to(tl.uint32, bitcast=True), 1)
+    largest = tl.minimum(largest, 0x7F800000).to(tl.int32, bitcast=True) & -CODE_STEP
+    exponent = tl.maximum((largest + 0x7FFFFF) & 0x7F800000, MIN_EXPONENT)
+    bad = exponent == 0x7F800000
+    base = exponent + (SPLIT_BITS - 0x3F800000)
+    steps = bits - base[:, None]
+    steps = tl.maximum(tl.maximum(steps, steps >> 1), (steps >> 2) - 0x800000)
+    steps = tl.maximum(steps + noise, -SPLIT * CODE_STEP)
+    some = bits > 0
+    code = tl.where(some, (steps >> FINE) + SPLIT, -1)
+    wide = (tl.min(code.to(tl.uint32, bitcast=True), 1) < NARROW).to(tl.int32)
 
-    inverse = _inverse(_number(code) * root_scale[:, None])
-    ratio = tl.where(code > 0, exp_avg * inverse, 0.0)
-    ratio_scale = _row_max(ratio) * 0.007874015718698502  # FP32 of 1 / 127
-    ratio_scale = tl.where(ratio_scale < 1.1754943508222875e-38, 0.0, ratio_scale)
-    _, ratio_bits, inverse = _stored(ratio_scale, _to_nearest(ratio_scale))
-    # The low byte of the integer in the low bits of 1.5 * 2^23 + q is q in two's complement.
-    z = tl.fma(ratio, tl.broadcast_to(inverse[:, None], ratio.shape), ROUND).to(tl.int32, bitcast=True)
-    return z, code, root_bits | ((ratio_bits >> 16) & 0xFFFF)
+    ratio = tl.where(some, exp_avg * _inverse(_number(steps & -CODE_STEP, base)), 0.0)
+    scale = _row_max(ratio) * tl.where(wide > 0, INVERSE_WIDE_RATIOS, INVERSE_RATIOS)
+    scale = tl.where(scale < 1.1754943508222875e-38, 0.0, scale)
+    scale_bits = (tl.minimum(scale.to(tl.int32, bitcast=True), 0x7F800000) + 0x80) & -0x100
+    scale_bits = tl.where((scale == scale) & (scale_bits < 0x7F800000) & ~bad, scale_bits, 0x7FC00000)
+    scale = scale_bits.to(tl.float32, bitcast=True)
+    usable = scale > 0
+    inverse = tl.where(usable, _inverse(tl.where(usable, scale, 1.0)), 0.0)
+    # The low bits of the integer in those of 1.5 * 2^23 + q are q in two's complement.
+    if STOCHASTIC:
+        inverse = tl.broadcast_to(inverse[:, None], ratio.shape)
+        z = tl.fma(ratio, inverse, ROUND_256).to(tl.int32, bitcast=True)
+        other = tl.where(odd, pair & ((256 << wide) - 1)[:, None], pair >> (24 - wide)[:, None])
+        z += other.to(tl.int32, bitcast=True)
+    else:
+        inverse = tl.broadcast_to(tl.where(wide > 0, 0.5 * inverse, inverse)[:, None], ratio.shape)
+        z = tl.fma(ratio, inverse, ROUND).to(tl.int32, bitcast=True) << (8 + wide)[:, None]
+    z = _second_bytes(z, code, tl.broadcast_to(wide[:, None], ratio.shape).to(tl.int8))
+    words = (wide << 31) | tl.where(largest > 0, exponent, 0) | (scale_bits >> 8)
+    return z, code.to(tl.uint8), words
 
 
 # --- The step -------------------------------------------------------------------------------------
@@ -165,13 +214,10 @@ def _adam_kernel(
     down = tl.zeros([R, SIZE], dtype=tl.int32)
     if QUANTIZED:
         state_scales_ptr += begin
-        scales = load_rows(state_scales_ptr, row, row_mask)
-        ratio_scale = (scales << 16).to(tl.float32, bitcast=True)
-        root_scale = (scales & -0x10000).to(tl.float32, bitcast=True)
-        code = tl.load(exp_avg_sq_ptr + at, mask=mask, other=0).to(tl.int32)
-        root = tl.where(code == 0, 0.0, _number(code)) * root_scale[:, None]
-        ratio = tl.load(exp_avg_ptr + at, mask=mask, other=0).to(tl.float32)
-        exp_avg = ratio * ratio_scale[:, None] * root
+        code = tl.load(exp_avg_sq_ptr + at, mask=mask, other=ZERO & 0xFF)
+        ratio = tl.load(exp_avg_ptr + at, mask=mask, other=0)
+        ratio, root = _decode(ratio, code, load_rows(state_scales_ptr, row, row_mask))
+        exp_avg = ratio * root
         exp_avg_sq = root * root
     else:
         exp_avg = tl.load(exp_avg_ptr + at, mask=mask, other=0.0)
@@ -196,25 +242,34 @@ def _adam_kernel(
         grad = sum_of_blocks(codes_ptr, scales_ptr, stride, blocks, first + begin, row_mask, segments, R)
 
     # The step.
-    grad = grad * factor
-    if MULTIPLIER:
-        grad = grad * tl.load(multiplier_ptr)
+    if MULTIPLIER and QUANTIZED:
+        grad = grad * (factor * tl.load(multiplier_ptr))
+    else:
+        grad = grad * factor
+        if MULTIPLIER:
+            grad = grad * tl.load(multiplier_ptr)
     if DECAYS:
         if DECOUPLED:
             master = master * decay
         else:
             grad = grad + decay * master
-    exp_avg = exp_avg + one_minus_beta1 * (grad - exp_avg)
-    exp_avg_sq = exp_avg_sq * beta2 + one_minus_beta2 * grad * grad
     step_size = tl.load(correction_ptr)
     correction = tl.load(correction_ptr + 1)
     root = exp_avg_sq
     if QUANTIZED:
-        # Its relative error, some 2^-22, is nothing beside those of the moments.
+        # Products and sums are fused; the root's relative error, some 2^-22, is nothing beside those of the
+        # moments.
+        exp_avg = tl.fma(tl.zeros_like(grad) + one_minus_beta1, grad - exp_avg, exp_avg)
+        exp_avg_sq = tl.fma(tl.zeros_like(grad) + beta2, exp_avg_sq, one_minus_beta2 * grad * grad)
         root = _sqrt(exp_avg_sq)
-        denominator = root * tl.div_rn(1.0, correction) + eps
-        master = master - exp_avg * step_size * _approximate_inverse(denominator)
+        denominator = tl.fma(
+            root, tl.zeros_like(grad) + tl.div_rn(1.0, correction), tl.zeros_like(grad) + eps
+        )
+        step = exp_avg * (0.0 - step_size)
+        master = tl.fma(step, _approximate_inverse(denominator), master)
     else:
+        exp_avg = exp_avg + one_minus_beta1 * (grad - exp_avg)
+        exp_avg_sq = exp_avg_sq * beta2 + one_minus_beta2 * grad * grad
         root_of_correction = tl.zeros_like(exp_avg_sq) + correction
         denominator = tl.div_rn(tl.sqrt_rn(exp_avg_sq), root_of_correction) + eps
         master = master - tl.div_rn(exp_avg * step_size, denominator)
@@ -241,10 +296,10 @@ def _adam_kernel(
             exp_avg = tl.where(mask, exp_avg, 0.0)
             root = tl.where(mask, root, 0.0)
         own = begin.to(tl.int32) + row
-        ratio, code, scales = _encode(exp_avg, exp_avg_sq, root, own, key_a, key_b, STOCHASTIC)
-        tl.store(exp_avg_ptr + at, ratio.to(tl.int8), mask=mask)
-        tl.store(exp_avg_sq_ptr + at, code.to(tl.uint8), mask=mask)
-        tl.store(state_scales_ptr + row, scales, mask=row_mask)
+        ratio, code, words = _encode(exp_avg, root, own, key_a, key_b, STOCHASTIC)
+        tl.store(exp_avg_ptr + at, ratio, mask=mask)
+        tl.store(exp_avg_sq_ptr + at, code, mask=mask)
+        tl.store(state_scales_ptr + row, words, mask=row_mask)
     else:
         tl.store(exp_avg_ptr + at, exp_avg, mask=mask)
         tl.store(exp_avg_sq_ptr + at, exp_avg_sq, mask=mask)
@@ -272,7 +327,7 @@ def adam_step(
         nothing if gradient.multiplier is None else gradient.multiplier,
         states.exp_avg,
         states.exp_avg_sq,
-        states.scales.view(torch.int32) if quantized else nothing,
+        states.scales if quantized else nothing,
         nothing if split else states.master,
         states.remainder if split else nothing,
         nothing if weight is None else weight,
