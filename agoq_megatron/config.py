@@ -112,18 +112,29 @@ class AGoQConfig:
     """Measure the bytes really kept between forward and backward every that many iterations, for
     TensorBoard and W&B. 0 measures once, in the first iteration after a start."""
 
+    agoq_check_gradients: bool = True
+    """Look at every layer once within the first ten iterations after a start, then at one layer now and then
+    (at most .5% of the time): its functions run again with nothing rounded, on one sequence of the training
+    data, and where rounded activations put gradients off by more than --agoq-check-bound the run says so,
+    with layer, tensor and remedy. It changes nothing else."""
+
+    agoq_check_bound: float = 0.25
+    """Relative L2 error of a function's input or weight gradient that the check warns of."""
+
     agoq_probe_interval: int = 0
-    """Every that many iterations, of a new run from the first on, measure the relative L2 error of saved
-    activations in a few layers: the series agoq/saved-error. 0: never."""
+    """Every that many iterations, of a new run from the first on, measure in a few layers the relative L2
+    error that each saved activation puts into its function's gradients: the series agoq/gradient-error. 0:
+    never."""
 
     agoq_probe_layers: int = 4
     """Layers that are probed at a time, spaced evenly through the model. The next probe takes their
     neighbours, so that all are seen in turn."""
 
     agoq_max_error: float | None = None
-    """Give a tensor whose probed error exceeds this the next wider format (4, 5, 6, 8 bits, then 16: not
-    quantized) in that layer, from the next iteration on. Checkpoints hold the raised widths; a run that
-    resumes with --agoq-probe-interval takes them over."""
+    """Where the gradients of a probed layer's function are off by more than this, give the tensor that puts
+    the most into them the next wider format (4, 5, 6, 8, 12 bits, then 16: not quantized) in that layer, from
+    the next iteration on; compute attention's output again first, if it is kept. Checkpoints hold the raised
+    widths; a run that resumes with --agoq-probe-interval takes them over."""
 
     agoq_report: str | None = None
     """Write a JSON file at the end of the run: losses, tokens, step time, planned and measured

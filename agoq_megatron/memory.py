@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from agoq_megatron.autograd.attention_linear import LSE
 from agoq_megatron.policy.policy import KEEP_BITS, PolicyError, Rule
-from agoq_megatron.policy.raised import RaisedPolicy
+from agoq_megatron.policy.raised import RECOMPUTED, RaisedPolicy
 from agoq_megatron.policy.sites import Site
 from agoq_megatron.transformer_config import AGoQTransformerConfig, transformer_config_from_args
 
@@ -202,7 +202,9 @@ class Plan:
         config = self.config
         if isinstance(config.agoq, RaisedPolicy):
             for (site, bits), numbers in config.agoq.raised(self.layers).items():
-                now = "16 bits, not quantized" if bits == KEEP_BITS else f"{bits} bits"
+                now = {KEEP_BITS: "16 bits, not quantized", RECOMPUTED: "recomputed"}.get(
+                    bits, f"{bits} bits"
+                )
                 yield f"  raised by --agoq-max-error: {site.value} to {now} in layers {ranges(numbers)};"
         yield "  not quantized: log-sum-exp (FP32, the softmax's exact statistics);"
         yield ("    once a model, not a layer: embedding output, final norm's input, logits and loss;")

@@ -206,7 +206,18 @@ class RunObserver:
             "saved_bytes_per_token_layer": self.meter.saved_bytes_per_token_layer,
             "planned_bytes_per_token_layer": self.meter.planned_bytes_per_token_layer,
             "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
-            "saved_errors": self.watcher.errors,
+            "tensor_gradient_errors": self.watcher.errors,
+            "findings": [
+                {
+                    "iteration": i,
+                    "layer": it.layer,
+                    "tensor": it.tensor.value,
+                    "error": it.error,
+                    "remedy": it.remedy.value,
+                    "bits": it.new,
+                }
+                for i, it in self.watcher.findings
+            ],
             "raises": [dataclasses.asdict(it) for it in self.watcher.raises],
             "raised_widths": getattr(args, "agoq_raised_widths", {}),
             "gradient_bits": args.agoq_grad_bits,

@@ -6,6 +6,7 @@ paragraph: the flag, why, the remedy. Nothing is switched off silently.
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
 from pathlib import Path
 
@@ -259,6 +260,11 @@ def check(args: Namespace, on_cpu: bool = False) -> None:
 
 def _check_watching(args: Namespace) -> None:
     interval, limit = args.agoq_probe_interval, args.agoq_max_error
+    if not 0 < args.agoq_check_bound < math.inf:
+        raise UsageError(
+            f"--agoq-check-bound {args.agoq_check_bound:g}: give a relative error above 0, such as 0.25. "
+            "--no-agoq-check-gradients leaves the check out."
+        )
     if interval < 0:
         raise UsageError(
             f"--agoq-probe-interval {interval}: give a number of iterations, or 0 to probe nothing."
@@ -267,8 +273,8 @@ def _check_watching(args: Namespace) -> None:
         raise UsageError(f"--agoq-probe-layers {args.agoq_probe_layers}: give a number of layers, 1 or more.")
     if limit is not None and not 0 < limit < 1:
         raise UsageError(
-            f"--agoq-max-error {limit:g}: give a relative error between 0 and 1, such as 0.1 (4 bits have "
-            "about 0.09, 8 bits 0.006)."
+            f"--agoq-max-error {limit:g}: give a relative error between 0 and 1, such as 0.25: the error of "
+            "gradients, which the default policy keeps below that."
         )
     if limit is not None and not interval:
         raise UsageError(

@@ -7,10 +7,10 @@ again: once with every tensor kept as it is, once with the tensors rounded that 
 second's input and weight gradients are off is added up here; in detail also with each tensor rounded alone.
 
 The call itself stays what it is bit for bit: the others see copies, add to no gradient buffer and draw no key
-of stochastic rounding. Nothing is compared unless somebody has set a tally; a call without pays one ``is None``.
+of stochastic rounding. Where nobody has set a tally nothing is compared, and a call pays one ``is None``.
 
-Of a micro-batch only the first sequence is taken, and of it the first :data:`TOKENS` tokens, which bounds time
-and memory: a layer holds its functions' inputs from forward to backward (10.5 hidden states of those tokens
+Of a micro-batch only the first sequence is taken, of it the first :data:`TOKENS` tokens. That bounds time and
+memory: a layer holds its functions' inputs from forward to backward (10.5 hidden states of those tokens
 with LLaMA-3-8B's ratios, 168 MiB in 16 bits), and while one function is compared its saved tensors in full,
 its input's gradient twice and its weight's twice.
 """

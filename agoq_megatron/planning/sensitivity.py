@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from agoq_kernels.formats import BIT_WIDTHS, CODES, GROUP_SIZES, SCALE_BITS, Format
+from agoq_kernels.formats import BIT_WIDTHS, CODES, GROUP_SIZES, OUTLIERS, SCALE_BITS, Format
 
 from agoq_megatron.memory import ATTENTION_SITES, HIDDEN_SITES, Plan
 from agoq_megatron.planning.replay import EXACT, OneTensor
@@ -34,18 +34,21 @@ BEST_FORMATS = {
     2: Format(2, "int_asym", 32, 8),
     3: Format(3, "int_asym", 32, 8),
     4: Format(4, "nf4", 64, 8),
-    5: Format(5, "int", 64, 8),
-    6: Format(6, "int", 64, 8),
+    5: Format(5, "cubic", 64, 8),
+    6: Format(6, "cubic", 64, 8),
     8: Format(8, "int", 64, 16),
+    12: Format(12, "int", 64, 8),
 }
-"""The format of each width; docs/format-study.md says why."""
+"""The format of each width; docs/format-study.md says why. See :func:`best_format`."""
 
-_FORMATS = {
-    str(fmt): fmt
-    for bits, code, group, scale in itertools.product(BIT_WIDTHS, CODES, GROUP_SIZES, SCALE_BITS)
-    if bits == 4 or code.startswith("int")
-    for fmt in (Format(bits, code, group, scale),)
-}
+
+def _every_format() -> Iterator[Format]:
+    for settings in itertools.product(BIT_WIDTHS, CODES, GROUP_SIZES, SCALE_BITS, ["nearest"], OUTLIERS):
+        with suppress(ValueError):  # not all of these exist
+            yield Format(*settings)
+
+
+_FORMATS = {str(fmt): fmt for fmt in _every_format()}
 """Every format by its name."""
 
 
