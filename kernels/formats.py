@@ -12,7 +12,7 @@ element, one scale, and, with the asymmetric code, one zero point:
 
 The scale is a bfloat16, or 8 bits in "ue6m2": no sign, 6 exponent bits, 2 mantissa bits. An 8-bit
 scale on groups of 64 costs what a 16-bit scale on groups of 128 costs, and holds outliers better. It
-reaches from 2^-32 to 3.7e9, residual streams of real models (1e5) and what vanishes beside them alike.
+reaches from 2^-38 to 5e7: residual streams of real models (1e5), and what vanishes beside them, in any code.
 A third mantissa bit would lower the errors of 4 and 5-bit codes by 1 to 4%, but leave 5 exponent bits,
 which such activations exceed.
 All arithmetic is FP32, and every rule here is exact: two backends must return the same codes.
@@ -161,8 +161,8 @@ class Format:
 
 # --- Scales ---------------------------------------------------------------------------------------
 
-UE6M2_BIAS = 32
-UE6M2_MAX = 1.5 * 2.0**31  # code 254; code 255 is NaN
+UE6M2_BIAS = 38
+UE6M2_MAX = 1.5 * 2.0**25  # code 254; code 255 is NaN
 _UE6M2_REBIAS = (127 - UE6M2_BIAS) << 2  # from FP32's exponent, counted in ue6m2 codes
 _FP32_MIN_NORMAL = 2.0**-126
 
@@ -170,15 +170,18 @@ _FP32_MIN_NORMAL = 2.0**-126
 def encode_scale(scale: Tensor, fmt: Format) -> Tensor:
     """Round FP32 scales >= 0 to what is stored: bfloat16, or ue6m2 in uint8. Same shape.
 
-    Infinity and NaN become NaN. To the nearest, ties to even; but an 8-bit scale under 6-bit or
-    wider codes is rounded up: rounded down, it would clip the largest elements by more than half a
-    step of such fine codes.
+    Infinity and NaN become NaN. To the nearest, ties to even; but an 8-bit scale under 6-bit or wider
+    codes, and a 16-bit one under 10-bit or wider codes, is rounded up: rounded down, it would clip the
+    largest elements by more than half a step of such fine codes.
     """
     if fmt.scale_bits == 16:
-        stored = scale.to(torch.bfloat16)
+        if fmt.bits > 8:
+            stored = ((scale.view(torch.int32) + 0xFFFF) >> 16).to(torch.int16).view(torch.bfloat16)
+        else:
+            stored = scale.to(torch.bfloat16)
         # A subnormal scale has no finite reciprocal: such a group is stored as zeros.
         stored = stored.masked_fill(stored < _FP32_MIN_NORMAL, 0.0)
-        return stored.masked_fill(~stored.isfinite(), float("nan"))
+        return stored.masked_fill(~stored.isfinite() | ~scale.isfinite(), float("nan"))
     bits = scale.clamp(max=UE6M2_MAX).view(torch.int32)
     # Drop 21 of FP32's 23 mantissa bits; a carry into the exponent is what rounding wants.
     half = 0x1FFFFF if fmt.bits >= 6 else 0xFFFFF + ((bits >> 21) & 1)

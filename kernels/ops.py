@@ -33,9 +33,7 @@ def quantize(x: Tensor, fmt: Format, key: int = 0) -> tuple[Tensor, Tensor, Tens
         )
     if not 0 <= key < 1 << 63:
         raise ValueError(f"key must be in 0..2^63-1; got {key}")
-    return quantize_op(
-        x, fmt.bits, fmt.code, fmt.group, fmt.scale_bits, fmt.rounding, fmt.outliers, key
-    )
+    return quantize_op(x, fmt.bits, fmt.code, fmt.group, fmt.scale_bits, fmt.rounding, fmt.outliers, key)
 
 
 def dequantize(
@@ -64,7 +62,9 @@ def dequantize(
                 f"codes {tuple(codes.shape)} in {fmt} go with {its_dtype} {shape}"
             )
     if shift is not None and (codes.dim() != 3 or tuple(shift.shape) != (codes.shape[1], n)):
-        raise ValueError(f"shift is {tuple(shift.shape)}; codes {tuple(codes.shape)} in {fmt} are not [s, b, n]")
+        raise ValueError(
+            f"shift is {tuple(shift.shape)}; codes {tuple(codes.shape)} in {fmt} are not [s, b, n]"
+        )
     return dequantize_op(
         codes, scale, zero, fmt.bits, fmt.code, fmt.group, fmt.scale_bits, fmt.outliers, dtype, shift
     )

@@ -17,8 +17,10 @@ PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,), 10: (8, 2)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Pack codes [..., group], each < 2^bits, into uint8 bytes [..., group * bits / 8]. They are uint8, or int16
-    where bits > 8."""
+    """Pack codes [..., group], each < 2^bits, into uint8 bytes [..., group * bits / 8].
+
+    Codes are uint8, or int16 where bits > 8.
+    """
     if bits == 8:
         return codes
     packed, shift = [], 0
@@ -34,7 +36,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
-    """Undo pack(): uint8 bytes [..., group * bits / 8] to codes [..., group], in uint8 (int16 where bits > 8)."""
+    """Undo pack(): uint8 bytes [..., group * bits / 8] to codes [..., group]."""
     if bits == 8:
         return packed
     sizes = [packed.shape[-1] * width // bits for width in PLANES[bits]]

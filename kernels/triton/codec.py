@@ -95,18 +95,21 @@ def _store_scale(scale, FMT: tl.constexpr):
     bits = scale.to(tl.int32, bitcast=True)
     invalid = (bits & 0x7F800000) == 0x7F800000
     if FMT.scale_bits == 16:
-        stored = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        if FMT.bits > 8:
+            stored = (bits + 0xFFFF) >> 16
+        else:
+            stored = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         invalid = invalid | (stored >= 0x7F80)  # rounded up to infinity
         stored = tl.where(stored < 0x80, 0, stored)  # below 2^-126
         stored = tl.where(invalid, 0x7FC0, stored)
         return stored.to(tl.int16), (stored << 16).to(tl.float32, bitcast=True)
     else:
-        bits = tl.minimum(bits, 0x4F400000)  # 1.5 * 2^31; integers order as the positive floats do
+        bits = tl.minimum(bits, 0x4C400000)  # 1.5 * 2^25; integers order as the positive floats do
         if FMT.bits >= 6:
             bits += 0x1FFFFF
         else:
             bits += 0xFFFFF + ((bits >> 21) & 1)
-        stored = tl.minimum(tl.maximum((bits >> 21) - 380, 1), 254)
+        stored = tl.minimum(tl.maximum((bits >> 21) - 356, 1), 254)
         stored = tl.where(scale == 0, 0, stored)
         stored = tl.where(invalid, 255, stored)
         return stored.to(tl.uint8), _decode_scale(stored, FMT)
@@ -119,7 +122,7 @@ def _decode_scale(stored, FMT: tl.constexpr):
         return (stored.to(tl.int32) << 16).to(tl.float32, bitcast=True)
     else:
         stored = stored.to(tl.int32) & 0xFF
-        bits = tl.where(stored == 0, 0, (stored + 380) << 21)
+        bits = tl.where(stored == 0, 0, (stored + 356) << 21)
         bits = tl.where(stored == 255, 0x7FC00000, bits)
         return bits.to(tl.float32, bitcast=True)
 

@@ -112,7 +112,8 @@ def _common_kernel(
     feature = tl.arange(0, D)[None, :]
     inside = feature < HEAD_DIM
     total = tl.zeros([T, D], tl.float32)
-    for start in range(0, n, T):
+    start = 0
+    while start < n:  # a for takes no run-time bounds in the interpreter under NumPy 2.5
         token = ((start + tl.arange(0, T)).to(tl.int64) * stride)[:, None]
         mask = ((start + tl.arange(0, T)) < n)[:, None] & inside
         row = source + token * batch * width
@@ -130,6 +131,7 @@ def _common_kernel(
             sin = tl.load(sin_ptr + token * ROT + feature, mask=turned, other=0.0)
             x = x * cos + tl.where(lower, 0.0 - other, other) * sin
         total += x
+        start += T
     mean = tl.sum(total, 0) / n
     feature = tl.arange(0, D)
     tl.store(out_ptr + (b * count + head) * HEAD_DIM + feature, mean, mask=feature < HEAD_DIM)
@@ -180,8 +182,9 @@ def _rotate(
     cos, sin = tables if tables is not None else (source, source)
     if tokens:
         _rotate_kernel[(cdiv(tokens, per_program),)](
-            source, out, cos, sin, source if common is None else common, *packed_arguments(packed, fmt),
-            tokens, batch, *strides, common_batch, *signed_key(key), HEADS=heads, HEADS_A_GROUP=per_group, HEAD_DIM=head_dim, ROT=rot,
+            source, out, cos, sin, source if common is None else common,
+            *packed_arguments(packed, fmt), tokens, batch, *strides, common_batch,
+            *signed_key(key), HEADS=heads, HEADS_A_GROUP=per_group, HEAD_DIM=head_dim, ROT=rot,
             INTERLEAVED=interleaved, INVERSE=inverse, QUANTIZE=fmt is not None,
             CENTRE=common is not None, CENTRE_OUT=centre_out,
             RUNS=rot // 2 % lane == 0, T=per_program, NG=groups, FMT=numbers,

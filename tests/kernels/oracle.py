@@ -18,13 +18,33 @@ NF4 = [
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 ]  # fmt: skip
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
-CUBIC = [float(f32(m * (225 + m * m)) * f32(1 / 6750)) for m in range(-15, 16, 2)]
-TABLES = {"nf4": NF4, "cubic": CUBIC, "e2m1": E2M1}
+WIDTHS = {
+    "int": (2, 3, 4, 5, 6, 8, 10, 12),
+    "int_asym": (2, 3, 4, 5, 6, 8),
+    "nf4": (4,),
+    "e2m1": (4,),
+    "cubic": (4, 5, 6),
+}
+CODES_AND_BITS = [(code, bits) for code, widths in WIDTHS.items() for bits in widths]
+
+
+def cubic(bits: int) -> list[float]:
+    top = 2**bits - 1
+    unit = f32(1 / (2 * top**3))
+    return [float(f32(m * (top * top + m * m)) * unit) for m in range(-top, top + 1, 2)]
+
+
+CUBIC = {bits: cubic(bits) for bits in WIDTHS["cubic"]}
+
+
+def table(fmt) -> list[float]:
+    return {"nf4": NF4, "e2m1": E2M1}.get(fmt.code) or CUBIC[fmt.bits]
+
 
 # All non-negative finite bfloat16 numbers, from their 16-bit patterns, in increasing order.
 BF16 = (np.arange(0x7F80, dtype=np.uint32) << 16).view(f32).astype(np.float64)
-# ue5m3: the value of every code but 0 (zero) and 255 (NaN).
-UE5M3 = {code: 2.0 ** ((code >> 3) - 16) * (1 + (code & 7) / 8) for code in range(1, 255)}
+# ue6m2: the value of every code but 0 (zero) and 255 (NaN).
+UE6M2 = {code: 2.0 ** ((code >> 2) - 38) * (1 + (code & 3) / 4) for code in range(1, 255)}
 
 
 def code_range(fmt) -> tuple[int, int]:
@@ -41,20 +61,29 @@ def store_scale(scale: np.float32, fmt) -> float:
         return np.nan
     if scale == 0:
         return 0.0
-    if fmt.scale_bits == 8 and scale >= UE5M3[254]:
-        return UE5M3[254]
+    if fmt.scale_bits == 8 and scale >= UE6M2[254]:
+        return UE6M2[254]
     if fmt.scale_bits == 8 and fmt.bits >= 6:  # never below: wide codes must not clip
-        return next(v for v in UE5M3.values() if v >= scale)
+        return next(v for v in UE6M2.values() if v >= scale)
     if fmt.scale_bits == 8:
-        best = min(UE5M3, key=lambda code: (abs(UE5M3[code] - scale), code % 2))
-        return UE5M3[best]
+        best = min(UE6M2, key=lambda code: (abs(UE6M2[code] - scale), code % 2))
+        return UE6M2[best]
     top = 2.0**128  # what would follow the largest bfloat16: rounding to it is an overflow
     above = int(np.searchsorted(BF16, scale))
     candidates = [(v, i) for i in (above - 1, above) for v in [BF16[i] if i < len(BF16) else top]]
-    value, _ = min(candidates, key=lambda c: (abs(c[0] - scale), c[1] % 2))
+    if fmt.bits > 8:  # never below
+        value = min(v for v, _ in candidates if v >= scale)
+    else:
+        value, _ = min(candidates, key=lambda c: (abs(c[0] - scale), c[1] % 2))
     if value == top:
         return np.nan
     return value if value >= 2.0**-126 else 0.0
+
+
+def to_bf16(x: np.float32) -> np.float32:
+    """The nearest bfloat16, ties to even; infinity where it overflows."""
+    bits = int(f32(x).view(np.uint32))
+    return np.uint32((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).view(f32)
 
 
 def mix(x: int) -> int:
@@ -88,7 +117,7 @@ def encode(y: np.float32, u: float | None, fmt, zero: int) -> int:
         low, high = code_range(fmt)
         q = round(float(y)) if u is None else int(np.floor(f32(y) + f32(u)))
         return min(max(q + zero, low), high) - low
-    levels = TABLES[fmt.code]
+    levels = table(fmt)
     negative = fmt.code == "e2m1" and y < 0
     magnitude = f32(-y) if negative else f32(y)
     code = _encode_table(magnitude, u, levels, ties_to_even=fmt.code == "e2m1")
@@ -113,7 +142,7 @@ def decode(code: int, fmt, zero: int) -> float:
         return code + code_range(fmt)[0] - zero
     if fmt.code == "e2m1":
         return -E2M1[code - 8] if code >= 8 else E2M1[code]
-    return TABLES[fmt.code][code]
+    return table(fmt)[code]
 
 
 def quantize(x: np.ndarray, fmt, key: int) -> tuple[list, list, list, np.ndarray]:
@@ -121,6 +150,11 @@ def quantize(x: np.ndarray, fmt, key: int) -> tuple[list, list, list, np.ndarray
     [n_groups]; the FP32 values they stand for [n_groups, group]."""
     all_codes, scales, zeros, values = [], [], [], np.full(x.shape, np.nan, f32)
     for g, row in enumerate(x):
+        outlier = None
+        if fmt.outliers and np.isfinite(row).all():
+            outlier, row = int(np.abs(row).argmax()), row.copy()
+            number = to_bf16(row[outlier])
+            row[outlier] = 0
         if fmt.code == "int_asym":
             low, high = min(row.min(), f32(0)), max(row.max(), f32(0))  # min() and max() keep NaN
             ideal = f32(high - low) * f32(1 / (2**fmt.bits - 1))
@@ -140,11 +174,15 @@ def quantize(x: np.ndarray, fmt, key: int) -> tuple[list, list, list, np.ndarray
             u = uniform(g * fmt.group + i, key) if fmt.rounding == "stochastic" else None
             codes.append(0 if np.isnan(y) else encode(y, u, fmt, zero))
             values[g, i] = f32(decode(codes[-1], fmt, zero) * scale)
+        if outlier is not None:
+            values[g, outlier] = number
+            if not np.isfinite(number):
+                scale = values[g, :] = np.nan
         all_codes.append(codes), scales.append(scale), zeros.append(zero)
     return all_codes, scales, zeros, values
 
 
-PLANES = {2: [2], 3: [2, 1], 4: [4], 5: [4, 1], 6: [4, 2], 8: [8]}
+PLANES = {2: [2], 3: [2, 1], 4: [4], 5: [4, 1], 6: [4, 2], 8: [8], 10: [8, 2], 12: [8, 4]}
 
 
 def unpack(packed: list[int], bits: int) -> list[int]:

@@ -16,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 FORMATS = [Format(4, code, 32, 8) for code in CODES] + [
     Format(3, "int", 64, 16, "stochastic"),
     Format(8, "int_asym", 128, 8),
+    Format(4, "nf4", 64, 8, outliers=1),
+    Format(12, "int", 64, 8),
 ]
 
 
@@ -23,8 +25,10 @@ FORMATS = [Format(4, code, 32, 8) for code in CODES] + [
 def test_opcheck(fmt, rng):
     x = torch.randn(3, 2, 256, generator=rng).bfloat16()
     args = (fmt.bits, fmt.code, fmt.group, fmt.scale_bits)
-    torch.library.opcheck(quantize_op.overload, (x, *args, fmt.rounding, 5))
-    torch.library.opcheck(dequantize_op.overload, (*quantize(x, fmt), *args, torch.bfloat16))
+    torch.library.opcheck(quantize_op.overload, (x, *args, fmt.rounding, fmt.outliers, 5))
+    for shift in (None, torch.randn(2, 256, generator=rng)):
+        kept = *quantize(x, fmt), *args, fmt.outliers, torch.bfloat16, shift
+        torch.library.opcheck(dequantize_op.overload, kept)
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
@@ -88,6 +92,16 @@ def test_refuses_parts_that_do_not_fit():
         dequantize(codes, scale, zero, Format(4, "int_asym", 64, 8), torch.float32)
 
 
+def test_a_shift_is_added_before_rounding(rng):
+    fmt = Format(8, "int", 64, 16)
+    packed = quantize(torch.randn(3, 2, 256, generator=rng), fmt)
+    shift = 100 * torch.randn(2, 256, generator=rng)
+    expected = (dequantize(*packed, fmt, torch.float32) + shift).bfloat16()
+    assert torch.equal(dequantize(*packed, fmt, torch.bfloat16, shift), expected)
+    with pytest.raises(ValueError, match="shift is"):
+        dequantize(*packed, fmt, torch.bfloat16, shift[:1])
+
+
 RELOAD = """
 import importlib
 import torch
@@ -99,7 +113,7 @@ def outputs(quantize_op):
     y, _ = fused.activation_forward(x, "swiglu")
     return codes, scale, y
 
-x, args, early = torch.randn(2, 128), (4, "nf4", 64, 8, "nearest", 5), ops.quantize_op
+x, args, early = torch.randn(2, 128), (4, "nf4", 64, 8, "nearest", 0, 5), ops.quantize_op
 before = outputs(early)
 for modules in ([operator], [ops, fused], [operator, adam, cross_entropy, gradients, ops, fused]):
     for module in modules:
@@ -110,9 +124,9 @@ for modules in ([operator], [ops, fused], [operator, adam, cross_entropy, gradie
 torch.library.opcheck(ops.quantize_op.overload, (x, *args))
 
 @operator.operator("quantize")
-def changed(x: torch.Tensor, bits: int, code: str, group: int, scale_bits: int, rounding: str, key: int) -> (
-    tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-):
+def changed(
+    x: torch.Tensor, bits: int, code: str, group: int, scale_bits: int, rounding: str, outliers: int, key: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return x + 1, x + 2, x + 3
 
 assert torch.equal(early(x, *args)[0], x + 1)  # the newest function, for those who have an earlier one too
@@ -134,7 +148,7 @@ def test_the_dispatcher_is_passed_by_where_nobody_watches(monkeypatch):
             return function(*args, **(kwargs or {}))
 
     seen, x = [], torch.randn(2, 64, requires_grad=True)
-    args = (x, 4, "nf4", 64, 8, "nearest", 5)
+    args = (x, 4, "nf4", 64, 8, "nearest", 0, 5)
     with torch.profiler.profile() as profile:
         profiled = quantize_op(*args)
     assert "agoq::quantize" in {event.key for event in profile.key_averages()}

@@ -14,7 +14,11 @@ each_group = pytest.mark.parametrize("group", GROUP_SIZES)
 
 
 def random_codes(bits: int, *shape: int, generator: torch.Generator) -> torch.Tensor:
-    return torch.randint(0, 1 << bits, shape, dtype=torch.uint8, generator=generator)
+    return torch.randint(0, 1 << bits, shape, dtype=dtype_of(bits), generator=generator)
+
+
+def dtype_of(bits: int) -> torch.dtype:
+    return torch.int16 if bits > 8 else torch.uint8
 
 
 @each_width
@@ -47,12 +51,12 @@ def test_every_code_at_every_place(bits):
     """Each code alone among zeros, at each place of a group, sets its own bits and no others."""
     group = 32
     places = torch.arange(group).repeat_interleave(1 << bits)
-    codes = torch.zeros(len(places), group, dtype=torch.uint8)
-    codes[torch.arange(len(places)), places] = torch.arange(1 << bits).repeat(group).byte()
+    codes = torch.zeros(len(places), group, dtype=dtype_of(bits))
+    codes[torch.arange(len(places)), places] = torch.arange(1 << bits).repeat(group).to(dtype_of(bits))
     packed = pack(codes, bits)
     assert torch.equal(unpack(packed, bits), codes)
     ones = sum((packed.int() >> k) & 1 for k in range(8)).sum(-1)
-    expected = sum((codes.int() >> k) & 1 for k in range(8)).sum(-1)
+    expected = sum((codes.int() >> k) & 1 for k in range(bits)).sum(-1)
     assert torch.equal(ones, expected)
 
 

@@ -15,9 +15,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:i
 
 from agoq_kernels import fused, reference, rotary  # noqa: E402
 from agoq_kernels.formats import GROUP_SIZES, ROUNDINGS, SCALE_BITS, Format  # noqa: E402
+from agoq_kernels.ops import dequantize  # noqa: E402
 from agoq_kernels.triton import launchers  # noqa: E402
 
-from tests.kernels.test_quantize import CODES_AND_BITS, sample  # noqa: E402
+from tests.kernels.oracle import CODES_AND_BITS  # noqa: E402
+from tests.kernels.test_quantize import outliers_of, sample  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -29,6 +31,9 @@ FORMATS = (
     Format(bits=8, scale_bits=16, rounding="stochastic"),
     Format(bits=5, group=32),
     Format(bits=3, code="int_asym", group=32, rounding="stochastic"),
+    Format(code="nf4", outliers=1),
+    Format(bits=5, code="cubic"),
+    Format(bits=12),
 )
 
 
@@ -67,8 +72,9 @@ def draw(rng):
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_quantize(code, bits, rounding, rng):
     dtypes = itertools.cycle(some(DTYPES, rng, 3))
-    for group, scale_bits in some(itertools.product(GROUP_SIZES, SCALE_BITS), rng, 4):
-        fmt = Format(bits, code, group, scale_bits, rounding)
+    layouts = [(s, o) for s in SCALE_BITS for o in outliers_of(code, s)]
+    for group, (scale_bits, outliers) in some(itertools.product(GROUP_SIZES, layouts), rng, 4):
+        fmt = Format(bits, code, group, scale_bits, rounding, outliers)
         key = int(torch.randint(0, 2**63 - 1, (), generator=rng))
         x = sample(group, next(dtypes), rng)
         expected = reference.quantize(x, fmt, key)
@@ -80,6 +86,16 @@ def test_quantize(code, bits, rounding, rng):
             got = launchers.dequantize(packed, fmt, dtype).cpu()
             value = reference.dequantize(*expected, fmt, dtype)
             torch.testing.assert_close(got, value, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("fmt", [f for f in FORMATS if f], ids=str)
+def test_dequantize_with_a_shift(fmt, draw):
+    s, b, n = 5, 3, 320
+    packed = reference.quantize(draw(s, b, n, dtype=torch.float32), fmt, 1)
+    shift = 30 * draw(b, n, dtype=torch.float32)
+    for dtype in (torch.bfloat16, torch.float32):
+        got = launchers.dequantize(tuple(t.to(DEVICE) for t in packed), fmt, dtype, shift.to(DEVICE))
+        same([got], [dequantize(*packed, fmt, dtype, shift)])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -194,8 +210,17 @@ def test_split_and_merge(fmt, interleaved, draw, rng):
             on_device = tuple(t.to(DEVICE) for t in tables)
         qkv = draw(s, b, groups * (r + 2) * d, dtype=dtype)
         formats, keys = (fmt,) * 3, (1, 2 << 40, 3)
-        parts, packed = launchers.split_qkv(qkv.to(DEVICE), on_device, groups, d, interleaved, formats, keys)
-        parts_, packed_ = fused.split_qkv(qkv, groups, d, tables, interleaved, formats, keys)
+        common = fused.common_vectors(qkv, groups, d, tables, interleaved)
+        vectors = launchers.common_vectors(qkv.to(DEVICE), on_device, groups, d, interleaved)
+        torch.testing.assert_close(
+            vectors.cpu(), common, rtol=2 * PRECISION[dtype], atol=2 * PRECISION[dtype]
+        )
+        centre = {"common": common, "centre_key": bool(rng.get_state()[0] % 2)} if fmt is not None else {}
+        theirs = {**centre, "common": common.to(DEVICE)} if centre else {}
+        parts, packed = launchers.split_qkv(
+            qkv.to(DEVICE), on_device, groups, d, interleaved, formats, keys, **theirs
+        )
+        parts_, packed_ = fused.split_qkv(qkv, groups, d, tables, interleaved, formats, keys, **centre)
         for a, b_ in zip(parts, parts_, strict=True):
             torch.testing.assert_close(a.cpu(), b_, rtol=0, atol=0)
         for a, b_ in zip(packed, packed_, strict=True):
