@@ -137,9 +137,32 @@ def root_and_ratio(
     return quantize
 
 
+def two_widths(always_wide: bool = False, stochastic_ratio: bool = True, block: int = 64) -> Moments:
+    """The format that is built, in other words: roots as floats of 6, 5 and 4 bits of mantissa below 1, 1/4
+    and 1/64 of a power of two. Where all of a block lie above 1/64 they fit 8 bits, and ratios are of -127 to
+    127; else roots take 9 bits, and ratios are of -63 to 63 (``always_wide``: everywhere)."""
+
+    def quantize(m: Tensor, v: Tensor, key: int) -> tuple[Tensor, Tensor]:
+        root = _blocks(v.sqrt(), block)
+        noise = uniform(0, root.numel(), key).view_as(root)
+        largest = float_code(root, 6, 1 << 14, noise).amax(-1, keepdim=True)
+        unit = torch.where(largest > 0, 2.0 ** torch.ceil(torch.log2(largest)), 1.0)
+        y = root / unit
+        lower = torch.where(y < 2.0**-6, float_code(y, 4, 352, noise), float_code(y, 5, 1 << 12, noise))
+        code = torch.where(y < 0.25, lower, float_code(y, 6, 1 << 12, noise))
+        wide = ((code > 0) & (code <= 2.0**-6)).any(-1, keepdim=True) | always_wide
+        kept, levels = code * unit, torch.where(wide, 63.0, 127.0)
+        ratio, scale = _normalized(torch.where(kept > 0, _blocks(m, block) / kept, 0.0))
+        extra = uniform(0, ratio.numel(), key + 1).view_as(ratio) if stochastic_ratio else 0.5
+        # The largest is not drawn: dividing by it may leave a little less than 1.
+        ratio = torch.floor((ratio * levels * 256).round() / 256 + extra * (1 - 2.0**-9)) / levels * scale
+        return _like(ratio * kept, m), _like(kept**2, v)
+
+    return quantize
+
+
 def as_built(m: Tensor, v: Tensor, key: int) -> tuple[Tensor, Tensor]:
-    """What ``agoq_kernels.states`` keeps: the tapered one in blocks of 64, with BF16 scales, these rounded
-    stochastically too."""
+    """What ``agoq_kernels.states`` keeps."""
     states = AdamStates.new(torch.zeros(m.numel(), device=m.device), 8, False)
     states.write_moments(m.flatten(), v.flatten(), key)
     mean, square = states.moments()
@@ -169,4 +192,7 @@ FORMATS: dict[str, Moments] = {
     "ratio INT8, root tapered stochastic, block 64": root_and_ratio(0, True, block=64),
     "ratio INT8, root tapered stochastic, block 128": root_and_ratio(0, True, block=128),
     "ratio INT8, root float5 stochastic, block 256": root_and_ratio(5, True, block=256),
+    "two widths": two_widths(),
+    "two widths, ratio to the nearest": two_widths(stochastic_ratio=False),
+    "two widths, always wide": two_widths(always_wide=True),
 }
