@@ -97,8 +97,8 @@ class AGoQConfig:
     parameter instead of 4. Default: 'split' with --agoq-optimizer-bits 8, else 'fp32'."""
 
     agoq_optimizer_rounding: Literal["stochastic", "nearest"] = "stochastic"
-    """Of 8-bit moments. From one step to the next the second moment changes by less than its format can
-    say; to the nearest it would not change."""
+    """Of 8-bit moments. From one step to the next they change by less than their format can say: to the
+    nearest, an ablation, the second would not change and the first never decay to zero."""
 
     agoq_checkpoint_checksums: bool = True
     """Write a CRC-32 of every file of a checkpoint beside it, and compare before it is loaded: a damaged

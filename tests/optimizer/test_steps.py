@@ -32,7 +32,7 @@ def steps(
 @pytest.mark.parametrize("beta2", [0.95, 0.999])
 @pytest.mark.parametrize("kind", ["constant", "noisy"])
 def test_blocks_that_span_six_powers_of_ten(rng, kind, beta2):
-    """A coordinate's steps in the mean within a factor of 1.5 of the exact ones, and single ones but for one in
+    """Steps in the mean within a factor of 1.5 of the exact ones, and single ones but for one in
     5,000; whatever share of its block's largest gradient its own is."""
     size = 10.0 ** (-6 * torch.rand(N, generator=rng))
     size[::BLOCK], size[1::BLOCK] = 1.0, 1e-6
@@ -57,7 +57,7 @@ def test_blocks_that_span_six_powers_of_ten(rng, kind, beta2):
 
 @pytest.mark.parametrize("beta2", [0.95, 0.999])
 def test_gradients_that_end(rng, beta2):
-    """How far weights move on whose gradient has become exactly zero: as with FP32 moments, and then no more."""
+    """How far weights move on whose gradient has become zero: as with FP32 moments, and then no more."""
     ended = torch.arange(N) % 2 == 1
     signs = torch.where(torch.arange(N) % 4 == 1, -1.0, 1.0)
 
