@@ -14,13 +14,14 @@ import torch
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from agoq_megatron.autograd.attention_linear import LSE
+from agoq_megatron.autograd.attention_linear import COMMON, LSE
 from agoq_megatron.policy.policy import KEEP_BITS, PolicyError, Rule
 from agoq_megatron.policy.raised import RECOMPUTED, RaisedPolicy
 from agoq_megatron.policy.sites import Site
 from agoq_megatron.transformer_config import AGoQTransformerConfig, transformer_config_from_args
 
-ATTENTION_SITES = (Site.QUERY, Site.KEY, Site.VALUE, Site.ATTENTION_OUTPUT)
+QKV_SITES = (Site.QUERY, Site.KEY, Site.VALUE)
+ATTENTION_SITES = (*QKV_SITES, Site.ATTENTION_OUTPUT)
 MLP_SITES = (Site.NORM2_INPUT, Site.NORM2_OUTPUT, Site.FC1_OUTPUT, Site.FC2_INPUT)
 LAYER_SITES = (Site.NORM1_INPUT, Site.NORM1_OUTPUT, *ATTENTION_SITES, *MLP_SITES)
 NORM_SITES = (Site.NORM1_INPUT, Site.NORM1_OUTPUT, Site.NORM2_INPUT, Site.NORM2_OUTPUT)
@@ -79,7 +80,8 @@ class Plan:
 
     def _layer(self, number: int, index_in_chunk: int) -> tuple[Row, ...]:
         config = self.config
-        sites, lse = LAYER_SITES, True
+        sites, lse = LAYER_SITES, not config.agoq.rule(Site.ATTENTION_OUTPUT, number).recompute
+        exact = lse
         if config.recompute_granularity == "full":
             count, lse = config.recompute_num_layers, False
             if config.recompute_method == "uniform":
@@ -87,7 +89,7 @@ class Plan:
             elif index_in_chunk < count:
                 sites = (Site.LAYER_INPUT,)
             else:
-                sites, lse = LAYER_SITES, True
+                sites, lse = LAYER_SITES, exact
         elif config.recompute_granularity == "selective":
             if "core_attn" in config.recompute_modules:
                 sites, lse = tuple(s for s in sites if s is not Site.ATTENTION_OUTPUT), False
@@ -98,7 +100,11 @@ class Plan:
         if lse:
             heads = config.num_attention_heads / tp
             rows.append(Row(LSE, "FP32", heads, 4 * heads))
-        if config.hidden_dropout > 0 and (lse or config.recompute_granularity != "full"):
+        whole = Site.QUERY in sites
+        if whole and config.agoq_sequence and any(config.agoq.rule(s, number).format for s in QKV_SITES):
+            width = self._features[Site.QUERY] + self._features[Site.VALUE]
+            rows.append(Row(COMMON, "FP32, once a sequence", width, 4 * width / config.agoq_sequence))
+        if config.hidden_dropout > 0 and whole:
             width = 2 * self._features[Site.NORM1_INPUT]
             # torch keeps booleans on a GPU, a scaled mask in the compute dtype on a CPU.
             size = 1 if torch.cuda.is_available() else self._itemsize
@@ -206,7 +212,7 @@ class Plan:
                     bits, f"{bits} bits"
                 )
                 yield f"  raised by --agoq-max-error: {site.value} to {now} in layers {ranges(numbers)};"
-        yield "  not quantized: log-sum-exp (FP32, the softmax's exact statistics);"
+        yield "  not quantized: common vectors of queries and values; log-sum-exp where the attention is not run again;"
         yield ("    once a model, not a layer: embedding output, final norm's input, logits and loss;")
         if config.pipeline_model_parallel_size > 1:
             yield (

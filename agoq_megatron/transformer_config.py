@@ -16,12 +16,13 @@ from agoq_megatron.policy.raised import RaisedPolicy
 
 @dataclass
 class AGoQTransformerConfig(TransformerConfig):
-    """Megatron's transformer config, the policy of saved activations, and how gradients and the optimizer's
-    states are kept (None: as Megatron does)."""
+    """Megatron's transformer config, the policy of saved activations, how gradients and the optimizer's
+    states are kept (None: as Megatron does), and the tokens of a sequence."""
 
     agoq: ActivationPolicy | None = None
     agoq_gradients: GradientSettings | None = None
     agoq_optimizer: OptimizerSettings | None = None
+    agoq_sequence: int = 0
 
 
 def transformer_config_from_args(args) -> AGoQTransformerConfig:
@@ -31,6 +32,7 @@ def transformer_config_from_args(args) -> AGoQTransformerConfig:
         PolicyError: the policy cannot be used.
     """
     config = core_transformer_config_from_args(args, AGoQTransformerConfig)
+    config.agoq_sequence = args.seq_length
     config.agoq = load_policy(args.agoq_activations, args.agoq_rounding)
     raised = getattr(args, "agoq_raised_widths", None)  # of the run so far: see watching.py
     if raised:

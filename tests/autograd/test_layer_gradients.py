@@ -26,6 +26,8 @@ from agoq_megatron.policy.sites import Site
 KEEP, RECOMPUTE = Rule(keep=True), Rule()
 INT4 = Rule(Format(bits=4, code="int", group=32, scale_bits=16))
 NF4 = Rule(Format(bits=4, code="nf4", group=32, scale_bits=8))
+NF4_OUTLIER = Rule(Format(bits=4, code="nf4", group=32, scale_bits=8, outliers=1))
+CUBIC5 = Rule(Format(bits=5, code="cubic", group=32, scale_bits=8))
 INT8 = Rule(Format(bits=8, code="int", group=32, scale_bits=16))
 INT3 = Rule(Format(bits=3, code="int_asym", group=64, scale_bits=8))
 
@@ -35,6 +37,8 @@ MIXED = {
     Site.VALUE: INT4, Site.ATTENTION_OUTPUT: INT8, Site.NORM2_INPUT: INT4,
     Site.NORM2_OUTPUT: RECOMPUTE, Site.FC1_OUTPUT: INT3, Site.FC2_INPUT: RECOMPUTE,
 }  # fmt: skip
+# As the default: backward is that of an attention at the kept Q, K and V.
+AGAIN = MIXED | {Site.ATTENTION_OUTPUT: RECOMPUTE, Site.NORM1_INPUT: NF4_OUTLIER, Site.FC1_OUTPUT: CUBIC5}
 KEPT_OUTPUTS = MIXED | {Site.NORM1_OUTPUT: KEEP, Site.NORM2_OUTPUT: KEEP, Site.FC2_INPUT: KEEP}
 
 
@@ -112,9 +116,7 @@ def oracle_layer(x, p, rules, shape, kind, act, ours):
             y_weight = y.detach()
         return WeightAt.apply(y, y_weight, w) + (0 if bias is None else bias)
 
-    qkv = norm_linear(
-        x, p["n1w"], p["n1b"], p["qkv"], p["qkv_b"], Site.NORM1_INPUT, Site.NORM1_OUTPUT
-    )
+    qkv = norm_linear(x, p["n1w"], p["n1b"], p["qkv"], p["qkv_b"], Site.NORM1_INPUT, Site.NORM1_OUTPUT)
     grouped = qkv.view(s, b, groups, -1)
     r = heads // groups
     q = grouped[..., : r * d].reshape(s, b, heads, d)
@@ -122,15 +124,30 @@ def oracle_layer(x, p, rules, shape, kind, act, ours):
     if p["angles"] is not None:
         q, k = turn(q, p["angles"]), turn(k, p["angles"])
 
-    kept = [kept_at(site, t) for site, t in ((Site.QUERY, q), (Site.KEY, k), (Site.VALUE, v))]
-    out_kept = kept_at(Site.ATTENTION_OUTPUT, plain_attention(q, k, v))
-    out = AttentionAt.apply(q, k, v, *kept, out_kept)
+    def rest(site, t):
+        """The tensor that backward sees: what is kept is quantized without what all tokens share (here, of a
+        short sequence, the mean), which queries and values get back, keys not."""
+        if rules[site].format is None:
+            return kept_at(site, t)
+        common = t.mean(0).detach()
+        kept = kept_at(site, t - common)
+        return kept if site is Site.KEY else kept + common
+
+    kept = [rest(site, t) for site, t in ((Site.QUERY, q), (Site.KEY, k), (Site.VALUE, v))]
+    if rules[Site.KEY].format is not None:
+        k = k - k.mean(0).detach()  # the softmax does not see it; kept statistics are of these keys
+    if rules[Site.ATTENTION_OUTPUT].recompute:
+        out_kept, statistics = plain_attention(*kept), scores(*kept[:2]).logsumexp(-1)
+    else:
+        out_kept, statistics = (
+            kept_at(Site.ATTENTION_OUTPUT, plain_attention(q, k, v)),
+            scores(q, k).logsumexp(-1),
+        )
+    out = AttentionAt.apply(q, k, v, *kept, out_kept.detach(), statistics.detach())
     attn = WeightAt.apply(out.reshape(s, b, -1), out_kept.reshape(s, b, -1).detach(), p["proj"])
     x = x + attn
 
-    h = norm_linear(
-        x, p["n2w"], p["n2b"], p["fc1"], p["fc1_b"], Site.NORM2_INPUT, Site.NORM2_OUTPUT
-    )
+    h = norm_linear(x, p["n2w"], p["n2b"], p["fc1"], p["fc1_b"], Site.NORM2_INPUT, Site.NORM2_OUTPUT)
 
     def activate(t):
         if act == "swiglu":
@@ -171,11 +188,11 @@ def plain_attention(q, k, v):
 
 
 class AttentionAt(torch.autograd.Function):
-    """Exact attention; its backward by the textbook formula from kept Q, K, V, O and exact statistics."""
+    """Exact attention; its backward by the textbook formula from kept Q, K, V, O and log-sum-exp."""
 
     @staticmethod
-    def forward(ctx, q, k, v, q_kept, k_kept, v_kept, out_kept):
-        ctx.save_for_backward(q_kept, k_kept, v_kept, out_kept, scores(q, k).logsumexp(-1))
+    def forward(ctx, q, k, v, q_kept, k_kept, v_kept, out_kept, statistics):
+        ctx.save_for_backward(q_kept, k_kept, v_kept, out_kept, statistics)
         return plain_attention(q, k, v)
 
     @staticmethod
@@ -190,7 +207,7 @@ class AttentionAt(torch.autograd.Function):
         grad_z = p * (grad_p - delta[..., None]) / math.sqrt(d)
         grad_q = torch.einsum("bnij,jbnd->ibnd", grad_z, k.repeat_interleave(r, 2))
         grad_k = torch.einsum("bnij,ibnd->jbnd", grad_z, q).view(s, b, g, r, d).sum(3)
-        return grad_q, grad_k, grad_v, None, None, None, None
+        return grad_q, grad_k, grad_v, *[None] * 5
 
 
 def turn(x, angles):
@@ -253,7 +270,9 @@ def parameters(rng, h, f, shape, kind, act, rotary, dtype):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("rules", [OFF, MIXED, KEPT_OUTPUTS], ids=["off", "mixed", "kept_outputs"])
+@pytest.mark.parametrize(
+    "rules", [OFF, MIXED, AGAIN, KEPT_OUTPUTS], ids=["off", "mixed", "again", "kept_outputs"]
+)
 @pytest.mark.parametrize(
     "kind,act,shape,rotary",
     [
