@@ -1,21 +1,23 @@
 """Gradient accumulators in 8 bits: blocks of codes with a scale, laid out as they travel.
 
 A bucket is one uint8 tensor of equal segments, one for each rank that will own a part of it. A segment is
-its codes, one byte a number, followed by their BF16 scales, one for each block of 64. So a segment is a
-message: an all-to-all sends the bucket as it lies, and what arrives is a bucket again, whose segments are
-now every rank's share of the same numbers.
+its codes, one byte a number, followed by their BF16 scales, one for each block of 64, and by their shares, 4
+bits for each group of 8 numbers. So a segment is a message: an all-to-all sends the bucket as it lies, and
+what arrives is a bucket again, whose segments are now every rank's part of the same sum.
 
-A number is code * scale. With a residual it is (16 * code + residual) * scale / 16: four more bits, kept
-beside the bucket and never sent, which carry what rounding to 8 bits would lose from one micro-batch to
-the next. What is sent is the nearest code. A scale of 0 makes a block zero, whatever its codes are; a block
-that has seen NaN or infinity has the scale NaN.
+A number is code * unit, where the unit of a group is its block's scale times (share + 1) / 16. In gradients
+of trained models most blocks have a few large numbers; groups without one are coded as finely as their own
+largest allows. With a residual a number is (16 * code + residual) * unit / 16: four more bits, kept beside
+the bucket and never sent, which carry what rounding to 8 bits would lose from one micro-batch to the next.
+What is sent is the nearest code. A scale of 0 makes a block zero, whatever its codes are; a block that has
+seen NaN or infinity has the scale NaN.
 
 Stochastic rounding keeps, in the mean, what is small beside the sum, but its error has twice the variance of
 that to the nearest. Half of that variance is the draw itself, so an odd key draws the mirror images of the
 even key before it (antithetic variates): over the two micro-batches of a pair the draws sum to zero, and the
 error of many is that of rounding to the nearest, without its bias. That the first draw has moved the number
-which the second rounds does no harm as long as both round it alike, to steps of nearly the same size: a block
-whose scale has changed by more than an eighth draws anew.
+which the second rounds does no harm as long as both round it alike, to steps of nearly the same size: where
+the unit has changed by more than an eighth, numbers are drawn for anew.
 """
 
 from __future__ import annotations
@@ -29,6 +31,10 @@ from agoq_kernels.rng import halves, words
 from torch import Tensor
 
 BLOCK = 64
+GROUP = 8
+"""Numbers that have a share of the scale to themselves: 1 to 16 sixteenths."""
+SCALE_BYTES = 2 + BLOCK // GROUP // 2
+"""Of a block: its scale and its shares."""
 NORM_STRETCH = 128 * BLOCK
 """Numbers to a norm of :func:`norms_of_sum`."""
 _PIECE = 512 * NORM_STRETCH
@@ -37,7 +43,7 @@ CODES = ("int8", "e4m3")
 SCALES = ("absmax", "least-squares")
 ROUNDINGS = ("nearest", "stochastic")
 ALIKE = 0.125
-"""Draws are mirrored where a block's scale has changed by no more than this part of it."""
+"""Draws are mirrored where the unit has changed by no more than this part of it."""
 ANEW = 0x1E3779B9
 """Makes of a block's seed another, whose draws have nothing to do with those of the first."""
 _LARGEST = {"int8": 127.0, "e4m3": 448.0}
@@ -89,31 +95,44 @@ _format = cache(GradientFormat)  # an operator's arguments are plain values
 
 def segment_bytes(blocks: int) -> int:
     """Bytes of a segment of that many blocks."""
-    return blocks * (BLOCK + 2)
+    return blocks * (BLOCK + SCALE_BYTES)
 
 
-def _parts(bucket: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
+def _parts(bucket: Tensor, blocks: int) -> tuple[Tensor, Tensor, Tensor]:
     """Views of a bucket, or of its segments ``[segments, segment_bytes(blocks)]``: bytes of codes
-    ``[segments, blocks, 64]`` and BF16 scales ``[segments, blocks]``."""
+    ``[segments, blocks, 64]``, BF16 scales ``[segments, blocks]`` and int16 words of shares ``[segments,
+    blocks, 2]``: four each, the first of them in the lowest bits. (All first words lie before all second.)"""
     segments = bucket if bucket.dim() == 2 else bucket.view(-1, segment_bytes(blocks))
-    codes, scales = segments[:, : blocks * BLOCK], segments[:, blocks * BLOCK :]
-    return codes.unflatten(1, (blocks, BLOCK)), scales.view(torch.bfloat16)
+    codes, scales, shares = segments.split((blocks * BLOCK, blocks * 2, blocks * (SCALE_BYTES - 2)), 1)
+    shares = shares.view(torch.int16).unflatten(1, (2, blocks)).transpose(1, 2)
+    return codes.unflatten(1, (blocks, BLOCK)), scales.view(torch.bfloat16), shares
+
+
+def scales_of(segments: Tensor, blocks: int) -> Tensor:
+    """BF16 ``[segments, blocks]``, a view: NaN where a number of the block is NaN or infinite."""
+    return _parts(segments, blocks)[1]
 
 
 def zero_(bucket: Tensor, blocks: int) -> None:
-    """Make all numbers of a bucket 0. (Its codes and residual may stay.)"""
-    _parts(bucket, blocks)[1].zero_()
+    """Make all numbers of a bucket 0. (Its codes, shares and residual may stay.)"""
+    scales_of(bucket, blocks).zero_()
 
 
-def _values(codes: Tensor, scales: Tensor, code: str) -> Tensor:
-    """FP32 ``[..., 64]`` of bytes ``[..., 64]`` and BF16 scales ``[...]``."""
-    scales = scales.float()
+def _units(scales: Tensor, shares: Tensor) -> Tensor:
+    """FP32 ``[..., 64]`` of scales ``[...]`` and their shares' words ``[..., 2]``; exact."""
+    shift = torch.arange(0, 16, 4, dtype=torch.int32, device=shares.device)
+    parts = ((shares.int()[..., None] >> shift & 15) + 1).flatten(-2) * 0.0625
+    return (scales.float()[..., None] * parts).repeat_interleave(GROUP, -1)
+
+
+def _values(codes: Tensor, units: Tensor, code: str) -> Tensor:
+    """FP32 of bytes and units, both ``[..., 64]``."""
     if code == "int8":
         numbers = codes.view(torch.int8).float()
     else:
         numbers = codes.view(torch.float8_e4m3fn).float()
     # A scale of 0 stands for zero even where the bytes, never written, happen to be a NaN.
-    return torch.where(scales[..., None] == 0, 0.0, numbers * scales[..., None])
+    return torch.where(units == 0, 0.0, numbers * units)
 
 
 def _round_up(scale: Tensor) -> Tensor:
@@ -130,13 +149,20 @@ def _stored(scale: Tensor) -> Tensor:
     return torch.where(scale.isnan(), 0x7FC0, bits).to(torch.int16).view(torch.bfloat16)
 
 
+def _share(y: Tensor) -> Tensor:
+    """Shares, int32 ``[n, 8]``, of FP32 ``[n, 64]`` in units of their scale: as small as clips no code."""
+    largest = y.abs().unflatten(1, (-1, GROUP)).amax(-1)
+    return ((largest * (16 / 127)).ceil() - 1).clamp(0, 15).int()
+
+
 def _encode(
     x: Tensor, fmt: GradientFormat, first: int, key: int, before: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """FP32 ``[n, 64]`` -> bytes ``[n, 64]``, BF16 scales ``[n]``, residual in units of scale / 16.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """FP32 ``[n, 64]`` -> bytes ``[n, 64]``, BF16 scales ``[n]``, words of shares ``[n, 2]``, residual in
+    16ths of a unit.
 
     ``first`` is the first block's place in the bucket, which says with the key what stochastic rounding
-    draws, and ``before`` are the blocks' scales until now.
+    draws, and ``before`` are the units until now, ``[n, 64]``.
     """
     largest = _LARGEST[fmt.code]
     scale = _round_up(x.abs().amax(-1) * (1 / largest))
@@ -144,24 +170,32 @@ def _encode(
     y = torch.where(inverse[:, None] > 0, x * inverse[:, None], 0.0)
     if fmt.code == "e4m3":
         codes = y.clamp(-largest, largest).to(torch.float8_e4m3fn)
-        return codes.view(torch.uint8), _stored(scale), torch.zeros_like(x)
+        whole = torch.full((len(x), 2), -1, dtype=torch.int16, device=x.device)
+        return codes.view(torch.uint8), _stored(scale), whole, torch.zeros_like(x)
+    share = _share(y)
+    z = y * (16.0 / (share + 1).float()).repeat_interleave(GROUP, -1)
+    shift = torch.arange(0, 16, 4, dtype=torch.int32, device=x.device)
+    shares = (share.view(-1, 2, 4) << shift).sum(-1).to(torch.int16)
     fine = 16.0 if fmt.residual_bits else 1.0
     if fmt.rounding == "stochastic":
         seeds = words(first, len(x), pair_of(key), x.device)
+        drawn = halves(seeds, BLOCK)
         if is_mirrored(key):
-            alike = (scale - before.float()).abs() <= before.float() * ALIKE
-            seeds = torch.where(alike, seeds, seeds ^ ANEW)
-        drawn = (halves(seeds, BLOCK) + 0.5) * 2.0**-16 - 0.5
-        t = (y * fine + (-drawn if is_mirrored(key) else drawn)).round()  # exact but for the sum with y
+            now = _units(scale, shares)
+            alike = (now - before).abs() <= before * ALIKE
+            drawn = torch.where(alike, drawn, halves(seeds ^ ANEW, BLOCK))
+        drawn = (drawn + 0.5) * 2.0**-16 - 0.5
+        t = (z * fine + (-drawn if is_mirrored(key) else drawn)).round()  # exact but for the sum with z
     else:
-        t = (y * fine).round()
+        t = (z * fine).round()
     t = t.clamp(-largest * fine, largest * fine)
     q = torch.floor((t + 8) / 16) if fmt.residual_bits else t
     if fmt.scale == "least-squares":
-        square = (q * q).sum(-1)
-        gain = (y * q).sum(-1) / square
+        kept = q * ((share + 1) * 0.0625).repeat_interleave(GROUP, -1)
+        square = (kept * kept).sum(-1)
+        gain = (y * kept).sum(-1) / square
         scale = torch.where(square > 0, scale * gain, scale)
-    return q.to(torch.int8).view(torch.uint8), _stored(scale), t - 16 * q
+    return q.to(torch.int8).view(torch.uint8), _stored(scale), shares, t - 16 * q
 
 
 def accumulate(
@@ -199,24 +233,25 @@ def accumulate_op(
 def _accumulate(
     bucket: Tensor, residual: Tensor, blocks: int, first: int, grad: Tensor, fmt: GradientFormat, key: int
 ) -> None:
-    all_codes, all_scales = _parts(bucket, blocks)
+    parts = _parts(bucket, blocks)
     count = -(-grad.numel() // BLOCK)
     x = torch.nn.functional.pad(grad.float(), (0, count * BLOCK - grad.numel())).view(count, BLOCK)
     done = 0
     while done < count:  # segment by segment
         segment, start = divmod(first + done, blocks)
         here = min(count - done, blocks - start)
-        codes = all_codes[segment, start : start + here]
-        scales = all_scales[segment, start : start + here]
-        total = _values(codes, scales, fmt.code) + x[done : done + here]
+        codes, scales, shares = (part[segment, start : start + here] for part in parts)
+        units = _units(scales, shares)
+        total = _values(codes, units, fmt.code)
         nibbles = None
         if fmt.residual_bits:
             nibbles = residual.view(-1, BLOCK // 2)[first + done : first + done + here]
             low = torch.cat((nibbles & 15, nibbles >> 4), -1).float() - 8
-            total += torch.where(scales[:, None] == 0, 0.0, low * (scales[:, None].float() / 16))
-        new_codes, new_scales, rest = _encode(total, fmt, first + done, key, scales)
-        codes.copy_(new_codes)
-        scales.copy_(new_scales)
+            total += low * (units * 0.0625)
+        total += x[done : done + here]
+        *new, rest = _encode(total, fmt, first + done, key, units)
+        for part, what in zip((codes, scales, shares), new, strict=True):
+            part.copy_(what)
         if nibbles is not None:
             low, high = (rest + 8).to(torch.uint8).chunk(2, -1)
             nibbles.copy_(low | high << 4)
@@ -246,11 +281,10 @@ def sum_segments(
 
 
 def _sum(segments: Tensor, blocks: int, first: int, n: int, factor: float, code: str) -> Tensor:
-    codes, scales = _parts(segments, blocks)
     last = first + -(-n // BLOCK)
     total = None
-    for row, scale in zip(codes[:, first:last], scales[:, first:last], strict=True):
-        values = _values(row, scale, code)  # in the order of the ranks, as the kernel does
+    for row, *scale in zip(*(part[:, first:last] for part in _parts(segments, blocks)), strict=True):
+        values = _values(row, _units(*scale), code)  # in the order of the ranks, as the kernel does
         total = values if total is None else total + values
     return (total * factor).flatten()[:n]
 
@@ -258,8 +292,8 @@ def _sum(segments: Tensor, blocks: int, first: int, n: int, factor: float, code:
 def block_values(segments: Tensor, blocks: int, segment: Tensor, inside: Tensor, code: str) -> Tensor:
     """FP32 ``[m, 64]``: the numbers of single blocks, number ``inside`` of ``segment``, both int64 ``[m]``.
     For samples: plain torch on every device."""
-    codes, scales = _parts(segments, blocks)
-    return _values(codes[segment, inside], scales[segment, inside], code)
+    codes, *scales = (part[segment, inside] for part in _parts(segments, blocks))
+    return _values(codes, _units(*scales), code)
 
 
 @operator("requantize_gradients", mutates_args=("out",))
@@ -278,15 +312,16 @@ def requantize_sum(
 
         gradients.requantize_sum(segments, blocks, factor, multiplier, out)
         return
-    fmt, (codes, scales) = _format(code), _parts(out, blocks)
+    fmt, parts = _format(code), _parts(out, blocks)
     for first in range(0, blocks, _PIECE // BLOCK):
         count = min(_PIECE // BLOCK, blocks - first)
         x = _sum(segments, blocks, first, count * BLOCK, factor, code)
         if multiplier is not None:
             x *= multiplier
         x += 0.0  # zeros without a sign, as where it is added to zeros
-        here = slice(first, first + count)
-        codes[0, here], scales[0, here], _ = _encode(x.view(count, BLOCK), fmt, first, 0)
+        *new, _ = _encode(x.view(count, BLOCK), fmt, first, 0)
+        for part, what in zip(parts, new, strict=True):
+            part[0, first : first + count] = what
 
 
 @operator("gradient_norms")

@@ -23,6 +23,7 @@ from agoq_kernels.gradients import (
     block_values,
     norms_of_sum,
     requantize_sum,
+    scales_of,
     segment_bytes,
     sum_segments,
     zero_,
@@ -174,8 +175,7 @@ class GradientBucket:
     def has_bad_numbers(self) -> Tensor:
         """FP32: NaN where a number is NaN or infinite, else 0. Before the reduction only, and
         from the scales alone: a 33rd of the bytes."""
-        scales = self._segments[:, self.blocks * BLOCK :].view(torch.bfloat16)
-        return (scales.float() * 0).sum()
+        return (scales_of(self._segments, self.blocks).float() * 0).sum()
 
     def _spans(self, start: int, n: int) -> Iterator[tuple[Tensor | None, int, int]]:
         """Where to read: segments to be summed (None: the reduced numbers), from where on, how many."""

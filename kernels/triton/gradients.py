@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 from agoq_kernels import gradients
-from agoq_kernels.gradients import BLOCK, NORM_STRETCH, GradientFormat, is_mirrored, pair_of, segment_bytes
+from agoq_kernels.gradients import BLOCK, NORM_STRETCH, GradientFormat, is_mirrored, pair_of
 from agoq_kernels.triton.codec import INTERPRET, MAGIC, ROUND, _centred, _clamp, _nan_max, _word, widen
 from agoq_kernels.triton.launch import Kernel, cdiv
 from agoq_kernels.triton.quantize import signed_key
@@ -14,6 +14,9 @@ from torch import Tensor
 
 BLOCKS = 32  # of a program
 HALF = tl.constexpr(BLOCK // 2)
+GROUP = tl.constexpr(gradients.GROUP)
+GROUPS = tl.constexpr(BLOCK // 2 // gradients.GROUP)  # whose shares are in a word
+SEGMENT = tl.constexpr(gradients.segment_bytes(1))
 ALIKE = tl.constexpr(gradients.ALIKE)
 ANEW = tl.constexpr(gradients.ANEW)
 
@@ -54,13 +57,13 @@ def _bytes(q):
 
 
 @triton.jit
-def _place(block, blocks, SEGMENT: tl.constexpr):
-    """Where, in a bucket's bytes and in its 2-byte words, codes and scale of a block are."""
-    blocks = tl.zeros([], dtype=tl.int64) + blocks  # a segment may have more than 2^31 bytes
+def _place(block, blocks):
+    """Where, in a bucket's bytes and in its 2-byte words, codes and scale of a block are. The two words of
+    its shares are ``blocks`` and 2 * ``blocks`` after its scale."""
     segment = block // blocks
     inside = block - segment * blocks
     start = segment * (blocks * SEGMENT)
-    return start + inside * (SEGMENT - 2), (start + blocks * (SEGMENT - 2)) // 2 + inside
+    return start + inside * (2 * HALF), (start + blocks * (2 * HALF)) // 2 + inside
 
 
 @triton.jit
@@ -95,17 +98,45 @@ def _round(y, seeds, column, STOCHASTIC: tl.constexpr, MIRRORED: tl.constexpr):
     return (y + ROUND) - ROUND
 
 
+@triton.jit
+def _parts_of_scale(words, column):
+    """FP32 [R, C]: (share + 1) / 16 of the numbers in these columns, of words [R] of shares."""
+    share = (words[:, None] >> ((column // GROUP) * 4)) & 15
+    return (share + 1).to(tl.float32) * 0.0625
+
+
+@triton.jit
+def _shares(y, R: tl.constexpr, COUNT: tl.constexpr):
+    """Words [R] of the shares of ``COUNT`` groups in y [R, C], in units of their scale: as small as clips no
+    code; and [R, C] what makes units of a group of units of the scale, 16 / (share + 1)."""
+    largest = tl.max(tl.reshape(tl.abs(y), (R, COUNT, GROUP)), 2)
+    share = tl.ceil(largest * 0.12598425149917603) - 1.0  # FP32 of 16 / 127
+    share = tl.minimum(tl.maximum(share, 0.0), 15.0)
+    finer = tl.div_rn(16.0, share + 1.0)
+    finer = tl.reshape(tl.broadcast_to(finer[:, :, None], (R, COUNT, GROUP)), (R, COUNT * GROUP))
+    return tl.sum(share.to(tl.int32) << (tl.arange(0, COUNT) * 4)[None, :], 1), finer
+
+
+@triton.jit
+def _draw_anew(seeds, unit, before, MIRRORED: tl.constexpr):
+    """Seeds [R, 1] for numbers of these units [R, C]; others where a unit has changed too much to mirror."""
+    if MIRRORED:
+        seeds = tl.where(tl.abs(unit - before) <= before * ALIKE, seeds, seeds ^ ANEW)
+    return seeds
+
+
 @Kernel
 @triton.jit(do_not_specialize=["first", "n", "key_a", "key_b"])
 def _accumulate_kernel(
-    codes_ptr, scales_ptr, residual_ptr, grad_ptr, blocks, first, n, key_a, key_b,
+    codes_ptr, words_ptr, residual_ptr, grad_ptr, blocks, first, n, key_a, key_b,
     RESIDUAL: tl.constexpr, STOCHASTIC: tl.constexpr, LEAST_SQUARES: tl.constexpr,
-    MIRRORED: tl.constexpr, WHOLE: tl.constexpr, SEGMENT: tl.constexpr, R: tl.constexpr,
+    MIRRORED: tl.constexpr, WHOLE: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     own = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     mask = own * (2 * HALF) < n
     block = first + own
-    code_at, scale_at = _place(block, blocks, SEGMENT)
+    blocks = tl.zeros([], dtype=tl.int64) + blocks  # a segment may have more than 2^31 bytes
+    code_at, scale_at = _place(block, blocks)
     column = tl.arange(0, HALF)[None, :]
     codes = codes_ptr + code_at[:, None] + column
     grad = grad_ptr + (own * (2 * HALF))[:, None] + column
@@ -116,22 +147,17 @@ def _accumulate_kernel(
         here = left > 0
         there = left > HALF
 
-    scale = (load_rows(scales_ptr, scale_at, mask) << 16).to(tl.float32, bitcast=True)
-    x0 = tl.load(codes, mask=mask[:, None], other=0).to(tl.float32)
-    x1 = tl.load(codes + HALF, mask=mask[:, None], other=0).to(tl.float32)
-    unit = scale
+    scale = (load_rows(words_ptr, scale_at, mask) << 16).to(tl.float32, bitcast=True)[:, None]
+    unit0 = scale * _parts_of_scale(load_rows(words_ptr, scale_at + blocks, mask), column)
+    unit1 = scale * _parts_of_scale(load_rows(words_ptr, scale_at + 2 * blocks, mask), column)
+    x0 = tl.load(codes, mask=mask[:, None], other=0).to(tl.float32) * unit0
+    x1 = tl.load(codes + HALF, mask=mask[:, None], other=0).to(tl.float32) * unit1
     low = residual_ptr + (block * HALF)[:, None] + column
     if RESIDUAL:
-        unit = scale * 0.0625
         packed = tl.load(low, mask=mask[:, None], other=0).to(tl.int32)
-        r0 = (packed & 15).to(tl.float32) - 8.0
-        r1 = (packed >> 4).to(tl.float32) - 8.0
-        x0 = x0 * scale[:, None] + r0 * unit[:, None]
-        x1 = x1 * scale[:, None] + r1 * unit[:, None]
-    else:
-        x0 = x0 * scale[:, None]
-        x1 = x1 * scale[:, None]
-    # Where the scale is 0, codes and residual may be anything: all of them are finite.
+        x0 += ((packed & 15).to(tl.float32) - 8.0) * (unit0 * 0.0625)
+        x1 += ((packed >> 4).to(tl.float32) - 8.0) * (unit1 * 0.0625)
+    # Where the scale is 0, codes, shares and residual may be anything: all of them are finite.
     x0 += widen(tl.load(grad, mask=here, other=0.0))
     x1 += widen(tl.load(grad + HALF, mask=there, other=0.0))
 
@@ -139,51 +165,60 @@ def _accumulate_kernel(
     inverse = _inverse(new)[:, None]
     y0 = tl.where(inverse > 0, x0 * inverse, 0.0)
     y1 = tl.where(inverse > 0, x1 * inverse, 0.0)
-    seeds = _word(block.to(tl.int32), key_a, key_b)
-    if MIRRORED:
-        seeds = tl.where(tl.abs(new - scale) <= scale * ALIKE, seeds, seeds ^ ANEW)
-    seeds = seeds[:, None]
+    shares0, finer0 = _shares(y0, R, GROUPS)
+    shares1, finer1 = _shares(y1, R, GROUPS)
+    part0, part1 = _parts_of_scale(shares0, column), _parts_of_scale(shares1, column)
+    seeds = _word(block.to(tl.int32), key_a, key_b)[:, None]
+    seeds0 = _draw_anew(seeds, new[:, None] * part0, unit0, MIRRORED)
+    seeds1 = _draw_anew(seeds, new[:, None] * part1, unit1, MIRRORED)
     if RESIDUAL:
-        t0 = _clamp(_round(y0 * 16.0, seeds, column, STOCHASTIC, MIRRORED), -2032.0, 2032.0)
-        t1 = _clamp(_round(y1 * 16.0, seeds, column + HALF, STOCHASTIC, MIRRORED), -2032.0, 2032.0)
+        t0 = _clamp(_round(y0 * finer0 * 16.0, seeds0, column, STOCHASTIC, MIRRORED), -2032.0, 2032.0)
+        t1 = _clamp(_round(y1 * finer1 * 16.0, seeds1, column + HALF, STOCHASTIC, MIRRORED), -2032.0, 2032.0)
         q0 = tl.floor((t0 + 8.0) * 0.0625)
         q1 = tl.floor((t1 + 8.0) * 0.0625)
         byte = (t0 - 16.0 * q0 + 8.0) + (t1 - 16.0 * q1 + 8.0) * 16.0
         tl.store(low, (byte + MAGIC).to(tl.int32, bitcast=True).to(tl.uint8), mask=mask[:, None])
     else:
-        q0 = _clamp(_round(y0, seeds, column, STOCHASTIC, MIRRORED), -127.0, 127.0)
-        q1 = _clamp(_round(y1, seeds, column + HALF, STOCHASTIC, MIRRORED), -127.0, 127.0)
+        q0 = _clamp(_round(y0 * finer0, seeds0, column, STOCHASTIC, MIRRORED), -127.0, 127.0)
+        q1 = _clamp(_round(y1 * finer1, seeds1, column + HALF, STOCHASTIC, MIRRORED), -127.0, 127.0)
     if LEAST_SQUARES:
-        square = tl.sum(q0 * q0 + q1 * q1, 1)
-        product = tl.sum(y0 * q0 + y1 * q1, 1)
+        k0, k1 = q0 * part0, q1 * part1
+        square = tl.sum(k0 * k0 + k1 * k1, 1)
+        product = tl.sum(y0 * k0 + y1 * k1, 1)
         new = tl.where(square > 0, new * tl.div_rn(product, tl.where(square > 0, square, 1.0)), new)
-    tl.store(scales_ptr + scale_at, _bfloat16_bits(new), mask=mask)
+    tl.store(words_ptr + scale_at, _bfloat16_bits(new), mask=mask)
+    tl.store(words_ptr + (scale_at + blocks), shares0.to(tl.int16), mask=mask)
+    tl.store(words_ptr + (scale_at + 2 * blocks), shares1.to(tl.int16), mask=mask)
     tl.store(codes, _bytes(q0), mask=mask[:, None])
     tl.store(codes + HALF, _bytes(q1), mask=mask[:, None])
 
 
 @triton.jit
-def _block_values(codes_ptr, scales_ptr, start, blocks, block, mask, R: tl.constexpr):
+def _block_values(codes_ptr, words_ptr, start, blocks, block, mask, R: tl.constexpr):
     """FP32 [R, 64] of blocks ``block`` and on of the segment that begins at byte ``start``, both int64."""
     row = tl.arange(0, R)
-    scale = load_rows(scales_ptr + ((start + blocks * (2 * HALF)) // 2 + block), row, mask) << 16
-    at = row[:, None] * (2 * HALF) + tl.arange(0, 2 * HALF)[None, :]
+    column = tl.arange(0, 2 * HALF)[None, :]
+    words = words_ptr + ((start + blocks * (2 * HALF)) // 2 + block)
+    scale = (load_rows(words, row, mask) << 16).to(tl.float32, bitcast=True)
+    low, high = load_rows(words + blocks, row, mask), load_rows(words + 2 * blocks, row, mask)
+    unit = scale[:, None] * _parts_of_scale((low & 0xFFFF) | (high << 16), column)
+    at = row[:, None] * (2 * HALF) + column
     codes = tl.load(codes_ptr + (start + block * (2 * HALF)) + at, mask=mask[:, None], other=0)
-    # Where the scale is 0 the codes may be anything, but all of them are finite.
-    return codes.to(tl.float32) * scale.to(tl.float32, bitcast=True)[:, None]
+    # Where the scale is 0 codes and shares may be anything, but all of them are finite.
+    return codes.to(tl.float32) * unit
 
 
 @triton.jit
-def sum_of_blocks(codes_ptr, scales_ptr, stride, blocks, block, mask, segments, R: tl.constexpr):
+def sum_of_blocks(codes_ptr, words_ptr, stride, blocks, block, mask, segments, R: tl.constexpr):
     """FP32 [R, 64]: the sum over segments of R blocks from number ``block`` (int64) of a segment on, where
     ``mask`` [R]. What is zero may be a negative zero."""
     segment = tl.zeros([], dtype=tl.int64)
     blocks = segment + blocks  # a segment may have more than 2^31 bytes
-    total = _block_values(codes_ptr, scales_ptr, segment, blocks, block, mask, R)
+    total = _block_values(codes_ptr, words_ptr, segment, blocks, block, mask, R)
     if segments != 1:  # known at compile time
         segment += 1
         while segment < segments:  # for takes no run-time bounds in the interpreter under NumPy 2.5
-            total += _block_values(codes_ptr, scales_ptr, segment * stride, blocks, block, mask, R)
+            total += _block_values(codes_ptr, words_ptr, segment * stride, blocks, block, mask, R)
             segment += 1
     return total
 
@@ -191,13 +226,13 @@ def sum_of_blocks(codes_ptr, scales_ptr, stride, blocks, block, mask, segments, 
 @Kernel
 @triton.jit(do_not_specialize=["first", "n"])
 def _sum_kernel(
-    codes_ptr, scales_ptr, out_ptr, stride, blocks, first, n, segments, factor,
+    codes_ptr, words_ptr, out_ptr, stride, blocks, first, n, segments, factor,
     NORMS: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     begin = tl.program_id(0).to(tl.int64) * R
     own = begin + tl.arange(0, R)
     mask = own * (2 * HALF) < n
-    total = sum_of_blocks(codes_ptr, scales_ptr, stride, blocks, first + begin, mask, segments, R) * factor
+    total = sum_of_blocks(codes_ptr, words_ptr, stride, blocks, first + begin, mask, segments, R) * factor
     at = (own * (2 * HALF))[:, None] + tl.arange(0, 2 * HALF)[None, :]
     if NORMS:
         total = tl.where(at < n, total, 0.0)
@@ -210,22 +245,27 @@ def _sum_kernel(
 @Kernel
 @triton.jit
 def _requantize_kernel(
-    codes_ptr, scales_ptr, out_codes_ptr, out_scales_ptr, multiplier_ptr, stride, blocks, segments, factor,
+    codes_ptr, words_ptr, out_codes_ptr, out_words_ptr, multiplier_ptr, stride, blocks, segments, factor,
     R: tl.constexpr,
 ):  # fmt: skip
     begin = tl.program_id(0).to(tl.int64) * R
     own = begin + tl.arange(0, R)
     mask = own < blocks
-    x = sum_of_blocks(codes_ptr, scales_ptr, stride, blocks, begin, mask, segments, R) * factor
+    x = sum_of_blocks(codes_ptr, words_ptr, stride, blocks, begin, mask, segments, R) * factor
     if multiplier_ptr is not None:
         x *= tl.load(multiplier_ptr)
     scale = _new_scale(tl.abs(x))
     inverse = _inverse(scale)[:, None]
-    q = _clamp((tl.where(inverse > 0, x * inverse, 0.0) + ROUND) - ROUND, -127.0, 127.0)
+    y = tl.where(inverse > 0, x * inverse, 0.0)
+    shares, finer = _shares(y, R, 2 * GROUPS)
+    q = _clamp((y * finer + ROUND) - ROUND, -127.0, 127.0)
     at = (own * (2 * HALF))[:, None] + tl.arange(0, 2 * HALF)[None, :]
     tl.store(out_codes_ptr + at, _bytes(q), mask=mask[:, None])
-    first_scale = (tl.zeros([], dtype=tl.int64) + blocks) * HALF
-    tl.store(out_scales_ptr + (first_scale + own), _bfloat16_bits(scale), mask=mask)
+    blocks = tl.zeros([], dtype=tl.int64) + blocks
+    words = out_words_ptr + (blocks * HALF + own)
+    tl.store(words, _bfloat16_bits(scale), mask=mask)
+    tl.store(words + blocks, shares.to(tl.int16), mask=mask)
+    tl.store(words + 2 * blocks, (shares >> 16).to(tl.int16), mask=mask)
 
 
 def accumulate(
@@ -238,7 +278,7 @@ def accumulate(
             bucket.view(torch.int8), bucket.view(torch.int16), residual, grad, blocks, first, n,
             *signed_key(pair_of(key)), RESIDUAL=fmt.residual_bits > 0, STOCHASTIC=stochastic,
             LEAST_SQUARES=fmt.scale == "least-squares", MIRRORED=stochastic and is_mirrored(key),
-            WHOLE=n % BLOCK == 0, SEGMENT=segment_bytes(1), R=BLOCKS, num_warps=4, enable_fp_fusion=False,
+            WHOLE=n % BLOCK == 0, R=BLOCKS, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
 
 

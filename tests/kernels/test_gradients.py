@@ -7,6 +7,7 @@ import torch
 from agoq_kernels import gradients
 from agoq_kernels.gradients import (
     BLOCK,
+    GROUP,
     NORM_STRETCH,
     GradientFormat,
     accumulate,
@@ -141,13 +142,13 @@ def test_odd_keys_mirror_the_draws_of_even_ones(rng):
         """Of numbers of 100.5 units: whether each was rounded up."""
         bucket, residual = empty(1, blocks, fmt)
         start = torch.zeros(blocks, BLOCK)
-        start[:, 0] = 127 * 16 * unit
+        start[:, ::GROUP] = 127 * 16 * unit
         accumulate(bucket, residual, blocks, 0, start.flatten(), fmt, 2)
         more = torch.full((blocks, BLOCK), 100.5 * unit * largest)
-        more[:, 0] = 127 * 16 * unit * (largest - 1)
+        more[:, ::GROUP] = 127 * 16 * unit * (largest - 1)
         accumulate(bucket, residual, blocks, 0, more.flatten(), fmt, key)
         fine = residual.view(-1, BLOCK // 2)
-        return torch.cat((fine & 15, fine >> 4), -1)[:, 1:] == 5 + 8  # 101 = 6 * 16 + 5
+        return torch.cat((fine & 15, fine >> 4), -1)[:, 1::GROUP] == 5 + 8  # 101 = 6 * 16 + 5
 
     even, odd, other = drawn(6, 1), drawn(7, 1), drawn(8, 1)
     assert torch.equal(even, ~odd) and 0.4 < even.float().mean() < 0.6

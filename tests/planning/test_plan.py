@@ -96,7 +96,7 @@ ON_TWO_GPUS = {
 }
 
 # Of 8-bit gradients: (GPUs, flags, bytes that a reduction holds for each number of a bucket)
-CODED = 66 / 64
+CODED = 70 / 64
 LARGE = "--preset llama3-8b --global-batch-size 64 --agoq-grad-bits 8 --ddp-bucket-size 1000"
 REDUCTIONS = {
     "in one node": (8, "", CODED),
@@ -242,7 +242,7 @@ def test_a_large_run(tmp_path):
     # 17U of a token and layer in exact form; U is cut by the eight tensor-parallel ranks.
     assert first["saved activations"] == pytest.approx(17 * 2 * 8192 / 8 * 8192 * 10 * 11, rel=0.03)
     reduced = report["kinds"]["A + G + O"]["stages"][0]["parts"]
-    assert reduced["gradients"] == pytest.approx(1.531 * plain[0]["parameters"], rel=0.01)
+    assert reduced["gradients"] == pytest.approx(1.594 * plain[0]["parameters"], rel=0.01)
     assert report["kinds"]["A"]["largest"]["sequence"] > 3 * report["kinds"]["BF16"]["largest"]["sequence"]
     assert figure.stat().st_size > 10_000
     assert "Side by side" in run.stdout and "all-gather of weights" in run.stdout

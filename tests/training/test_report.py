@@ -84,7 +84,7 @@ def test_8_bit_gradients_are_measured(launcher, tmp_path, distributed):
     assert "gradients: int8 in blocks of 64" in run.log
     report, tags = run.report, series(tmp_path / "tb")
     assert report["gradient_bits"] == 8
-    assert 1.53 < report["gradient_bytes_per_parameter"] < 1.55  # codes, scales and residual
+    assert 1.59 < report["gradient_bytes_per_parameter"] < 1.61  # codes, scales and residual
     # Half of the codes leave a rank of two; without the distributed optimizer half of the sums too.
     sent = report["gradient_bytes_sent"] / report["gradient_bytes"]
     codes = segment_bytes(1) / (segment_bytes(1) + BLOCK / 2)  # the residual stays
