@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from agoq_kernels.formats import Format
-from agoq_kernels.ops import dequantize, quantize
 
 from agoq_megatron.autograd import probing
 from agoq_megatron.autograd.cross_entropy import vocab_parallel_cross_entropy
-from agoq_megatron.autograd.saving import SavedTensor
-from agoq_megatron.policy.policy import Rule
-from agoq_megatron.policy.sites import Site
+from agoq_megatron.gradient_check import errors_of
 from tests.autograd.test_layer_gradients import MIXED, OFF, our_layer, parameters
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -40,23 +36,31 @@ def test_layer(rng, no_sync, rules, kind, act, shape):
     our_layer(x, p, rules, shape, kind, act).backward(grad)
 
 
-def test_probed_tensors(rng, no_sync):
-    fmt = Format(4, "nf4", 64, 8)
-    saved = SavedTensor(Site.KEY, 1, Rule(fmt))
-    x = torch.randn(11, 3, 64, generator=rng).to("cuda", torch.bfloat16)
-    tally = probing.ErrorTally([1], x.device)
-    probing.probe(tally)
-    try:
-        saved.pack(x)  # compiles
-        torch.cuda.synchronize()
-        no_sync()
-        saved.pack(x)
-    finally:
-        probing.probe(None)
-    torch.cuda.set_sync_debug_mode("default")
-    held = dequantize(*quantize(x, fmt), fmt, torch.float64)
-    error, square = tally.squares[0, probing.SITES.index(Site.KEY)].tolist()
-    assert (error / square) ** 0.5 == pytest.approx(((held - x).norm() / x.double().norm()).item(), rel=1e-5)
+def test_a_probed_layer(rng, no_sync):
+    """Its functions run again and are compared without a wait, and find on the GPU what the CPU finds."""
+    p = parameters(rng, 64, 96, (6, 2, 64), "RMSNorm", "swiglu", True, torch.float32)
+    x, grad = torch.randn(2, 11, 3, 64, generator=rng)
+    found = []
+    for device in ("cpu", "cuda"):
+        mine = {
+            k: t if t is None else t.detach().to(device).requires_grad_(k != "angles") for k, t in p.items()
+        }
+        here, flowing = x.to(device).requires_grad_(), grad.to(device)
+        for _ in range(2 if device == "cuda" else 1):  # the first compiles
+            tally = probing.GradientTally({1: True}, here.device)
+            probing.probe(tally)
+            try:
+                our_layer(here, mine, MIXED, (6, 2, 64), "RMSNorm", "swiglu").backward(flowing)
+            finally:
+                probing.probe(None)
+            if device == "cuda":
+                torch.cuda.synchronize()
+                no_sync()
+        torch.cuda.set_sync_debug_mode("default")
+        found.append(errors_of(tally.squares[0].tolist()))
+    assert found[0].keys() == found[1].keys() and len(found[0]) > 5
+    for name, expected in found[0].items():
+        assert found[1][name] == pytest.approx(expected, rel=0.05), name
 
 
 def test_the_check_sees_a_wait(no_sync):

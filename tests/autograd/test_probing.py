@@ -1,33 +1,53 @@
-"""Errors of saved tensors, measured as they are packed, against their definition in FP64."""
+"""Errors of gradients that a running layer measures, against plain autograd that never saw our functions."""
 
 from __future__ import annotations
 
+import math
+from types import SimpleNamespace
+
 import pytest
 import torch
+import torch.nn.functional as F
 from agoq_kernels.formats import Format
 from agoq_kernels.ops import dequantize, quantize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from agoq_megatron.autograd import probing
+from agoq_megatron.autograd.activation_linear import ActivationLinear, ActivationLinearSpec
+from agoq_megatron.autograd.attention_linear import AttentionLinear, AttentionLinearSpec
+from agoq_megatron.autograd.norm_linear import NormLinear, NormLinearSpec
 from agoq_megatron.autograd.recompute import note_entry, quantized_checkpoint
+from agoq_megatron.autograd.rounding import counter
 from agoq_megatron.autograd.saving import SavedTensor
+from agoq_megatron.gradient_check import errors_of
 from agoq_megatron.policy.policy import Rule
 from agoq_megatron.policy.sites import Site
-from tests.autograd.test_layer_gradients import MIXED, our_layer, parameters
+from tests.autograd.test_layer_gradients import (
+    MIXED,
+    OFF,
+    one_rank,
+    our_layer,
+    parameters,
+    plain_attention,
+    rms,
+    turn,
+)
 
-FORMATS = [
-    Format(4, "nf4", 64, 8), Format(3, "int_asym", 32, 16), Format(8, "int", 64, 16),
-    Format(5, "int", 64, 8, "stochastic"),
-]  # fmt: skip
-DTYPES = [torch.bfloat16, torch.float32, torch.float64]
+KEEP, AGAIN = Rule(keep=True), Rule()
+SHAPE = HEADS, GROUPS, DIM = 6, 2, 64
+"""Of the attention."""
+NF4 = Rule(Format(4, "nf4", 64, 8))
+INT8 = Rule(Format(8, "int", 64, 16))
+DICE = Rule(Format(5, "int", 64, 8, "stochastic"))
+ATTENTION_SITES = (Site.QUERY, Site.KEY, Site.VALUE, Site.ATTENTION_OUTPUT)
 
 
 @pytest.fixture
 def probed():
     """Sets a tally of the given layers, and takes it away again."""
 
-    def start(*layers: int) -> probing.ErrorTally:
-        tally = probing.ErrorTally(layers, torch.device("cpu"))
+    def start(layers: dict[int, bool]) -> probing.GradientTally:
+        tally = probing.GradientTally(layers, torch.device("cpu"))
         probing.probe(tally)
         return tally
 
@@ -35,77 +55,238 @@ def probed():
     probing.probe(None)
 
 
-def relative(tally: probing.ErrorTally, row: int, site: Site) -> float:
-    error, square = tally.squares[row, probing.SITES.index(site)].tolist()
-    return (error / square) ** 0.5
+def sums(tally: probing.GradientTally, name: str, row: int = 0) -> list[float]:
+    """Relative errors of the input's and the weight's gradient."""
+    return [
+        (error / square) ** 0.5 for error, square in tally.squares[row, probing.COLUMNS.index(name)].tolist()
+    ]
 
 
-@pytest.mark.parametrize("piece", [1, 1000, 1 << 22])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("fmt", FORMATS, ids=str)
-def test_error_of_all_micro_batches(rng, probed, monkeypatch, fmt, dtype, piece):
-    """Of two tensors of the same name: the error of both together. In pieces, of which the last is short."""
-    monkeypatch.setattr(probing, "PIECE", piece)
-    saved = SavedTensor(Site.NORM2_INPUT, 7, Rule(fmt))
-    tally = probed(3, 7)
-    exact, held = [], []
-    for rows, size in ((11, 1.0), (5, 30.0)):
-        x = (size * torch.randn(rows, 3, 128, generator=rng)).to(dtype)
-        packed = quantize(x, fmt, 12345)
-        saved.pack(x, packed)
-        exact.append(x.double().flatten())
-        held.append(dequantize(*packed, fmt, torch.float64).flatten())
-    exact, held = torch.cat(exact), torch.cat(held)
-    expected = ((held - exact).norm() / exact.norm()).item()
-    print(f"{fmt}, {dtype}: {expected:.4f}")
-    assert relative(tally, 1, Site.NORM2_INPUT) == pytest.approx(expected, rel=1e-6)
-    assert 0.001 < expected < 0.5
-    tally.squares[1, probing.SITES.index(Site.NORM2_INPUT)] = 0
-    assert not tally.squares.any()  # and nothing else
+def measured(tally: probing.GradientTally, row: int = 0) -> set[str]:
+    return {name for name, own in zip(probing.COLUMNS, tally.squares[row], strict=True) if own.any()}
 
 
-def test_every_quantized_tensor_of_a_layer(rng, probed):
-    """Each of them, under its own name, has the error that its format has on such numbers."""
-    p = parameters(rng, 64, 96, (6, 2, 64), "RMSNorm", "swiglu", True, torch.float32)
-    tally = probed(1)
-    our_layer(torch.randn(11, 3, 64, generator=rng), p, MIXED, (6, 2, 64), "RMSNorm", "swiglu")
-    for site in Site:
-        fmt = MIXED[site].format if site in MIXED else None
-        if fmt is None:
-            assert not tally.squares[0, probing.SITES.index(site)].any(), site
+# --- The three functions, by themselves -----------------------------------------------------------
+
+
+class Case:
+    """A function with its parameters: our call under rules by tensor, and the same by plain autograd."""
+
+    def __init__(self, kind: str, rng, dtype: torch.dtype):
+        p = parameters(rng, 64, 96, SHAPE, "RMSNorm", "swiglu", True, dtype)
+        self.kind, self.p = kind, p
+        self.weight = p[{"norm": "qkv", "attention": "proj", "activation": "fc2"}[kind]]
+        width = {"norm": 64, "attention": (HEADS + 2 * GROUPS) * DIM, "activation": 192}[kind]
+        self.x = torch.randn(11, 3, width, generator=rng, dtype=dtype)
+        out = self.weight.shape[0]
+        self.grad = torch.randn(11, 3, out, generator=rng, dtype=dtype)
+        self.sites = {
+            "norm": (Site.NORM1_INPUT,), "attention": ATTENTION_SITES, "activation": (Site.FC1_OUTPUT,),
+        }[kind]  # fmt: skip
+
+    def ours(self, x, weight, rules, layer=3, tokens=slice(None), **more):
+        def saved(site, rule=AGAIN):
+            return SavedTensor(site, layer, rules.get(site, rule))
+
+        if self.kind == "norm":
+            spec = NormLinearSpec(
+                saved(Site.NORM1_INPUT), saved(Site.NORM1_OUTPUT), "RMSNorm", 1e-5, one_rank(), False, **more
+            )
+            return NormLinear.apply(x, None, self.p["n1w"], None, weight, None, spec, True)[0]
+        if self.kind == "attention":
+            spec = AttentionLinearSpec(
+                *map(saved, ATTENTION_SITES), groups=GROUPS, head_dim=DIM, scale=1 / math.sqrt(DIM),
+                interleaved=False, recompute=False, **more,
+            )  # fmt: skip
+            return AttentionLinear.apply(x, self.p["angles"][tokens], weight, spec, True)
+        spec = ActivationLinearSpec(saved(Site.FC1_OUTPUT), saved(Site.FC2_INPUT), "swiglu", **more)
+        return ActivationLinear.apply(x, weight, None, False, spec, True)
+
+    def plain(self, x, weight):
+        if self.kind == "norm":
+            return rms(x, self.p["n1w"], None, 1e-5) @ weight.t()
+        if self.kind == "activation":
+            gate, up = x.chunk(2, -1)
+            return (F.silu(gate) * up) @ weight.t()
+        s, b, _ = x.shape
+        q, k, v = x.view(s, b, GROUPS, -1).split([HEADS // GROUPS * DIM, DIM, DIM], -1)
+        q = turn(q.reshape(s, b, HEADS, DIM), self.p["angles"][:s])
+        return plain_attention(q, turn(k, self.p["angles"][:s]), v).reshape(s, b, -1) @ weight.t()
+
+    def gradients(self, function, *more, rows=slice(None), columns=slice(None)):
+        x = self.x[rows, columns].clone().requires_grad_()
+        weight = self.weight.detach().clone().requires_grad_()
+        out = function(x * 1, weight, *more)
+        return torch.autograd.grad(out, [x, weight], self.grad[rows, columns])
+
+
+def differences(found, exact) -> list[float]:
+    return [((a - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True)]
+
+
+RULES = {
+    "norm": {Site.NORM1_INPUT: NF4},
+    "activation": {Site.FC1_OUTPUT: NF4},
+    "attention": dict.fromkeys(ATTENTION_SITES, INT8) | {Site.VALUE: NF4},
+    "attention, output again": {Site.QUERY: NF4, Site.KEY: INT8, Site.VALUE: NF4},
+    "attention, one": {Site.QUERY: KEEP, Site.KEY: NF4, Site.VALUE: KEEP},
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("detail", [False, True])
+def test_errors_are_those_of_the_gradients(rng, probed, name, detail):
+    """Of the first sequence, against plain autograd; alone, as of a function that rounds that one only."""
+    rules, case = RULES[name], Case(name.split(",")[0], rng, torch.float64)
+    rounded = [site for site in case.sites if rules.get(site, AGAIN).format is not None]
+    tally = probed({7: False, 3: detail})
+    case.gradients(case.ours, rules)
+    probing.probe(None)
+
+    first = {"columns": slice(0, 1)}
+    exact = case.gradients(case.plain, **first)
+    together = differences(case.gradients(case.ours, rules, **first), exact)
+    column = rounded[0].value if len(rounded) == 1 else probing.ATTENTION
+    print(f"{name}: {together}")
+    assert sums(tally, column, 1) == pytest.approx(together, rel=1e-6, abs=1e-10)
+    assert max(together) > 0.01
+    expected = {column}
+    if detail and len(rounded) > 1:
+        expected |= {site.value for site in rounded}
+        for site in rounded:
+            keep = {other: KEEP for other in case.sites if rules.get(other, AGAIN).format is not None}
+            alone = case.gradients(case.ours, rules | keep | {site: rules[site]}, **first)
+            assert sums(tally, site.value, 1) == pytest.approx(differences(alone, exact), rel=1e-6, abs=1e-10)
+    assert measured(tally, 1) == expected and not tally.squares[0].any()
+
+
+@pytest.mark.parametrize("kind", ["norm", "attention", "activation"])
+def test_long_sequences_are_cut(rng, probed, monkeypatch, kind):
+    monkeypatch.setattr(probing, "TOKENS", 5)
+    case = Case(kind, rng, torch.float64)
+    rules = RULES[kind]
+    tally = probed({3: False})
+    case.gradients(case.ours, rules)
+    probing.probe(None)
+    part = {"rows": slice(0, 5), "columns": slice(0, 1)}
+    found = case.gradients(case.ours, rules, 3, slice(0, 5), **part)
+    expected = differences(found, case.gradients(case.plain, **part))
+    (column,) = measured(tally)
+    assert sums(tally, column) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_call_stays_what_it_is(rng, probed, dtype):
+    """Outputs, gradients and the keys of the next calls, with stochastic rounding and inputs overwritten."""
+    rules = {site: DICE if rule.format else rule for site, rule in MIXED.items()}
+    p = parameters(rng, 64, 96, SHAPE, "RMSNorm", "swiglu", True, dtype)
+    p["angles"] = p["angles"].float()
+    x = torch.randn(11, 3, 64, generator=rng).to(dtype).requires_grad_()
+    grad = torch.randn(11, 3, 64, generator=rng).to(dtype)
+    found = []
+    for layers in (None, {1: True}):
+        counter.begin_iteration(-1)
+        counter.begin_iteration(5)
+        tally = probed(layers) if layers else None
+        results = []
+        for _ in range(2):  # two micro-batches; the second is not measured
+            y = our_layer(x, p, rules, SHAPE, "RMSNorm", "swiglu")
+            results += [y, *torch.autograd.grad(y, [x, p["qkv"], p["proj"], p["fc1"], p["fc2"]], grad)]
+        found.append(results)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    # The two draws of one run are others, so the keys do count.
+    assert not torch.equal(found[0][1], found[0][7])
+    assert {site.value for site, rule in rules.items() if rule.format} | {probing.ATTENTION} == measured(
+        tally
+    )
+
+
+def test_only_the_first_call_of_an_iteration(rng, probed):
+    case = Case("activation", rng, torch.float64)
+    tally = probed({3: True})
+    case.gradients(case.ours, RULES["activation"])
+    once = tally.squares.clone()
+    case.x = 3 * case.x
+    case.gradients(case.ours, RULES["activation"])
+    assert torch.equal(tally.squares, once) and once.any()
+
+
+@pytest.mark.parametrize("kind", ["norm", "attention", "activation"])
+def test_gradient_buffers_get_nothing(rng, probed, kind):
+    """Where products add to DDP's buffer, what is run for comparison does not."""
+    case = Case(kind, rng, torch.float32)
+    buffers = []
+    for layers in ({4: False}, {3: True}):
+        probed(layers)
+        weight = case.weight.detach().clone().requires_grad_()
+        weight.main_grad = torch.zeros_like(weight)
+        x = case.x.clone().requires_grad_()
+        case.ours(x * 1, weight, RULES[kind], fuse_weight_gradient=True).backward(case.grad)
+        buffers.append(weight.main_grad)
+    assert torch.equal(*buffers) and buffers[0].any()
+
+
+def test_statistics_of_other_scores_show(rng, probed):
+    """What made noise of gradients in pretrained models: rounded queries and keys with large numbers, the
+    exact log-sum-exp kept. The tensors themselves are off by less than a percent."""
+    case = Case("attention", rng, torch.float32)
+    x = case.x.view(11, 3, GROUPS, HEADS // GROUPS + 2, DIM)
+    x[..., :-1, :] *= 12
+    kept = dict.fromkeys(ATTENTION_SITES, INT8)
+    for site, part in ((Site.QUERY, x[..., :-2, :]), (Site.KEY, x[..., -2, :])):
+        held = dequantize(*quantize(part.contiguous(), kept[site].format), kept[site].format, x.dtype)
+        assert (held - part).norm() < 0.01 * part.norm()
+    errors = []
+    for rules in (kept, kept | {Site.ATTENTION_OUTPUT: AGAIN}):
+        tally = probed({3: False})
+        case.gradients(case.ours, rules)
+        errors.append(errors_of(tally.squares[0].tolist())[probing.ATTENTION])
+    print(errors)
+    assert errors[0] > 0.25 > errors[1]
+
+
+def test_the_input_of_a_recomputed_region(rng, probed):
+    """The pass in which gradients flow starts from what was kept of it; the error is of both."""
+    case = Case("norm", rng, torch.float32)
+    for entry in (Site.NORM1_INPUT, Site.LAYER_INPUT):
+        saved = SavedTensor(entry, 3, NF4)
+        rules = {Site.NORM1_INPUT: INT8 if entry is Site.LAYER_INPUT else NF4}
+
+        def region(x, weight, saved=saved, rules=rules):
+            note_entry(saved)
+            if torch.is_grad_enabled():
+                return case.ours(x, weight, rules)
+            return case.plain(x, weight)
+
+        def checkpoint(function, _, *args):
+            return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=True)
+
+        tally = probed({3: True})
+        x, weight = case.x.clone().requires_grad_(), case.weight.detach().clone().requires_grad_()
+        quantized_checkpoint(checkpoint)(region, False, x, weight).backward(case.grad)
+        probing.probe(None)
+
+        def at(x, rules):
+            part = SimpleNamespace(x=x, weight=case.weight, grad=case.grad)
+            return Case.gradients(part, case.ours, rules, columns=slice(0, 1))
+
+        exact = case.gradients(case.plain, columns=slice(0, 1))
+        held = dequantize(*quantize(case.x, NF4.format), NF4.format, torch.float32)
+        together = differences(at(held, rules), exact)
+        alone = {Site.LAYER_INPUT: differences(at(held, {Site.NORM1_INPUT: KEEP}), exact),
+                 Site.NORM1_INPUT: differences(at(case.x, rules), exact)}  # fmt: skip
+        if entry is Site.NORM1_INPUT:
+            assert measured(tally) == {entry.value}
+            assert sums(tally, entry.value) == pytest.approx(together, rel=1e-3)
         else:
-            low, high = {8: (0.003, 0.012), 4: (0.05, 0.13), 3: (0.1, 0.3)}[fmt.bits]
-            assert low < relative(tally, 0, site) < high, site
+            assert measured(tally) == {probing.QKV, *(site.value for site in alone)}
+            assert sums(tally, probing.QKV) == pytest.approx(together, rel=1e-3)
+            for site, expected in alone.items():
+                assert sums(tally, site.value) == pytest.approx(expected, rel=1e-3)
+        assert 0.05 < max(together) < 0.2
 
 
-def test_a_wrong_tensor_shows(rng, probed):
-    fmt = FORMATS[0]
-    x, other = torch.randn(2, 4, 2, 64, generator=rng)
-    tally = probed(1)
-    SavedTensor(Site.KEY, 1, Rule(fmt)).pack(x, quantize(other, fmt))
-    assert relative(tally, 0, Site.KEY) == pytest.approx(2**0.5, rel=0.2)
-
-
-def test_the_input_of_a_recomputed_region_counts_once(rng, probed):
-    """It is packed as the region is entered, and what was kept of it, in backward, again."""
-    fmt = FORMATS[0]
-    saved = SavedTensor(Site.NORM2_INPUT, 1, Rule(fmt))
-
-    def region(x):
-        note_entry(saved)
-        if torch.is_grad_enabled():
-            saved.pack(x)
-        return x * 2
-
-    def checkpoint(function, _, x):
-        return torch.utils.checkpoint.checkpoint(function, x, use_reentrant=True)
-
-    x = torch.randn(6, 2, 64, generator=rng).requires_grad_()
-    tally = probed(1)
-    quantized_checkpoint(checkpoint)(region, False, x).sum().backward()
-    held = dequantize(*quantize(x.detach(), fmt), fmt, torch.float64)
-    expected = ((held - x.double()).norm() / x.double().norm()).item()
-    assert relative(tally, 0, Site.NORM2_INPUT) == pytest.approx(expected, rel=1e-6)
+# --- What it costs, and odd numbers ---------------------------------------------------------------
 
 
 class Operations(TorchDispatchMode):
@@ -120,19 +301,47 @@ class Operations(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("layers", [None, (2, 3)], ids=["no probe", "other layers"])
-def test_what_is_not_probed_costs_nothing(rng, probed, layers):
-    fmt = FORMATS[0]
-    x = torch.randn(4, 2, 64, generator=rng)
-    saved = SavedTensor(Site.KEY, 1, Rule(fmt))
-    if layers is not None:
-        probed(*layers)
-    with Operations() as seen:
-        saved.pack(x)
-    with Operations() as plain:
-        quantize(x, fmt)
-    assert seen.names == plain.names and seen.names
-    probed(1)
-    with Operations() as seen:
-        saved.pack(x)
-    assert "agoq.dequantize.default" in seen.names
+@pytest.mark.parametrize("rules", [OFF, MIXED], ids=["off", "mixed"])
+def test_what_is_not_probed_costs_nothing(rng, probed, rules):
+    p = parameters(rng, 64, 96, SHAPE, "RMSNorm", "swiglu", True, torch.float32)
+    x = torch.randn(11, 3, 64, generator=rng).requires_grad_()
+    seen = []
+    for layers in (None, {2: True, 3: False}, {1: True}):
+        if layers is not None:
+            probed(layers)
+        with Operations() as operations:
+            y = our_layer(x, p, rules, SHAPE, "RMSNorm", "swiglu")
+            torch.autograd.grad(y, [x, p["qkv"], p["proj"], p["fc1"], p["fc2"]], y.detach())
+        seen.append(operations.names)
+    assert seen[0] == seen[1] and seen[0]
+    assert (seen[2] == seen[0]) == (rules is OFF)  # where nothing is rounded there is nothing to compare
+
+
+@pytest.mark.parametrize("piece", [1, 1000, 1 << 22])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_sums_in_pieces(rng, monkeypatch, dtype, piece):
+    monkeypatch.setattr(probing, "PIECE", piece)
+    exact, error = torch.randn(2, 37, 41, generator=rng).to(dtype)
+    held = exact + error / 8
+    found = torch.zeros(2, dtype=torch.float64)
+    probing.add_squares(found, held.t(), exact.t())
+    probing.add_squares(found, held, exact)
+    expected = [2 * (held.double() - exact.double()).square().sum(), 2 * exact.double().square().sum()]
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-6, atol=0)
+
+
+def test_odd_numbers():
+    """What is broken before it is rounded is no error of rounding; what rounding breaks is."""
+    none = [[0.0, 0.0], [0.0, 0.0]]
+    columns = [none] * len(probing.COLUMNS)
+    nan, inf = math.nan, math.inf
+
+    def error(*own):
+        found = errors_of([[list(pair) for pair in own], *columns[1:]])
+        return found.get(probing.COLUMNS[0])
+
+    assert error((0, 0), (0, 0)) is None
+    assert error((1, 4), (0, 0)) == 0.5 and error((1, 4), (9, 16)) == 0.75
+    assert error((0, 4), (0, 9)) == 0
+    assert error((1, 0), (0, 9)) == inf and error((nan, 4), (0, 9)) == inf and error((inf, 4), (0, 9)) == inf
+    assert math.isnan(error((nan, nan), (1, 4))) and math.isnan(error((inf, inf), (1, 4)))
