@@ -183,16 +183,20 @@ def test_triton_gives_the_same_step(rng, name, segments, dtype, kept):
 
 @pytest.mark.parametrize("kept", ["8 bits", "8 bits, split"])
 @pytest.mark.parametrize("key", [None, 9876543210])
-def test_triton_encodes_the_same_bits(rng, kept, key):
-    """Of a step in which nothing is rounded: decay rates are powers of two and the gradient is zero. (Of
-    others the last bit depends on what is fused, and torch's square root on a CPU is not the nearest.)"""
+@pytest.mark.parametrize("decades", [1, 12])
+def test_triton_encodes_the_same_bits(rng, kept, key, decades):
+    """Narrow blocks and wide ones. Of a step in which nothing is rounded: decay rates are powers of two and
+    the gradient is zero. (Of others the last bit depends on what is fused, and torch's root on a CPU is
+    not the nearest.)"""
     kernel = pytest.importorskip("agoq_kernels.triton.adam")
     bits, split = KEPT[kept]
     settings = AdamSettings(0.0, 0.5, 0.25, 1.0, 0.0, True)
     weight = torch.randn(N, generator=rng).bfloat16()
     first = AdamStates.new(weight, bits, split)
-    size = 10.0 ** (torch.rand(N, generator=rng) * 12 - 10)
-    first.write_moments(torch.randn(N, generator=rng) * size, (torch.randn(N, generator=rng) * size).square())
+    size = 10.0 ** (torch.rand(N, generator=rng) * decades - 10)
+    square = ((torch.rand(N, generator=rng) + 0.5) * size).square()
+    first.write_moments(torch.randn(N, generator=rng) * size, square)
+    assert ((first.scales < 0).float().mean() > 0.9) == (decades == 12)
     correction = corrections(torch.tensor(1.0), settings)
     found = []
     for step, device in ((adam._step, "cpu"), (kernel.adam_step, DEVICE)):
