@@ -34,7 +34,7 @@ from convergence_statistics import (
     t_interval,
     t_quantile,
 )
-from convergence_study import tail_steps
+from convergence_study import CONTINUED, tail_steps
 
 MIN_PAIRS = 3
 """Pairs of runs from which on there is an interval over them: of two, it would be 13 standard errors."""
@@ -111,13 +111,13 @@ def analyse(runs: list[dict]) -> dict[str, tuple[Noise, dict[str, Comparison]]]:
         runs: results as convergence.py writes them.
 
     Returns:
-        By phase, "continue" and "scratch": the noise, and the comparisons by variant.
+        By phase, "continue", "pretrained" and "scratch": the noise, and the comparisons by variant.
 
     Raises:
         NotComparable: runs of several kinds, or pairs that did not start in the same place.
     """
     found = {}
-    for phase in ("continue", "scratch"):
+    for phase in (*CONTINUED, "scratch"):
         those = [run for run in runs if run["phase"] == phase]
         kinds = {json.dumps(run["settings"] | {"base": None}, sort_keys=True) for run in those}
         if len(kinds) > 1:
@@ -169,13 +169,16 @@ def compare(pairs: list[tuple[dict, dict]], noise: Noise) -> Comparison:
             )
         difference = 100 * (tail(mine) - tail(off)) / tail(off).mean()
         times.append(correlation_time(difference))
-        if len(difference) >= MIN_STEPS and phase == "continue":
+        if len(difference) >= MIN_STEPS and phase in CONTINUED:
             blocks.append(block_interval(difference))
     valid = np.array([(off["valid_loss"], mine["valid_loss"]) for off, mine in pairs])
     bound = None
-    if noise.sd is not None and phase == "continue":
+    if noise.sd is not None and phase in CONTINUED:
         percent = 100 * float((valid[:, 1] / valid[:, 0] - 1).mean())
         bound = Interval(percent, t_quantile(noise.dof) * noise.sd * math.sqrt(2 / len(pairs)))
+    by_batch = [validation_interval(off, mine) for off, mine in pairs]
+    if all(by_batch):
+        bound = combined(by_batch)
     train = np.array([(tail(off).mean(), tail(mine).mean()) for off, mine in pairs])
     return Comparison(
         len(pairs),
@@ -184,6 +187,15 @@ def compare(pairs: list[tuple[dict, dict]], noise: Noise) -> Comparison:
         judge(train, combined(blocks) if blocks else None),
         judge(valid, bound),
     )
+
+
+def validation_interval(off: dict, mine: dict) -> Interval | None:
+    """Of the difference in percent, from the validation's micro-batches, which are the same text for both:
+    independent pieces, so it says how well *these two runs* are told apart. None where they are not known."""
+    pieces = [np.array(run.get("valid_losses", ())) for run in (off, mine)]
+    if min(map(len, pieces)) < MIN_STEPS or len(pieces[0]) != len(pieces[1]):
+        return None
+    return t_interval(100 * (pieces[1] - pieces[0]) / pieces[0].mean())
 
 
 def tail(run: dict) -> np.ndarray:

@@ -60,6 +60,8 @@ def cut_corpus(source: str, part: Path, share: float, length: int, batch: int) -
     a sequence's last label is the next one's first token. (That one label in ``length`` belongs to
     unrelated text, in all runs alike.)
 
+    With a ``share`` of 1 there is no part for base models.
+
     Returns:
         Tokens of each part.
     """
@@ -83,6 +85,8 @@ def cut_corpus(source: str, part: Path, share: float, length: int, batch: int) -
         "continue": (train[i] for i in range(first, len(sizes))),
         "valid": np.split(text[: kept + 1], range(length, kept + 1, length)),
     }
+    if not first:
+        del documents["base"]
     part.parent.mkdir(parents=True, exist_ok=True)
     tokens = {}
     for name, those in documents.items():

@@ -13,6 +13,7 @@ from quickstart_results import plt, smooth
 
 LINEAR = 0.1
 """Differences in percent up to which the axes of figures are linear in any case."""
+TITLES = {"continue": "Continued runs", "pretrained": "Pretrained model", "scratch": "From scratch"}
 COLORS = "tab:blue tab:orange tab:red tab:purple tab:brown tab:pink tab:olive tab:cyan".split()
 
 
@@ -33,7 +34,7 @@ def draw(runs: list[dict], found: dict, folder: Path) -> None:
 
 def draw_losses(runs: list[dict], colors: dict[str, str], path: Path) -> None:
     """Training loss of every run against the tokens read: base and continued left, scratch right."""
-    phases = [p for p in ("continue", "scratch") if any(run["phase"] == p for run in runs)] or ["continue"]
+    phases = [p for p in TITLES if any(run["phase"] == p for run in runs)] or ["continue"]
     figure, row = plt.subplots(
         1, len(phases), figsize=(6 * len(phases), 4.5), layout="constrained", squeeze=False
     )
@@ -47,7 +48,7 @@ def draw_losses(runs: list[dict], colors: dict[str, str], path: Path) -> None:
         # The steep beginning would press everything else into a line.
         shown = np.concatenate([curve(run)[1][len(run["losses"]) // 8 :] for run in base + those])
         axes.set_ylim(shown.min() - 0.02 * np.ptp(shown), shown.max())
-        axes.set_title("Base model and continued runs" if phase == "continue" else "From scratch")
+        axes.set_title("Base model and continued runs" if phase == "continue" else TITLES[phase])
         axes.set_xlabel("tokens (millions)")
         axes.set_ylabel("training loss (nats a token), smoothed")
     finish(figure, {run["variant"] for run in runs}, colors, path)
@@ -71,7 +72,7 @@ def draw_differences(runs: list[dict], found: dict, colors: dict[str, str], path
             axes.plot(tokens, np.mean(pairs, axis=0), color=colors[name], linewidth=1.8)
         first = tokens[-tail_steps(phase, len(tokens))]
         axes.axvspan(first, tokens[-1], color="black", alpha=0.05, linewidth=0)
-        axes.set_title("Continued runs" if phase == "continue" else "From scratch")
+        axes.set_title(TITLES[phase])
         axes.set_xlabel("tokens (millions); shaded: the part averaged over")
         axes.set_ylabel(f"training loss against off (%), smoothed{spread_out(axes, 'y')}")
     finish(figure, {name for _, variants in found.values() for name in variants}, colors, path)
@@ -92,7 +93,7 @@ def draw_intervals(found: dict, colors: dict[str, str], path: Path) -> None:
             half = d.interval.half if d.interval else None
             mark = "o" if d.interval else "x"  # a cross: no interval can be given
             axes.errorbar(d.percent, names.index(name), xerr=half, fmt=mark, color=colors[name], capsize=3)
-        title = "Continued" if phase == "continue" else "From scratch"
+        title = TITLES[phase].removesuffix(" runs")
         axes.set_title(f"{title}, {'training' if quantity == 'train' else 'validation'}", fontsize=10)
         axes.set_xlabel(f"loss against off (%), 95%{spread_out(axes, 'x')}")
         axes.spines[["top", "right"]].set_visible(False)

@@ -64,6 +64,19 @@ def perform(run: Run, study: Study, processes: list, threads: int) -> str | None
         processes.append(process)
         code = process.wait()
     seconds = time.monotonic() - start
+    return result_of(run, study, seconds, code, command[1:])
+
+
+def result_of(
+    run: Run, study: Study, seconds: float, code: int, command: list[str], more: dict | None = None
+) -> str | None:
+    """Write the result of a run that has ended. Returns None, or what went wrong.
+
+    Args:
+        seconds: that it took; code: its exit status.
+        command: arguments of python, to be kept with it; more: also to be kept.
+    """
+    log, report = study.out / "logs" / f"{run.name}.log", study.out / "reports" / f"{run.name}.json"
     shutil.rmtree(study.out / "cache" / run.name, ignore_errors=True)
     if code or not report.exists():
         return f"{run.name} ended with exit code {code}; see {log}"
@@ -82,7 +95,8 @@ def perform(run: Run, study: Study, processes: list, threads: int) -> str | None
         "seconds": round(seconds, 1),
         "date": time.strftime("%Y-%m-%d"),
         "software": {name: version(name) for name in ("torch", "megatron-core")},
-        "command": shlex.join(command[1:]),
+        "command": shlex.join(command),
+        **(more or {}),
     }
     keys = "device step_ms saved_bytes_per_token_layer peak_memory_bytes".split()
     replace_file(study.out / "runs" / f"{run.name}.json", result | {key: told[key] for key in keys})

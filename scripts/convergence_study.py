@@ -16,8 +16,10 @@ from quickstart import flags
 ROOT = Path(__file__).resolve().parent.parent
 POLICIES = Path(__file__).resolve().parent / "convergence_policies"
 BUILT_IN = ("off", "agoq", "uniform4")
-TAIL = {"base": 0.1, "continue": 1 / 3, "scratch": 0.1}
+TAIL = {"base": 0.1, "continue": 1 / 3, "pretrained": 1 / 3, "scratch": 0.1}
 """Last part of a run over which its training loss is averaged, by phase."""
+CONTINUED = ("continue", "pretrained")
+"""Phases in which all runs start from one model and read new text."""
 
 # batch: sequences a step. warmup: steps. tokens: trained on in each phase (rounded up to whole steps).
 # continue_share: part of the training documents that is kept for the continued runs alone.
@@ -90,7 +92,7 @@ class Run:
     """One training run.
 
     Attributes:
-        phase: "base", "continue" or "scratch".
+        phase: a key of ``TAIL``.
         variant: its name.
         seed: sets the data order, and the initial weights where there is no checkpoint.
         flags: what makes it this variant.
@@ -157,8 +159,9 @@ class Study:
         return self.out / "checkpoint"
 
 
-def parse_variant(text: str, preset: str) -> tuple[str, tuple[str, ...]]:
-    """Name and flags of a variant as it stands on the command line."""
+def parse_variant(text: str, preset: str | None) -> tuple[str, tuple[str, ...]]:
+    """Name and flags of a variant as it stands on the command line. Without a preset there is no
+    ``off_repeat``, as its micro-batch is not known."""
     name, given, more = text.partition("=")
     file = POLICIES / f"{name}.yaml"
     if not re.fullmatch(r"[A-Za-z0-9_.]+", name):
@@ -169,7 +172,7 @@ def parse_variant(text: str, preset: str) -> tuple[str, tuple[str, ...]]:
         return name, ("--agoq-activations", name)
     if name == "agoq_stochastic":
         return name, ("--agoq-activations", "agoq", "--agoq-rounding", "stochastic")
-    if name == "off_repeat":
+    if name == "off_repeat" and preset is not None:
         half = PRESETS[preset]["micro_batch"] // 2
         return name, ("--agoq-activations", "off", "--micro-batch-size", str(half))
     if file.is_file():

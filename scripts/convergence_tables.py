@@ -5,14 +5,22 @@ from __future__ import annotations
 import numpy as np
 from convergence_comparison import Comparison, Difference, Noise
 from convergence_statistics import Interval
+from convergence_study import CONTINUED
 
 TITLES = {
     ("continue", "train"): "Training loss, mean over the last third (text new to the model)",
     ("continue", "valid"): "Validation loss after the last step",
+    ("pretrained", "train"): "Training loss, mean over the last third (text new to these runs)",
+    ("pretrained", "valid"): "Validation loss after the last step",
     ("scratch", "train"): "Training loss, mean over the last tenth",
     ("scratch", "valid"): "Validation loss after the last step",
 }
-SEEDS = {"continue": "data orders", "scratch": "seeds"}
+SEEDS = {"continue": "data orders", "pretrained": "data orders", "scratch": "seeds"}
+HEADINGS = {
+    "continue": "Continued runs",
+    "pretrained": "Continued runs of a pretrained model",
+    "scratch": "From scratch",
+}
 
 
 def markdown(runs: list[dict], found: dict) -> str:
@@ -20,7 +28,7 @@ def markdown(runs: list[dict], found: dict) -> str:
     lines = []
     for phase, (noise, comparisons) in found.items():
         those = [run for run in runs if run["phase"] == phase]
-        lines += ["## Continued runs" if phase == "continue" else "## From scratch", ""]
+        lines += [f"## {HEADINGS[phase]}", ""]
         lines += [describe(those, runs, noise), ""]
         for quantity in ("train", "valid"):
             lines += [f"### {TITLES[phase, quantity]}", "", *table(phase, quantity, comparisons), ""]
@@ -53,9 +61,10 @@ def table(phase: str, quantity: str, comparisons: dict[str, Comparison]) -> list
     """One table in markdown, a variant a row."""
     training = quantity == "train"
     titles = ["variant", "saved bytes", SEEDS[phase], "`off`", "variant's", "difference (%)"]
-    alone = phase == "continue"  # from scratch, one pair of runs tells nothing
+    alone = phase in CONTINUED  # from scratch, one pair of runs tells nothing
     if alone:
-        titles += ["95% by blocks" if training else "95% by the spread of `off`"]
+        pieces = "micro-batches" if phase == "pretrained" else "the spread of `off`"
+        titles += ["95% by blocks" if training else f"95% by {pieces}"]
     titles += [f"95% over {SEEDS[phase]}", "within (%)"]
     if alone and training:
         titles += ["correlation time (steps)"]

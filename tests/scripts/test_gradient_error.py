@@ -15,10 +15,11 @@ from agoq_kernels.ops import dequantize, quantize
 from forked_ranks import ROOT
 from model_gradients import GROUPS, UnusableGradients, gradient_errors, group_of, sequences_of
 from safetensors.torch import load_file
+from tiny_qwen import EPSILON, HEAD_SIZE, HEADS, LAYERS, QUERY_GROUPS, ROPE_BASE, write_tiny_qwen
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerFast
 
-LENGTH, SEQUENCES, LAYERS, HEADS, GROUPS_OF_KEYS, HEAD, EPSILON = 40, 3, 2, 4, 2, 32, 1e-6
+LENGTH, SEQUENCES = 40, 3
 POLICY = """
 configs:
   four: {bits: 4, code: nf4, group: 64, scale_bits: 8}
@@ -38,25 +39,7 @@ FOUR, THREE = Format(4, "nf4", 64, 8), Format(3, "int_asym", 32, 8)
 
 @pytest.fixture
 def hf(seed, tmp_path) -> Path:
-    """A Qwen2 of random weights with large key biases, and a byte-level tokenizer."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    config = Qwen2Config(
-        vocab_size=300, hidden_size=128, intermediate_size=192, num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS, num_key_value_heads=GROUPS_OF_KEYS, tie_word_embeddings=True,
-        rms_norm_eps=EPSILON, rope_parameters=dict(rope_type="default", rope_theta=1e6),
-    )  # fmt: skip
-    torch.manual_seed(seed)
-    model = Qwen2ForCausalLM(config)
-    for name, parameter in model.named_parameters():
-        mean = 3.0 if name.endswith("k_proj.bias") else 1.0 if parameter.dim() == 1 else 0.0
-        torch.nn.init.normal_(parameter, mean=mean, std=0.1)
-    model.save_pretrained(tmp_path / "hf")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(dict(zip(alphabet, range(256), strict=True)), []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "hf")
+    write_tiny_qwen(tmp_path / "hf", seed)
     return tmp_path / "hf"
 
 
@@ -88,7 +71,7 @@ def normed(x: Tensor, weight: Tensor) -> Tensor:
 
 def rotated(x: Tensor) -> Tensor:
     """``[heads, s, d]``."""
-    frequencies = 1e6 ** (-torch.arange(0, HEAD, 2) / HEAD)
+    frequencies = ROPE_BASE ** (-torch.arange(0, HEAD_SIZE, 2) / HEAD_SIZE)
     angles = torch.arange(x.shape[1])[:, None] * frequencies
     a, b = x.chunk(2, -1)
     return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], -1)
@@ -113,9 +96,9 @@ def plain_gradients(folder: Path, sequences: list[Tensor], quantized: bool) -> t
             first = At.apply(
                 qkv, FOUR if quantized else None, x, w["input_layernorm.weight"], *map(w.get, kinds)
             )
-            sizes = [HEADS * HEAD, GROUPS_OF_KEYS * HEAD, GROUPS_OF_KEYS * HEAD]
-            q, k, v = (t.view(len(x), -1, HEAD).transpose(0, 1) for t in first.split(sizes, -1))
-            k, v = (t.repeat_interleave(HEADS // GROUPS_OF_KEYS, 0) for t in (rotated(k), v))
+            sizes = [HEADS * HEAD_SIZE, QUERY_GROUPS * HEAD_SIZE, QUERY_GROUPS * HEAD_SIZE]
+            q, k, v = (t.view(len(x), -1, HEAD_SIZE).transpose(0, 1) for t in first.split(sizes, -1))
+            k, v = (t.repeat_interleave(HEADS // QUERY_GROUPS, 0) for t in (rotated(k), v))
             o = F.scaled_dot_product_attention(rotated(q), k, v, is_causal=True)
             x = x + F.linear(o.transpose(0, 1).reshape(len(x), -1), w["self_attn.o_proj.weight"])
 
