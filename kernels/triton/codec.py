@@ -355,14 +355,35 @@ def _store_plane(codes, out, mask, P: tl.constexpr, FMT: tl.constexpr):
     WIDTH: tl.constexpr = FMT.planes[P]
     SHIFT: tl.constexpr = FMT.plane_shifts[P]
     B: tl.constexpr = FMT.group // FMT.lanes
-    PARTS: tl.constexpr = FMT.lanes * WIDTH // 8  # runs of B bytes in this plane
     START: tl.constexpr = FMT.group * SHIFT // 8
+    PARTS: tl.constexpr = FMT.lanes * WIDTH // 8  # runs of B bytes in this plane
     for t in tl.static_range(PARTS):
         byte = (_bits(codes[t]) >> SHIFT) & ((1 << WIDTH) - 1)
         for k in tl.static_range(1, 8 // WIDTH):
             bits = (_bits(codes[k * PARTS + t]) >> SHIFT) & ((1 << WIDTH) - 1)
             byte |= bits << (k * WIDTH)
         tl.store(out + (START + t * B), byte.to(tl.uint8), mask=mask[:, None])
+
+
+@triton.jit
+def _words(ptr):
+    """A pointer to bytes as one to int32."""
+    return ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+
+
+@triton.jit
+def _store_bits(codes, out, mask, P: tl.constexpr, FMT: tl.constexpr):
+    """Store plane P of the codes, one bit each, in words of 32 neighbours. out [R]: of each group."""
+    SHIFT: tl.constexpr = FMT.plane_shifts[P]
+    B: tl.constexpr = FMT.group // FMT.lanes
+    A_WORD: tl.constexpr = 32 // B
+    column = tl.arange(0, B)[None, :]
+    for w in tl.static_range(FMT.group // 32):
+        bits = ((_bits(codes[w * A_WORD]) >> SHIFT) & 1) << column
+        for i in tl.static_range(1, A_WORD):
+            bits |= ((_bits(codes[w * A_WORD + i]) >> SHIFT) & 1) << (column + i * B)
+        # All bits differ: their sum is the word.
+        tl.store(_words(out + (FMT.group * SHIFT // 8 + 4 * w)), tl.sum(bits, 1), mask=mask)
 
 
 @triton.jit
@@ -399,7 +420,10 @@ def quantize_store(xs, groups, mask, codes_ptr, scale_ptr, zero_ptr, tables, key
         tl.store(out, _bits(byte).to(tl.uint8), mask=mask[:, None])
     else:
         for p in tl.static_range(tl.constexpr(FMT.n_planes)):
-            _store_plane(codes, out, mask, p, FMT)
+            if FMT.planes[p] == 1:
+                _store_bits(codes, codes_ptr + groups * FMT.bytes_per_group, mask, p, FMT)
+            else:
+                _store_plane(codes, out, mask, p, FMT)
 
 
 @triton.jit
@@ -420,7 +444,8 @@ def _decode(code, zero, tables, FMT: tl.constexpr):
 @triton.jit
 def load_packed(groups, mask, codes_ptr, scale_ptr, zero_ptr, FMT: tl.constexpr):
     """What is stored of groups [R], as a tuple for unpack(): scales, zero points (scales again in a format
-    without), then the codes plane by plane in runs [R, B] of bytes. 0 where mask [R] is False."""
+    without), then the codes plane by plane in runs [R, B] of bytes, a plane of bits in words [R]. 0 where mask
+    [R] is False."""
     B: tl.constexpr = FMT.group // FMT.lanes
     scale = tl.load(scale_ptr + groups, mask=mask, other=0)
     zero = scale
@@ -428,8 +453,12 @@ def load_packed(groups, mask, codes_ptr, scale_ptr, zero_ptr, FMT: tl.constexpr)
         zero = tl.load(zero_ptr + groups, mask=mask, other=0)
     source = codes_ptr + (groups * FMT.bytes_per_group)[:, None] + tl.arange(0, B)[None, :]
     packed = (scale, zero)
-    for run in tl.static_range(FMT.bytes_per_group // B):  # planes follow each other without a gap
+    for run in tl.static_range(tl.constexpr(FMT.runs)):  # planes follow each other without a gap
         packed = packed + (tl.load(source + run * B, mask=mask[:, None], other=0),)
+    if FMT.planes[FMT.n_planes - 1] == 1:
+        bits = codes_ptr + (groups * FMT.bytes_per_group + FMT.runs * B)
+        for w in tl.static_range(FMT.group // 32):
+            packed = packed + (tl.load(_words(bits + 4 * w), mask=mask, other=0),)
     return packed
 
 
@@ -437,13 +466,18 @@ def load_packed(groups, mask, codes_ptr, scale_ptr, zero_ptr, FMT: tl.constexpr)
 def _unpack_plane(packed, P: tl.constexpr, FMT: tl.constexpr):
     """Lanes of int32: the bits of each code that plane P holds."""
     WIDTH: tl.constexpr = FMT.planes[P]
+    B: tl.constexpr = FMT.group // FMT.lanes
     PARTS: tl.constexpr = FMT.lanes * WIDTH // 8  # runs of B bytes in this plane
     FIRST: tl.constexpr = 2 + FMT.lanes * FMT.plane_shifts[P] // 8
     lanes = ()
     for lane in tl.static_range(tl.constexpr(FMT.lanes)):
-        code = packed[FIRST + lane % PARTS].to(tl.int32) >> (lane // PARTS * WIDTH)
-        if lane // PARTS < 8 // WIDTH - 1:  # nothing above the highest code of a byte
-            code = code & ((1 << WIDTH) - 1)
+        if WIDTH == 1:
+            word = packed[2 + FMT.runs + lane * B // 32]
+            code = (word[:, None] >> (tl.arange(0, B)[None, :] + lane * B % 32)) & 1
+        else:
+            code = packed[FIRST + lane % PARTS].to(tl.int32) >> (lane // PARTS * WIDTH)
+            if lane // PARTS < 8 // WIDTH - 1:  # nothing above the highest code of a byte
+                code = code & ((1 << WIDTH) - 1)
         lanes = lanes + (code,)
     return lanes
 

@@ -24,7 +24,9 @@ class Constants:
     """A format as numbers. Everything a kernel's code depends on, and nothing else.
 
     Attributes:
-        lanes: elements of a group that share a byte of the narrowest plane.
+        lanes: elements of a group that share a byte of the narrowest plane wider than a bit; where there is a
+            plane of bits, enough that a lane has at most 32 elements.
+        runs: of bytes, one a lane's elements, that the planes wider than a bit take.
         plane_shifts: position in the code of each plane's lowest bit.
         qmax, top: largest code of "int" (signed) and of "int_asym".
         inverse_range: FP32 factor from a group's range to its scale.
@@ -44,6 +46,7 @@ class Constants:
     n_planes: int
     plane_shifts: tuple[int, ...]
     lanes: int
+    runs: int
     qmax: float
     top: float
     inverse_range: float
@@ -70,6 +73,8 @@ def constants(fmt: Format | None, group: int = 64, run: int = 256) -> Constants:
         return Constants(**dict.fromkeys(f.name for f in fields(Constants)) | {
             "code": "none", "group": group, "lanes": lanes})  # fmt: skip
     planes = PLANES[fmt.bits]
+    wide = tuple(width for width in planes if width > 1)
+    lanes = max(8 // min(wide), fmt.group // run, fmt.group // 32 if wide != planes else 1)
     qmax, top = float((1 << (fmt.bits - 1)) - 1), float((1 << fmt.bits) - 1)
     largest = {"int": qmax, "int_asym": top, "e2m1": 6.0}.get(fmt.code, 1.0)
     levels = formats.levels_and_thresholds(fmt.code, fmt.bits)[0] if fmt.code in _OF_LEVELS else ()
@@ -84,7 +89,8 @@ def constants(fmt: Format | None, group: int = 64, run: int = 256) -> Constants:
         planes=planes,
         n_planes=len(planes),
         plane_shifts=tuple(sum(planes[:i]) for i in range(len(planes))),
-        lanes=max(8 // min(planes), fmt.group // run),
+        lanes=lanes,
+        runs=lanes * sum(wide) // 8,
         qmax=qmax,
         top=top,
         inverse_range=_fp32(1 / largest),

@@ -193,8 +193,8 @@ def unpack(packed: list[int], bits: int) -> list[int]:
         code = shift = start = 0
         for width in PLANES[bits]:
             n_bytes = group * width // 8
-            byte = packed[start + i % n_bytes]
-            code |= (byte >> (i // n_bytes * width) & (2**width - 1)) << shift
+            place, offset = (i // 8, i % 8) if width == 1 else (i % n_bytes, i // n_bytes * width)
+            code |= (packed[start + place] >> offset & (2**width - 1)) << shift
             start, shift = start + n_bytes, shift + width
         codes.append(code)
     return codes
