@@ -52,7 +52,7 @@ class AGoQConfig:
 
     agoq_grad_bits: Literal[32, 16, 8] = 32
     """Bits in which gradients are accumulated and reduced. 32: Megatron's FP32. 16: the same as
-    Megatron's --grad-reduce-in-bf16. 8: codes in blocks of 64 with a scale, 1.03 bytes a parameter, which are
+    Megatron's --grad-reduce-in-bf16. 8: codes in blocks of 64 with scales, 1.09 bytes a parameter, which are
     sent and summed over ranks in FP32, and half a byte that carries what rounding loses
     (--agoq-grad-residual-bits); norms, biases and parameters of less than 4096 numbers stay in FP32."""
 

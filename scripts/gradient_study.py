@@ -191,7 +191,11 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
-    each = torch.load(args.gradients) if args.gradients else gradients_of(args)
+    if args.gradients:
+        saved = torch.load(args.gradients)
+        each = {name: torch.stack([spread(g, args.numbers) for g in grads]) for name, grads in saved.items()}
+    else:
+        each = gradients_of(args)
     if args.save:
         torch.save(each, args.save)
     print(

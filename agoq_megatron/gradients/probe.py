@@ -49,21 +49,26 @@ class Probe:
         self._begun: set[int] = set()
         self._rows: dict[int, slice] = {}  # of the shadow, by where a parameter starts in the bucket
         self._inside: dict[int, Tensor] = {}  # sampled blocks of a parameter
-        places = []
-        for param in params:
-            start = bucket.param_to_index[param][0]
-            blocks = sampled_blocks(param.numel())
-            first = sum(map(len, places))
-            self._rows[start], self._inside[start] = slice(first, first + len(blocks)), blocks
-            places.append(start // BLOCK + blocks)
-        self._blocks = torch.cat(places) if places else torch.empty(0, dtype=torch.int64)  # of the bucket
+        self._sizes = [(bucket.param_to_index[param][0], param.numel()) for param in params]
+        self._blocks: Tensor | None = None  # all that are sampled, counted over the bucket
         self._on_device: Tensor | None = None  # the same
 
     def begin(self, active: bool) -> None:
         """Before an iteration: measure it, or do not."""
-        self.active = active and len(self._blocks) > 0
+        self.active = active and bool(self._sizes)
         self._shadow = self._first = None
         self._begun.clear()
+        if self.active and self._blocks is None:
+            self._choose()
+
+    def _choose(self) -> None:
+        places, first = [], 0
+        for start, numel in self._sizes:
+            blocks = sampled_blocks(numel)
+            self._rows[start], self._inside[start] = slice(first, first + len(blocks)), blocks
+            places.append(start // BLOCK + blocks)
+            first += len(blocks)
+        self._blocks = torch.cat(places)
 
     def _make_shadow(self, device: torch.device) -> None:
         if self._shadow is None:
