@@ -105,8 +105,22 @@ def take_model(hf: Path, study_out: Path, model: str) -> None:
     replace_file(told, model)
 
 
-def take_corpus(args, hf: Path) -> dict:
-    """Prepare the corpus with the model's own tokenizer and cut it, unless that is done.
+def prepare_text(args) -> None:
+    """Prepare the corpus with the model's own tokenizer, unless that is done."""
+    text = int(max(args.tokens * BYTES_A_TOKEN, 1e6) / (1 - args.valid_fraction))
+    tokenizer = str(args.hf.absolute())
+    settings = {"max-bytes": text, "valid-fraction": args.valid_fraction, "tokenizer": tokenizer}
+    if not parts_file(args).exists():
+        prepare_corpus(args.input, settings, args.out.absolute() / "corpus" / "text")
+
+
+def parts_file(args) -> Path:
+    """Validation sequences of another length are another corpus."""
+    return args.out.absolute() / "corpus" / f"parts-{args.seq_length}-{args.batch}.json"
+
+
+def take_corpus(args) -> dict:
+    """Cut what :func:`prepare_text` has left, unless that is done.
 
     Returns:
         "prefix" (path), and "tokens" of the parts "continue" and "valid".
@@ -114,19 +128,14 @@ def take_corpus(args, hf: Path) -> dict:
     Raises:
         ConvergenceError: it holds less text than a run reads.
     """
-    folder = args.out.absolute() / "corpus"
     tokens = math.ceil(args.tokens / (args.batch * args.seq_length)) * args.batch * args.seq_length
-    # A model of another length needs other validation sequences: a corpus of its own.
-    done = folder / f"parts-{args.seq_length}-{args.batch}.json"
+    done = parts_file(args)
     if done.exists():
         parts = json.loads(done.read_text())
     else:
-        source = str(folder / "text")
-        text = int(max(args.tokens * BYTES_A_TOKEN, 1e6) / (1 - args.valid_fraction))
-        settings = {"max-bytes": text, "valid-fraction": args.valid_fraction, "tokenizer": str(hf)}
-        prepare_corpus(args.input, settings, Path(source))
-        part = folder / f"part-{args.seq_length}-{args.batch}"
-        parts = {"prefix": str(part), "tokens": cut_corpus(source, part, 1, args.seq_length, args.batch)}
+        part = done.with_name(f"part-{args.seq_length}-{args.batch}")
+        cut = cut_corpus(str(done.with_name("text")), part, 1, args.seq_length, args.batch)
+        parts = {"prefix": str(part), "tokens": cut}
         replace_file(done, parts)
     if tokens > (have := parts["tokens"]["continue"]):
         raise ConvergenceError(
@@ -208,7 +217,6 @@ def start_run(run: Run, study: PretrainedStudy, device: str | None) -> int:
     def task() -> None:
         if device is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = device
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         train_here(arguments, study.out / "validation" / f"{run.name}.json")
 
     sys.stdout.flush()
@@ -272,24 +280,26 @@ def train_pretrained(args, runs: list[Run]) -> list[Run]:
 
     Text, model and Megatron are got ready side by side; no thread is left when the first run is forked.
     """
-    from forked_ranks import import_megatron
-
     if not (args.hf / "config.json").is_file():
         raise ConvergenceError(f"--hf {args.hf}: no folder of a Hugging Face model.")
     if args.batch % args.micro_batch:
         raise ConvergenceError(f"--micro-batch {args.micro_batch}: it must divide --batch {args.batch}.")
     out, start = args.out.absolute(), time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
+    # Read when torch is imported.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    from forked_ranks import import_megatron
+
     model = digest(args.hf)
-    with ThreadPoolExecutor(2) as pool:
-        parts = pool.submit(take_corpus, args, args.hf.absolute())
-        taken = pool.submit(take_model, args.hf.absolute(), out, model)
+    with ThreadPoolExecutor(2) as pool:  # which wait for processes, while this one imports
+        jobs = pool.submit(prepare_text, args), pool.submit(take_model, args.hf.absolute(), out, model)
         import_megatron(on_cpu=args.gpus == 0)
-        taken.result()
-        study = PretrainedStudy(
-            out, int(args.tokens), args.seq_length, args.batch, args.micro_batch, args.lr, args.warmup, model,
-            parts.result(),
-        )  # fmt: skip
+        for job in jobs:
+            job.result()
+    study = PretrainedStudy(
+        out, int(args.tokens), args.seq_length, args.batch, args.micro_batch, args.lr, args.warmup, model,
+        take_corpus(args),
+    )  # fmt: skip
     print(f"ready after {time.monotonic() - start:.0f} s; {study.steps} steps a run", flush=True)
     devices = visible_devices(args.gpus) if args.gpus else [None]
     return perform_forked(runs, study, devices, args.stop_after - (time.monotonic() - start))

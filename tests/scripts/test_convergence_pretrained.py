@@ -76,17 +76,16 @@ def test_the_whole_protocol_from_a_pretrained_model(tmp_path, random, seed):
 
 
 def options(out: Path, **changes) -> Namespace:
-    given = dict(out=out, tokens=1000, batch=2, seq_length=16, valid_fraction=0.1, input=[out])
+    given = dict(out=out, hf=out, tokens=1000, batch=2, seq_length=16, valid_fraction=0.1, input=[out])
     return Namespace(**given | changes)
 
 
 def test_a_corpus_that_is_too_small(tmp_path, monkeypatch):
-    monkeypatch.setattr(convergence_pretrained, "prepare_corpus", lambda *_: None)
     monkeypatch.setattr(convergence_pretrained, "cut_corpus", lambda *_: {"continue": 1007, "valid": 33})
     (tmp_path / "corpus").mkdir()
     with pytest.raises(ConvergenceError, match="has 1,007 tokens, and a run reads none twice"):
-        take_corpus(options(tmp_path), tmp_path)  # 32 steps of 32 tokens
-    assert take_corpus(options(tmp_path, tokens=990), tmp_path)["tokens"]["continue"] == 1007
+        take_corpus(options(tmp_path))  # 32 steps of 32 tokens
+    assert take_corpus(options(tmp_path, tokens=990))["tokens"]["continue"] == 1007
 
 
 def test_a_model_that_is_not_carried(tmp_path, seed):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gradient_error
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,8 @@ from safetensors.torch import load_file
 from tiny_qwen import EPSILON, HEAD_SIZE, HEADS, LAYERS, QUERY_GROUPS, ROPE_BASE, write_tiny_qwen
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
+
+from agoq_megatron.refusals import UsageError
 
 LENGTH, SEQUENCES = 40, 3
 POLICY = """
@@ -191,18 +194,26 @@ def test_a_checkpoint_has_the_errors_of_the_model_it_was_made_of(hf, tmp_path):
     "arguments,message",
     [
         (("--sequences", 0), "--sequences 0: give a positive number"),
+        (("--skip", -1), "--skip -1: give 0 or more"),
         (("--policy", "auto"), "--policy auto: that policy follows from a run's memory"),
-        (("--policy", "nowhere.yaml"), "nowhere.yaml: neither a built-in policy"),
         (("--text", "nowhere.txt"), "--text nowhere.txt: no such file"),
+        (("--out", "nowhere/a.json"), "--out nowhere/a.json: its folder does not exist"),
         (("--sequences", 10**6), "only .* sequences of 257 tokens"),
-        (("--seq-length", 40000), "--sequences is 3|seq.length|max_position"),
+        (("--hf", "nowhere"), "--hf: nowhere is no folder"),
     ],
 )
-def test_what_cannot_work_is_one_paragraph(hf, arguments, message):
-    import re
+def test_what_cannot_work_is_refused_by_its_flag(hf, arguments, message):
+    given = arguments if "--hf" in arguments else ("--hf", hf, *arguments)
+    options = gradient_error.parse_arguments([str(word) for word in given])
+    options.policy = options.policy or ["agoq"]
+    with pytest.raises(UsageError, match=message):
+        gradient_error.check(options)
+        gradient_error.read_sequences(options, gradient_error.open_weights(options))
 
-    done = run("--hf", hf, *arguments)
-    assert done.returncode == 2 and re.search(message, done.stderr), done.stderr
+
+def test_a_refusal_is_one_paragraph(hf):
+    done = run("--hf", hf, "--policy", "nowhere.yaml")
+    assert done.returncode == 2 and "nowhere.yaml: neither a built-in policy" in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
 
 
