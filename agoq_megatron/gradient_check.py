@@ -139,7 +139,9 @@ def over(
             if not alone:
                 yield number, name
                 continue
-            tensor = remedy = max(alone, key=alone.get)
+            tensor = max(alone, key=alone.get)
+            if alone.get(Site.LAYER_INPUT, 0) > 0.9 * alone[tensor]:
+                tensor = Site.LAYER_INPUT  # of which the other is made
             again = attention_again or policy.rule(Site.ATTENTION_OUTPUT, number).recompute
             if name == ATTENTION and not again:
                 # With statistics of other scores than those of what is kept, more bits help little.
@@ -147,8 +149,8 @@ def over(
                 old = KEEP_BITS if rule.keep else rule.format.bits
                 yield Finding(number, tensor, error, Site.ATTENTION_OUTPUT, old, RECOMPUTED)
                 continue
-            old = policy.rule(remedy, number).format.bits
-            yield Finding(number, tensor, error, remedy, old, next_width(old))
+            old = policy.rule(tensor, number).format.bits
+            yield Finding(number, tensor, error, tensor, old, next_width(old))
 
 
 def paragraphs(iteration: int, findings: Iterable[Finding], bound: float, widens: bool) -> Iterator[str]:

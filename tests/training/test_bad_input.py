@@ -77,6 +77,7 @@ CASES = {
     "negative seed": ("--agoq-seed -3", ["--agoq-seed"]),
     "negative interval": ("--agoq-measure-interval -1", ["--agoq-measure-interval"]),
     "negative interval of probes": ("--agoq-probe-interval -1", ["--agoq-probe-interval -1", "0"]),
+    "a bound of nothing": ("--agoq-check-bound 0", ["--agoq-check-bound 0", "--no-agoq-check-gradients"]),
     "probes of no layers": (
         "--agoq-probe-interval 5 --agoq-probe-layers 0",
         ["--agoq-probe-layers 0", "1 or more"],

@@ -54,7 +54,12 @@ def tensorboard(folder: Path) -> dict[str, dict[int, float]]:
 ALL = list(range(1, 7))
 MEASURED, LOGGED = [1, 3, 5], [1, 2, 4, 6]
 SAVED = [s.value for s in Site if s is not Site.LAYER_INPUT and not s.recomputable]
-LSE = "self_attention.core_attention.log_sum_exp"
+EXACT = "self_attention.core_attention.common_vectors"
+FUNCTIONS = [
+    "self_attention.core_attention",
+    *(s.value for s in (Site.NORM1_INPUT, Site.NORM2_INPUT, Site.FC1_OUTPUT)),
+]
+"""What the check names that is on by default; it looks at one layer in each of the first iterations."""
 STEPS = {
     # Megatron's own
     "lm loss": ALL, "grad-norm": ALL, "learning-rate": ALL, "batch-size": ALL, "samples vs steps": ALL,
@@ -63,7 +68,9 @@ STEPS = {
     "agoq/tokens": ALL,
     "agoq/saved-bytes-per-token-layer": MEASURED,
     "agoq/planned-bytes-per-token-layer": MEASURED,
-    **{f"agoq/saved-bytes/{name}": MEASURED for name in (*SAVED, LSE)},
+    **{f"agoq/saved-bytes/{name}": MEASURED for name in (*SAVED, EXACT)},
+    **{f"agoq/gradient-error/{name}": [1, 2] for name in FUNCTIONS},
+    **{f"agoq/gradient-error/{name}/layer-{n}": [n] for name in FUNCTIONS for n in (1, 2)},
     **{f"agoq/width/{name}": [1] for name in SAVED},
     "agoq/gradient-bytes": MEASURED, "agoq/gradient-bytes-per-parameter": MEASURED,
     "agoq/gradient-bytes-sent": MEASURED,
@@ -103,7 +110,7 @@ def test_every_series_on_its_steps(launcher, tmp_path):
         == {h["iteration"]: h["tokens"] for h in run.report["train"]}
     )
     total = found["agoq/saved-bytes-per-token-layer"][5]
-    assert sum(found[f"agoq/saved-bytes/{name}"][5] for name in (*SAVED, LSE)) == pytest.approx(total)
+    assert sum(found[f"agoq/saved-bytes/{name}"][5] for name in (*SAVED, EXACT)) == pytest.approx(total)
     assert total == pytest.approx(found["agoq/planned-bytes-per-token-layer"][5])
     # The last stage holds one micro-batch to the first's two: 8 bits there, 4 here, and the report's numbers
     # are those of the last rank's layers alone.
