@@ -366,24 +366,35 @@ def _store_plane(codes, out, mask, P: tl.constexpr, FMT: tl.constexpr):
 
 
 @triton.jit
-def _words(ptr):
-    """A pointer to bytes as one to int32."""
-    return ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+def _words(ptr, dtype: tl.constexpr):
+    """A pointer to bytes as one to dtype."""
+    return ptr.to(tl.pointer_type(dtype), bitcast=True)
+
+
+@triton.jit
+def _word_of_bits(codes, W: tl.constexpr, P: tl.constexpr, FMT: tl.constexpr):
+    """int32 [R]: the bits in plane P, one bit wide, of codes 32 W ... 32 W + 31 of each group."""
+    B: tl.constexpr = FMT.group // FMT.lanes
+    LANES: tl.constexpr = 32 // B
+    column = tl.arange(0, B)[None, :]
+    bits = ((_bits(codes[W * LANES]) >> FMT.plane_shifts[P]) & 1) << column
+    for i in tl.static_range(1, LANES):
+        bits |= ((_bits(codes[W * LANES + i]) >> FMT.plane_shifts[P]) & 1) << (column + i * B)
+    return tl.sum(bits, 1)  # no two share a bit
 
 
 @triton.jit
 def _store_bits(codes, out, mask, P: tl.constexpr, FMT: tl.constexpr):
-    """Store plane P of the codes, one bit each, in words of 32 neighbours. out [R]: of each group."""
-    SHIFT: tl.constexpr = FMT.plane_shifts[P]
-    B: tl.constexpr = FMT.group // FMT.lanes
-    A_WORD: tl.constexpr = 32 // B
-    column = tl.arange(0, B)[None, :]
-    for w in tl.static_range(FMT.group // 32):
-        bits = ((_bits(codes[w * A_WORD]) >> SHIFT) & 1) << column
-        for i in tl.static_range(1, A_WORD):
-            bits |= ((_bits(codes[w * A_WORD + i]) >> SHIFT) & 1) << (column + i * B)
-        # All bits differ: their sum is the word.
-        tl.store(_words(out + (FMT.group * SHIFT // 8 + 4 * w)), tl.sum(bits, 1), mask=mask)
+    """Store plane P of the codes, one bit each, in words of 32 neighbours, two at a time. out [R]: of each
+    group."""
+    plane = out + FMT.group * FMT.plane_shifts[P] // 8
+    if FMT.group == 32:
+        tl.store(_words(plane, tl.int32), _word_of_bits(codes, 0, P, FMT), mask=mask)
+    else:
+        for pair in tl.static_range(FMT.group // 64):
+            low = _word_of_bits(codes, 2 * pair, P, FMT).to(tl.int64) & 0xFFFFFFFF
+            high = _word_of_bits(codes, 2 * pair + 1, P, FMT).to(tl.int64) << 32
+            tl.store(_words(plane + 8 * pair, tl.int64), low | high, mask=mask)
 
 
 @triton.jit
@@ -458,7 +469,7 @@ def load_packed(groups, mask, codes_ptr, scale_ptr, zero_ptr, FMT: tl.constexpr)
     if FMT.planes[FMT.n_planes - 1] == 1:
         bits = codes_ptr + (groups * FMT.bytes_per_group + FMT.runs * B)
         for w in tl.static_range(FMT.group // 32):
-            packed = packed + (tl.load(_words(bits + 4 * w), mask=mask, other=0),)
+            packed = packed + (tl.load(_words(bits + 4 * w, tl.int32), mask=mask, other=0),)
     return packed
 
 
