@@ -10,6 +10,7 @@
 Every run is a fresh process (with --fork: a fork of one that has imported Megatron; its command is then what
 torchrun would be told) that trains 10 iterations (--iterations) on made-up tokens, or on a corpus of
 prepare_corpus.py (--corpus); its step time is the median of iterations 4 to 9 (all from 4 but the last).
+The check of gradients is off, as it is busiest then (--check-gradients leaves it on).
 Configurations take turns, so that a card that grows warm slows all of them alike. Each run prints one JSON
 line as it ends; a table of medians goes to stderr at the end:
 
@@ -197,6 +198,8 @@ def build_command(args: argparse.Namespace, name: str, label: str, shape: dict, 
         "agoq-report": args.logs / f"{label}.json",
     }
     flags = [*COMMON_FLAGS, *(corpus_flags(args.corpus) if args.corpus else MOCK_DATA)]
+    if not args.check_gradients:  # it looks at layers in the iterations that are timed, and later seldom
+        flags.append("--no-agoq-check-gradients")
     if args.profile:
         # In two more iterations at the end: neither the trace nor its warm-up is in what is timed.
         flags += ["--profile", "--use-pytorch-profiler"]
@@ -362,6 +365,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--micro-batches", type=int, help="a step and data-parallel rank (default: 2; --longest: 1)")
     add("--run", action="append", metavar="NAME=FLAGS", help="a configuration (default: off and agoq)")
     add("--iterations", type=int, default=10, help="of a run (default: 10)")
+    add("--check-gradients", action="store_true", help="leave the check of gradients on")
     add("--corpus", metavar="PREFIX", help="train on what prepare_corpus.py --output PREFIX wrote")
     add("--repeat", type=int, default=3, help="runs of each configuration (default: 3)")
     add("--nproc-per-node", type=int, default=1, help="ranks (default: 1)")

@@ -298,6 +298,15 @@ def fork(monkeypatch, tmp_path, main, *more: str) -> tuple[int | None, str]:
     return bench.execute_forked(args, command, tmp_path / "log"), (tmp_path / "log").read_text()
 
 
+@pytest.mark.parametrize("more", [(), ("--check-gradients",)])
+def test_the_check_of_gradients_is_off_unless_asked_for(tmp_path, more):
+    args = parse(*more)
+    args.logs = tmp_path
+    assert ("--no-agoq-check-gradients" in bench.build_command(args, "off", "off-1", args.shape, 10)) == (
+        not more
+    )
+
+
 def rank_is(number: int) -> bool:
     return os.environ["RANK"] == str(number)
 

@@ -144,9 +144,9 @@ def test_a_low_limit_raises_to_16_bits(launcher, tmp_path):
     assert [r["bytes"] for r in run.report["raises"] if r["tensor"] == OUTPUT] == [-264, -264]
 
 
-LIMIT = 0.053
-"""Of the default policy's tensors norm inputs and gate and up are off by .06 to .1, but the first norm's of
-layers 3 and 4, by .03 to .04."""
+LIMIT = 0.06
+"""Gate and up and the second norm's input put .065 to .1 into gradients, the first norm's in layer 1 .088, in
+the others at most .053, attention's tensors less."""
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +179,7 @@ def test_every_layout_sees_the_same(common, one_rank, layout, tmp_path):
     keeps its layers in the raised widths."""
     assert {it[1:] for it in raises(one_rank)} == {
         (name, n, bits, bits + 1) for name, bits in SINGLE.items() for n in (1, 2, 3, 4)
-        if name != NORM1 or n < 3
+        if name != NORM1 or n == 1
     }  # fmt: skip
     ranks, flags = LAYOUTS[layout]
     run = common(*flags.split(), "--agoq-report", tmp_path / "r", ranks=ranks, entry=ENTRY)
@@ -220,14 +220,15 @@ def test_under_recomputation(common, one_rank, kind, layout):
     found, costs = errors(run)[1], {(r["tensor"], r["layer"]): r["bytes"] for r in run.report["raises"]}
     plain = errors(one_rank)[1]
     if kind == "full":
-        assert {n for name, n in costs if name == "input"} == {1, 2}
+        assert {n for name, n in costs if name == "input"} == {1}
         assert all((cost > 0) == (name == "input") for (name, _), cost in costs.items())
         assert found["input", 1] == pytest.approx(plain[NORM1, 1], rel=0.1)
         assert found["self_attention.linear_qkv", 1] == pytest.approx(plain[NORM1, 1], rel=0.1)
     else:
         assert raises(run) == raises(one_rank)
         for key in [(name, layer) for name in SINGLE for layer in (1, 2, 3, 4)]:
-            assert found[key] == pytest.approx(plain[key], rel=0.02)
+            # The pass in which gradients flow makes gate and up from the norm's rounded input.
+            assert found[key] == pytest.approx(plain[key], rel=0.1 if key[0] == FC1 else 0.02)
         assert (FC1, 1) in costs and costs[FC1, 1] == 0 < costs[NORM2, 1]
 
 
