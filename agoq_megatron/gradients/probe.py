@@ -22,8 +22,9 @@ def sampled_blocks(numel: int) -> Tensor:
     many equal stretches, at another place in each, so that no row length of the matrix hides a part of it."""
     whole = numel // BLOCK
     count = min(SAMPLE, whole)
+    length = whole / max(count, 1)
     stretch = torch.arange(count, dtype=torch.float64)
-    return ((stretch + (stretch * _GOLDEN).frac()) * whole / max(count, 1)).long()
+    return (stretch * length + (stretch * _GOLDEN).frac() * (length - 1)).long()
 
 
 class Probe:
