@@ -446,7 +446,7 @@ def _decode(code, zero, tables, FMT: tl.constexpr):
         return (code | MAGIC_BITS).to(tl.float32, bitcast=True) - (zero + MAGIC)[:, None]
     elif FMT.code == "cubic":
         m = ((code * 2) | MAGIC_BITS).to(tl.float32, bitcast=True) - (MAGIC + FMT.top)
-        return (m * (m * m + FMT.top * FMT.top)) * FMT.cubic_unit
+        return (m * tl.fma(m, m, FMT.top * FMT.top)) * FMT.cubic_unit  # exact integers up to here
     else:
         level, _ = _entry(tables, code, 0)
         return level
