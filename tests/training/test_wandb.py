@@ -75,6 +75,7 @@ STEPS = {
     "agoq/gradient-bytes": MEASURED, "agoq/gradient-bytes-per-parameter": MEASURED,
     "agoq/gradient-bytes-sent": MEASURED,
     "agoq/gradient-error-accumulated": MEASURED, "agoq/gradient-error-reduced": MEASURED,
+    "agoq/gradient-share-arrived": MEASURED,
     "agoq/optimizer-bytes": [1], "agoq/optimizer-bytes-per-parameter": [1],
     "agoq/memory/peak-allocated": LOGGED, "agoq/memory/allocated": LOGGED, "agoq/memory/reserved": LOGGED,
     "agoq/memory/peak-rank": LOGGED,
@@ -112,10 +113,10 @@ def test_every_series_on_its_steps(launcher, tmp_path):
     total = found["agoq/saved-bytes-per-token-layer"][5]
     assert sum(found[f"agoq/saved-bytes/{name}"][5] for name in (*SAVED, EXACT)) == pytest.approx(total)
     assert total == pytest.approx(found["agoq/planned-bytes-per-token-layer"][5])
-    # The last stage holds one micro-batch to the first's two: 8 bits there, 4 here, and the report's numbers
+    # The last stage holds one micro-batch to the first's two: 8 bits there, 5 here, and the report's numbers
     # are those of the last rank's layers alone.
     assert run.report["saved_bytes_per_token_layer"] > 1.1 * total
-    assert found["agoq/width/mlp.linear_fc1.output"][1] == pytest.approx((4 + 8) / 2)
+    assert found["agoq/width/mlp.linear_fc1.output"][1] == pytest.approx((5 + 8) / 2)
     assert found["agoq/width/self_attention.core_attention.query"][1] == 8
     # Half of the codes of each stage leave a rank of two.
     sent = found["agoq/gradient-bytes-sent"][5] / found["agoq/gradient-bytes"][5]
