@@ -162,10 +162,15 @@ class Knapsack:
         for stage, chunks in enumerate(self._stages):
             for chunk, numbers in enumerate(chunks):
                 for number in numbers:
-                    items = []
-                    for row in self._rows[KEPT][number]:
+                    items, rows = [], self._rows[KEPT][number]
+                    names = {row.name for row in rows}
+                    # What comes with rounded queries, keys and values: their common vectors.
+                    rows += tuple(
+                        row for row in self._rows[max(BEST_FORMATS)][number] if row.name not in names
+                    )
+                    for row in rows:
                         site = _SITES.get(row.name)
-                        if site is None and row.bytes:  # log-sum-exp, masks: as they are
+                        if site is None and row.bytes:  # common vectors, masks: as they are
                             options = (Option("fixed", self.tokens * row.bytes, 0.0),)
                             items.append(Item((number, row.name), options))
                         elif site is not None and row.bytes:
@@ -222,7 +227,7 @@ class Knapsack:
         possible = {
             width: cost
             for width, cost in self._measured(number, site).items()
-            if format_for(width, self._features[site]) is not None
+            if format_for(site, width, self._features[site]) is not None
         }
         return possible | {KEPT: 0.0}
 
@@ -244,7 +249,7 @@ class Knapsack:
 
     def format(self, site: Site, width: int) -> Format | None:
         """That a tensor has in a width; None where no group divides it."""
-        return format_for(width, self._features[site])
+        return format_for(site, width, self._features[site])
 
     def _one_width(self, width: int) -> RulesPolicy:
         """Everything in one width, where it can be."""

@@ -25,10 +25,14 @@ from agoq_megatron.planning.replay import EXACT, OneTensor
 from agoq_megatron.policy.sites import Site
 from agoq_megatron.transformer_config import AGoQTransformerConfig
 
-VERSION = 1
+VERSION = 2
+"""1 measured other formats, and attention with the exact log-sum-exp."""
 
-SITES = (Site.NORM1_INPUT, *ATTENTION_SITES, Site.NORM2_INPUT, Site.FC1_OUTPUT)
-"""What a policy can quantize, without recomputation of whole layers."""
+ATTENTION_INPUTS = tuple(site for site in ATTENTION_SITES if not site.recomputable)
+SITES = (Site.NORM1_INPUT, *ATTENTION_INPUTS, Site.NORM2_INPUT, Site.FC1_OUTPUT)
+"""What a solver may quantize, without recomputation of whole layers. The attention's output is not among it:
+it is computed again from what is kept of Q, K and V, which takes no bytes and the time of an attention; kept
+beside rounded queries and keys its statistics would be those of other scores."""
 
 BEST_FORMATS = {
     2: Format(2, "int_asym", 32, 8),
@@ -41,6 +45,16 @@ BEST_FORMATS = {
 }
 """The format of each width; docs/format-study.md says why. See :func:`best_format`."""
 
+OUTLIER_SITES = (Site.NORM1_INPUT, Site.NORM2_INPUT, Site.LAYER_INPUT)
+"""The residual stream, whose 4 bits keep the largest number of each group apart: a few of its channels are
+hundreds of times the others."""
+
+
+def best_format(site: Site, width: int) -> Format:
+    """The format of that width for a tensor."""
+    best = BEST_FORMATS[width]
+    return replace(best, outliers=1) if width == 4 and site in OUTLIER_SITES else best
+
 
 def _every_format() -> Iterator[Format]:
     for settings in itertools.product(BIT_WIDTHS, CODES, GROUP_SIZES, SCALE_BITS, ["nearest"], OUTLIERS):
@@ -52,13 +66,13 @@ _FORMATS = {str(fmt): fmt for fmt in _every_format()}
 """Every format by its name."""
 
 
-def format_for(width: int, features: int) -> Format | None:
+def format_for(site: Site, width: int, features: int) -> Format | None:
     """The format of that width for a tensor whose last axis has so many features on a rank.
 
     Where the best format's group does not divide them it gets the largest smaller group that does; None where
     no group does.
     """
-    best = BEST_FORMATS[width]
+    best = best_format(site, width)
     groups = [group for group in GROUP_SIZES if group <= best.group and features % group == 0]
     return replace(best, group=max(groups)) if groups else None
 
@@ -72,7 +86,9 @@ def variants(config: AGoQTransformerConfig) -> list[OneTensor]:
     # Sequence parallelism cuts the sequence of these, not their last axis.
     features |= {site.value: config.hidden_size for site in HIDDEN_SITES}
     sites = (*SITES, Site.LAYER_INPUT) if config.recompute_granularity == "full" else SITES
-    formats = ((site, format_for(width, features[site.value])) for site in sites for width in BEST_FORMATS)
+    formats = (
+        (site, format_for(site, width, features[site.value])) for site in sites for width in BEST_FORMATS
+    )
     return [OneTensor(site, fmt) for site, fmt in formats if fmt is not None]
 
 

@@ -13,10 +13,10 @@ from agoq_megatron.planning.sensitivity import Sensitivities, load_sensitivities
 from agoq_megatron.policy.sites import Site
 from agoq_megatron.refusals import UsageError
 
-LEAST = dict.fromkeys(Site, 3) | {Site.QUERY: 5, Site.KEY: 5}
-"""Widths below which a stand-in is not believed. Errors of Q and K go through the softmax and grow
-with the scores: 4 bits cost ten times as much in the 88M model of docs/format-study.md as here (and 5 bits
-.14 and .19), and 2 bits, harmless in one small model, made an error of 24 times the gradient in another."""
+LEAST = dict.fromkeys(Site, 3) | {Site.QUERY: 8, Site.KEY: 12}
+"""Widths below which a stand-in is not believed. Errors of Q and K go through the softmax and grow with the
+scores, and those of keys meet whatever the queries have in common, of which small models have next to nothing
+and pretrained ones a lot: these are the default policy's widths."""
 
 FOLDER = Path(__file__).parent / "sensitivities"
 

@@ -404,7 +404,7 @@ def test_kept_inputs_get_widths_too(launcher):
     assert run.ok, run.log[-4000:]
     solver, report = run.report["solver"], run.report
     of_width = {tensor: set(widths.values()) for tensor, widths in solver["widths"].items()}
-    assert of_width.pop("input") in ({"1-2"}, {"1", "2"}) and len(of_width) == 7
+    assert of_width.pop("input") in ({"1-2"}, {"1", "2"}) and len(of_width) == 6
     assert all(layers in ({"3-4"}, {"3", "4"}) for layers in of_width.values()), of_width
     (stage,) = solver["stages"]
     assert 0.9 * stage["budget_bytes"] < stage["peak_bytes"] <= stage["budget_bytes"] == 130 * 1024

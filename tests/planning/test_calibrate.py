@@ -107,7 +107,7 @@ def whole_model(folder: Path) -> None:
     from agoq_megatron import compat, cpu, training
     from agoq_megatron.autograd.recompute import quantized_checkpoint
     from agoq_megatron.calibrate import batches, build_model
-    from agoq_megatron.planning.sensitivity import BEST_FORMATS, SITES
+    from agoq_megatron.planning.sensitivity import SITES, best_format
     from agoq_megatron.policy.policy import Rule
     from agoq_megatron.policy.sites import Site
 
@@ -120,7 +120,7 @@ def whole_model(folder: Path) -> None:
 
         def rule(self, site: Site, layer_number: int) -> Rule:
             if site is self.site and layer_number == self.layer_number:
-                return Rule(format=BEST_FORMATS[self.width])
+                return Rule(format=best_format(site, self.width))
             return Rule(keep=not site.recomputable)
 
     cpu.install()

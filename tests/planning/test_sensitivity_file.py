@@ -18,7 +18,7 @@ def content() -> dict:
         "self_attention.core_attention.query": {"8": eight},
     }
     return {
-        "version": 1,
+        "version": 2,
         "model": {"layers": 2, "hidden_size": 128},
         "formats": {"4": "nf4 g64 s8", "8": "int8 g64 s16"},
         "layers": {"1": sites, "2": copy.deepcopy(sites)},
@@ -91,8 +91,8 @@ ENTRY = ("layers", "2", "mlp.linear_fc1.output", "4")
 
 
 @pytest.mark.parametrize("data,wrong", [
-    ("{", "not a readable JSON file"), ("[]", "no sensitivities of version 1"),
-    (broken("version", 2), r"version 1 \(its version: 2\)"), (broken("model", None), "'model' is missing"),
+    ("{", "not a readable JSON file"), ("[]", "no sensitivities of version 2"),
+    (broken("version", 1), r"version 2 \(its version: 1\)"), (broken("model", None), "'model' is missing"),
     (broken("layers", []), "'layers' is missing"),
     (broken("layers", "2", None), "2 layers, and measured are 1"),
     (broken("model", "layers", 3), "3 layers, and measured are 1, 2"),
@@ -123,10 +123,18 @@ def test_groups_that_do_not_divide():
     from agoq_kernels.formats import Format
 
     from agoq_megatron.planning.sensitivity import BEST_FORMATS, format_for
+    from agoq_megatron.policy.sites import Site
 
-    assert all(format_for(width, 128) == best for width, best in BEST_FORMATS.items())
-    assert format_for(4, 96) == Format(4, "nf4", 32, 8) and format_for(2, 96) == BEST_FORMATS[2]
-    assert format_for(4, 48) is None and format_for(2, 80) is None
+    assert all(format_for(Site.KEY, width, 128) == best for width, best in BEST_FORMATS.items())
+    for site, outliers in (
+        (Site.KEY, 0),
+        (Site.NORM1_INPUT, 1),
+        (Site.NORM2_INPUT, 1),
+        (Site.LAYER_INPUT, 1),
+    ):
+        assert format_for(site, 4, 96) == Format(4, "nf4", 32, 8, outliers=outliers)
+        assert format_for(site, 2, 96) == BEST_FORMATS[2]
+        assert format_for(site, 4, 48) is None and format_for(site, 2, 80) is None
 
 
 def test_entries_name_other_formats_and_leave_out_what_is_not_finite():
@@ -135,7 +143,7 @@ def test_entries_name_other_formats_and_leave_out_what_is_not_finite():
     from agoq_megatron.policy.sites import Site
 
     formats = [(Site.KEY, 2), (Site.KEY, 4), (Site.KEY, 8), (Site.QUERY, 3)]
-    tried = [OneTensor(site, format_for(width, 96)) for site, width in formats]
+    tried = [OneTensor(site, format_for(site, width, 96)) for site, width in formats]
     entry = layer_entry(tried, [(math.inf, 1), (0.123456789, 0.5), (0.01, 0.02), (0.1, math.nan)])
     assert entry == {
         Site.KEY.value: {
@@ -145,8 +153,8 @@ def test_entries_name_other_formats_and_leave_out_what_is_not_finite():
         Site.QUERY.value: {},
     }
     lines = list(table({"1": entry, "2": layer_entry(tried[1:2], [(0.2, 0.3)]) | {Site.QUERY.value: {}}}))
-    assert lines[2].split() == [Site.KEY.value, *"- - 0.16 / 0.4 - - 0.01 / 0.02".split()]
-    assert lines[3].split() == [Site.QUERY.value, *"------"]
+    assert lines[2].split() == [Site.KEY.value, *"- - 0.16 / 0.4 - - 0.01 / 0.02 -".split()]
+    assert lines[3].split() == [Site.QUERY.value, *"-------"]
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
