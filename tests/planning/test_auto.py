@@ -357,7 +357,7 @@ def test_four_stages_of_two_chunks(tmp_path, launcher, preset):
     assert [s["in_flight"] for s in report["kinds"]["these flags"]["stages"]] == [11, 9, 7, 5]
     rows = {row["name"]: row for row in report["widths"]}
     four, paper = rows["uniform4"], rows["paper's rule, all tensors"]
-    assert four["peaks"][0] == paper["peaks"][0]
+    assert paper["peaks"][0] < four["peaks"][0]  # which keeps attention's output, too
     # 5 bits (and their scales) of 9 micro-batches are more than 4 of 11: the paper's list is over.
     assert paper["peaks"][1] > paper["peaks"][0] > max(paper["peaks"][2:])
     for other in (four, paper):
