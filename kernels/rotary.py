@@ -79,15 +79,16 @@ SAMPLED = 512
 """Tokens of a sequence, at most twice as many, that its common vectors are taken from."""
 
 
-def sample_stride(s: int) -> int:
-    """Distance of the tokens that :func:`common_vectors` reads of a sequence of ``s``."""
-    return max(1, s // SAMPLED)
+def sampled_tokens(s: int) -> slice:
+    """Those of a sequence of ``s`` that :func:`common_vectors` reads: of its second half, at equal distances.
+    Attention sinks, whose keys are unlike all others, stand at the beginning."""
+    return slice(s // 2, s, max(1, (s - s // 2) // SAMPLED))
 
 
 def common_vectors(
     qkv: Tensor, groups: int, head_dim: int, tables: tuple[Tensor, Tensor] | None, interleaved: bool
 ) -> Tensor:
-    """What the tokens of a sequence have in common in each head: the mean over evenly spaced tokens.
+    """What the tokens of a sequence have in common in each head: the mean over some of them.
 
     Queries and keys of pretrained models have a large part that all tokens share (from the biases of the
     projection, and from channels that the rotation hardly turns). Kept apart, it does not widen the steps of
@@ -99,9 +100,9 @@ def common_vectors(
     Returns:
         FP32 (FP64 of FP64) ``[b, n + 2g, d]``: of the heads of query, key and value after the rotation.
     """
-    stride = sample_stride(qkv.shape[0])
+    sampled = sampled_tokens(qkv.shape[0])
     if tables is not None:
-        tables = tuple(t[::stride] for t in tables)
-    parts = split_qkv(qkv[::stride].contiguous(), groups, head_dim, tables, interleaved)
+        tables = tuple(t[sampled] for t in tables)
+    parts = split_qkv(qkv[sampled].contiguous(), groups, head_dim, tables, interleaved)
     wide = torch.promote_types(qkv.dtype, torch.float32)
     return torch.cat([part.mean(0, dtype=wide) for part in parts], dim=1)

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from agoq_kernels.formats import Format
-from agoq_kernels.rotary import sample_stride
+from agoq_kernels.rotary import sampled_tokens
 from agoq_kernels.triton.codec import cast, quantize_store, widen
 from agoq_kernels.triton.constants import constants
 from agoq_kernels.triton.launch import Kernel, cdiv
@@ -91,11 +91,11 @@ def _rotate_kernel(
 @Kernel
 @triton.jit
 def _common_kernel(
-    source_ptr, cos_ptr, sin_ptr, out_ptr, n, stride, batch, width, count,
+    source_ptr, cos_ptr, sin_ptr, out_ptr, n, first, stride, batch, width, count,
     PER_GROUP: tl.constexpr, QUERIES: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     ROT: tl.constexpr, INTERLEAVED: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Mean of one head of one sequence, after the rotation, over n tokens at a distance of stride.
+    """Mean of one head of one sequence, after the rotation, over n tokens from the first on, stride apart.
 
     Heads of the output are those of queries, keys, values; HEADS: queries in all; QUERIES: of a group.
     """
@@ -114,7 +114,7 @@ def _common_kernel(
     total = tl.zeros([T, D], tl.float32)
     start = 0
     while start < n:  # a for takes no run-time bounds in the interpreter under NumPy 2.5
-        token = ((start + tl.arange(0, T)).to(tl.int64) * stride)[:, None]
+        token = (first + (start + tl.arange(0, T)).to(tl.int64) * stride)[:, None]
         mask = ((start + tl.arange(0, T)) < n)[:, None] & inside
         row = source + token * batch * width
         x = widen(tl.load(row + feature, mask=mask, other=0.0))
@@ -149,11 +149,12 @@ def common_vectors(
     rot = 0 if tables is None else tables[0].shape[-1]
     cos, sin = tables if tables is not None else (qkv, qkv)
     out = torch.empty((b, count, head_dim), dtype=torch.float32, device=qkv.device)
-    stride = sample_stride(s)
+    sampled = sampled_tokens(s)
     if out.numel():
         padded = triton.next_power_of_2(head_dim)
         _common_kernel[(b * count,)](
-            qkv, cos, sin, out, cdiv(s, stride), stride, b, width, count, PER_GROUP=per_group,
+            qkv, cos, sin, out, cdiv(s - sampled.start, sampled.step), sampled.start, sampled.step,
+            b, width, count, PER_GROUP=per_group,
             QUERIES=queries, HEADS=groups * queries, HEAD_DIM=head_dim, ROT=rot,
             INTERLEAVED=interleaved, T=max(4096 // padded, 1), D=padded, num_warps=4,
             enable_fp_fusion=False,

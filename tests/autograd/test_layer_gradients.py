@@ -126,16 +126,18 @@ def oracle_layer(x, p, rules, shape, kind, act, ours):
 
     def rest(site, t):
         """The tensor that backward sees: what is kept is quantized without what all tokens share (here, of a
-        short sequence, the mean), which queries and values get back, keys not."""
+        short sequence, the mean of its second half), which queries and values get back, keys not."""
         if rules[site].format is None:
             return kept_at(site, t)
-        common = t.mean(0).detach()
+        common = t[len(t) // 2 :].mean(0).detach()
         kept = kept_at(site, t - common)
         return kept if site is Site.KEY else kept + common
 
     kept = [rest(site, t) for site, t in ((Site.QUERY, q), (Site.KEY, k), (Site.VALUE, v))]
     if rules[Site.KEY].format is not None:
-        k = k - k.mean(0).detach()  # the softmax does not see it; kept statistics are of these keys
+        k = (
+            k - k[len(k) // 2 :].mean(0).detach()
+        )  # the softmax does not see it; kept statistics are of these keys
     if rules[Site.ATTENTION_OUTPUT].recompute:
         out_kept, statistics = plain_attention(*kept), scores(*kept[:2]).logsumexp(-1)
     else:
