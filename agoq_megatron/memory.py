@@ -212,7 +212,8 @@ class Plan:
                     bits, f"{bits} bits"
                 )
                 yield f"  raised by --agoq-max-error: {site.value} to {now} in layers {ranges(numbers)};"
-        yield "  not quantized: common vectors of queries and values; log-sum-exp where the attention is not run again;"
+        yield "  not quantized: common vectors of queries and values; log-sum-exp, where the attention is not"
+        yield "    run again;"
         yield ("    once a model, not a layer: embedding output, final norm's input, logits and loss;")
         if config.pipeline_model_parallel_size > 1:
             yield (

@@ -191,7 +191,7 @@ def encode_scale(scale: Tensor, fmt: Format) -> Tensor:
 
 
 def decode_scale(stored: Tensor) -> Tensor:
-    """Stored scales (bfloat16, ue6m2 in uint8, or the words of groups with an outlier) as FP32, same shape."""
+    """Stored scales (bfloat16, ue6m2 in uint8, or the words of groups with an outlier) as FP32."""
     if stored.dtype == torch.bfloat16:
         return stored.float()
     code = stored.to(torch.int32) & 0xFF

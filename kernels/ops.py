@@ -41,8 +41,9 @@ def dequantize(
 ) -> Tensor:
     """The tensor [..., n], in dtype, that quantize() stored in format fmt as (codes, scale, zero).
 
-    Computed in FP32, then cast. shift, FP32 [b, n], is added to a tensor [s, b, n] before. Raises ValueError where the three tensors do not fit each other or
-    fmt, TypeError for a dtype that is not floating-point.
+    Computed in FP32, then cast. shift, FP32 [b, n], is added to a tensor [s, b, n] before. Raises
+    ValueError where the tensors do not fit each other or fmt, TypeError for a dtype that is not
+    floating-point.
     """
     if dtype not in _FLOATS:
         raise TypeError(f"dequantize to a floating-point dtype, not {dtype}")

@@ -1,15 +1,15 @@
-"""Rotary embedding, causal attention and the output projection, whose backward is that of a proper attention.
+"""Rotary embedding, causal attention and output projection; backward is that of a proper attention.
 
-The attention's backward and the projection's weight gradient both need the output O. As one function they share
-it. Q, K and V are kept after the rotation, K and V with their own number of heads; the rotation itself needs
-only the angles, which all layers share.
+The attention's backward and the projection's weight gradient both need the output O. As one function they
+share it. Q, K and V are kept after the rotation, K and V with their own number of heads; the rotation itself
+needs only the angles, which all layers share.
 
 Backward rebuilds the softmax as exp(score - log-sum-exp). With scores of rounded Q and K and the exact
-log-sum-exp its rows no longer sum to 1, by a factor of e to the error of a score: on a pretrained model, whose
-keys and queries share vectors of 100 and more, that was noise. So O and its log-sum-exp are computed again from
-the rounded Q, K and V (where the policy does not say otherwise): the gradient is then the exact one of an
-attention at inputs nearby, for any input. And what the tokens of a head have in common is not rounded at all but
-kept once (``rotary.common_vectors``), so that the codes are those of the rest.
+log-sum-exp its rows no longer sum to 1, by a factor of e to the error of a score: on a pretrained model,
+whose keys and queries share vectors of 100 and more, that was noise. So O and its log-sum-exp are computed
+again from the rounded Q, K and V (where the policy does not say otherwise): the gradient is then the exact
+one of an attention at inputs nearby, for any input. And what the tokens of a head have in common is not
+rounded at all but kept once (``rotary.common_vectors``), so that the codes are those of the rest.
 """
 
 from __future__ import annotations

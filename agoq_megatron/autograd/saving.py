@@ -68,8 +68,8 @@ class SavedTensor:
         return *tensors, torch.empty(0, dtype=torch.uint8, device=tensors[0].device)
 
     def unpack(self, kept: tuple[Tensor, ...], dtype: torch.dtype, shift: Tensor | None = None) -> Tensor:
-        """The tensor ``[..., n]`` back from what :meth:`pack` returned; ``shift`` ``[b, n]`` was taken off what
-        was quantized."""
+        """The tensor ``[..., n]`` back from what :meth:`pack` returned; ``shift`` ``[b, n]`` was taken off
+        what was quantized."""
         fmt = self.rule.format
         if fmt is None:
             return kept[0]

@@ -455,8 +455,8 @@ def _decode(code, zero, tables, FMT: tl.constexpr):
 @triton.jit
 def load_packed(groups, mask, codes_ptr, scale_ptr, zero_ptr, FMT: tl.constexpr):
     """What is stored of groups [R], as a tuple for unpack(): scales, zero points (scales again in a format
-    without), then the codes plane by plane in runs [R, B] of bytes, a plane of bits in words [R]. 0 where mask
-    [R] is False."""
+    without), then the codes plane by plane in runs [R, B] of bytes, a plane of bits in words [R]. 0 where
+    mask [R] is False."""
     B: tl.constexpr = FMT.group // FMT.lanes
     scale = tl.load(scale_ptr + groups, mask=mask, other=0)
     zero = scale
