@@ -118,9 +118,9 @@ def test_every_series_on_its_steps(launcher, tmp_path):
     assert run.report["saved_bytes_per_token_layer"] > 1.1 * total
     assert found["agoq/width/mlp.linear_fc1.output"][1] == pytest.approx((5 + 8) / 2)
     assert found["agoq/width/self_attention.core_attention.query"][1] == 8
-    # Half of the codes of each stage leave a rank of two.
+    # Half of the codes of each stage leave a rank of two; the residual stays.
     sent = found["agoq/gradient-bytes-sent"][5] / found["agoq/gradient-bytes"][5]
-    assert sent == pytest.approx(0.5, rel=0.02)
+    assert sent == pytest.approx(0.5 * 70 / (70 + 32), rel=0.02)
     for i in LOGGED:
         assert found["agoq/memory/peak-allocated"][i] >= found["agoq/memory/allocated"][i] > 1e8
         assert found["agoq/memory/peak-rank"][i] in range(4)
