@@ -104,7 +104,7 @@ class Knapsack:
         """Sum of the sensitivities of all tensors that a policy keeps: by their widths, whatever the code.
 
         Infinite where a width was not measured, for its error was not finite, or its groups do not fit.
-        An attention output that a policy keeps adds nothing: none is measured, as no solver's choice keeps it.
+        An attention output that a policy keeps adds nothing: it is not measured, as no solver keeps it.
         """
         total = []
         for number, row, site in self._kept():

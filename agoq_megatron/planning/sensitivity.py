@@ -41,6 +41,7 @@ BEST_FORMATS = {
     5: Format(5, "cubic", 64, 8),
     6: Format(6, "cubic", 64, 8),
     8: Format(8, "int", 64, 16),
+    10: Format(10, "int", 64, 8),
     12: Format(12, "int", 64, 8),
 }
 """The format of each width; docs/format-study.md says why. See :func:`best_format`."""

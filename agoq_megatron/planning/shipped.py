@@ -16,7 +16,7 @@ from agoq_megatron.refusals import UsageError
 LEAST = dict.fromkeys(Site, 3) | {Site.QUERY: 6, Site.KEY: 8}
 """Widths below which a stand-in is not believed. Errors of Q and K go through the softmax and grow with the
 scores, and those of keys meet whatever the queries have in common, of which small models have next to nothing
-and pretrained ones a lot (the default policy gives them 8 and 12)."""
+and pretrained ones a lot (the default policy gives both more)."""
 
 FOLDER = Path(__file__).parent / "sensitivities"
 

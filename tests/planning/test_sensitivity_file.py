@@ -153,8 +153,8 @@ def test_entries_name_other_formats_and_leave_out_what_is_not_finite():
         Site.QUERY.value: {},
     }
     lines = list(table({"1": entry, "2": layer_entry(tried[1:2], [(0.2, 0.3)]) | {Site.QUERY.value: {}}}))
-    assert lines[2].split() == [Site.KEY.value, *"- - 0.16 / 0.4 - - 0.01 / 0.02 -".split()]
-    assert lines[3].split() == [Site.QUERY.value, *"-------"]
+    assert lines[2].split() == [Site.KEY.value, *"- - 0.16 / 0.4 - - 0.01 / 0.02 - -".split()]
+    assert lines[3].split() == [Site.QUERY.value, *"--------"]
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
