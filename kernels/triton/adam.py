@@ -8,9 +8,9 @@ import triton.language as tl
 from agoq_kernels import states as kept
 from agoq_kernels.adam import AdamSettings, Gradient
 from agoq_kernels.states import BLOCK, AdamStates
-from agoq_kernels.triton.codec import INTERPRET, ROUND, _nan_max, _pair, _word, widen
 from agoq_kernels.triton.gradients import load_rows, sum_of_blocks
 from agoq_kernels.triton.launch import Kernel, cdiv
+from agoq_kernels.triton.numbers import INTERPRET, ROUND, _nan_max, _pair, _word, widen
 from agoq_kernels.triton.quantize import signed_key
 from torch import Tensor
 

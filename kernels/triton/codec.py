@@ -3,254 +3,27 @@
 A kernel holds groups as a tuple of FP32 "lanes" [R, B]: R groups, and in lane l the elements
 l * B ... l * B + B - 1 of each. B is chosen so that the elements which share a byte of the narrowest
 plane (see packing.py) lie in different lanes at the same place: packing is then arithmetic within a
-thread, and neither loads nor stores need a shuffle.
+thread, and neither loads nor stores need a shuffle. (A plane of single bits is packed in words of
+neighbours instead: 32 of them are a sum over a lane.)
 
-The arithmetic is that of reference.py, operation for operation; kernels are compiled without fused
-multiply-adds. Where a trick replaces an operation it is exact, and says so. `FMT` is a
-`constants.Constants`, known at compile time.
+The arithmetic is that of reference.py, operation for operation. `FMT` is a `constants.Constants`, known
+at compile time.
 """
 
 from __future__ import annotations
 
-import os
-
 import triton
 import triton.language as tl
-
-# The interpreter's minimum and maximum of two tensors propagate NaN and its reductions drop it,
-# whatever they are asked for; a reduction by a function of ours takes it a second per 50,000 numbers.
-INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-
-# Adding 1.5 * 2^23 to an FP32 number below 2^22 in magnitude rounds it to an integer, ties to even;
-# larger numbers stay large. Integers below 2^23 added to 2^23 appear in the low bits of the sum.
-ROUND = tl.constexpr(1.5 * 2.0**23)
-ROUND_BITS = tl.constexpr(0x4B400000)
-MAGIC = tl.constexpr(2.0**23)
-MAGIC_BITS = tl.constexpr(0x4B000000)
-
-
-@triton.jit
-def _nan_max(a, b):
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def _nan_min(a, b):
-    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def _group_max(x):
-    """Maximum [R] of each row of x [R, B]; NaN where a row holds one."""
-    if INTERPRET:
-        return tl.max(x, 1) + tl.sum(x * 0.0, 1)
-    else:
-        return tl.reduce(x, 1, _nan_max)
-
-
-@triton.jit
-def _group_min(x):
-    if INTERPRET:
-        return tl.min(x, 1) + tl.sum(x * 0.0, 1)
-    else:
-        return tl.reduce(x, 1, _nan_min)
-
-
-@triton.jit
-def _clamp(x, low: tl.constexpr, high: tl.constexpr):
-    """x limited to [low, high]; NaN gives low."""
-    if INTERPRET:
-        x = tl.where(x > low, x, low)
-    else:
-        x = tl.maximum(x, low)
-    return tl.minimum(x, high)
-
-
-@triton.jit
-def cast(x, dtype: tl.constexpr):
-    """FP32 to dtype, to the nearest, ties to even (the interpreter truncates to bfloat16)."""
-    if INTERPRET and dtype == tl.bfloat16:
-        bits = x.to(tl.int32, bitcast=True)
-        bits = tl.where(x == x, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, 0x7FC0)
-        return bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
-    else:
-        return x.to(dtype)
-
-
-@triton.jit
-def widen(x):
-    """Any floating-point dtype to FP32, exactly (the interpreter gets subnormal bfloat16 wrong)."""
-    if INTERPRET and x.dtype == tl.bfloat16:
-        return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    else:
-        return x.to(tl.float32)
-
-
-# --- Scales and zero points -----------------------------------------------------------------------
-
-
-@triton.jit
-def _store_scale(scale, FMT: tl.constexpr):
-    """FP32 scales >= 0 -> what is stored (int16 bits of a bfloat16, or uint8), and that as FP32."""
-    bits = scale.to(tl.int32, bitcast=True)
-    invalid = (bits & 0x7F800000) == 0x7F800000
-    if FMT.scale_bits == 16:
-        if FMT.bits > 8:
-            stored = (bits + 0xFFFF) >> 16
-        else:
-            stored = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        invalid = invalid | (stored >= 0x7F80)  # rounded up to infinity
-        stored = tl.where(stored < 0x80, 0, stored)  # below 2^-126
-        stored = tl.where(invalid, 0x7FC0, stored)
-        return stored.to(tl.int16), (stored << 16).to(tl.float32, bitcast=True)
-    else:
-        bits = tl.minimum(bits, 0x4C400000)  # 1.5 * 2^25; integers order as the positive floats do
-        if FMT.bits >= 6:
-            bits += 0x1FFFFF
-        else:
-            bits += 0xFFFFF + ((bits >> 21) & 1)
-        stored = tl.minimum(tl.maximum((bits >> 21) - 356, 1), 254)
-        stored = tl.where(scale == 0, 0, stored)
-        stored = tl.where(invalid, 255, stored)
-        return stored.to(tl.uint8), _decode_scale(stored, FMT)
-
-
-@triton.jit
-def _decode_scale(stored, FMT: tl.constexpr):
-    """Stored scales as integers, or words of groups with an outlier -> FP32."""
-    if FMT.scale_bits == 16:
-        return (stored.to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    else:
-        stored = stored.to(tl.int32) & 0xFF
-        bits = tl.where(stored == 0, 0, (stored + 356) << 21)
-        bits = tl.where(stored == 255, 0x7FC00000, bits)
-        return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _scale_and_zero(xs, FMT: tl.constexpr):
-    """Lanes -> stored scale [R], FP32 reciprocal of it [R] (0 for zero and NaN), FP32 zero [R]."""
-    if FMT.has_zero:
-        low = xs[0]
-        high = xs[0]
-        for i in tl.static_range(1, tl.constexpr(FMT.lanes)):
-            low = _nan_min(low, xs[i])
-            high = _nan_max(high, xs[i])
-        low = _nan_min(_group_min(low), 0.0)
-        high = _nan_max(_group_max(high), 0.0)
-        stored, step = _store_scale((high - low) * FMT.inverse_range, FMT)
-    else:
-        absmax = tl.abs(xs[0])
-        for i in tl.static_range(1, tl.constexpr(FMT.lanes)):
-            absmax = _nan_max(absmax, tl.abs(xs[i]))
-        absmax = _group_max(absmax)
-        low = absmax
-        if FMT.inverse_range != 1.0:
-            absmax = absmax * FMT.inverse_range
-        stored, step = _store_scale(absmax, FMT)
-    usable = step > 0
-    inverse = tl.where(usable, tl.div_rn(1.0, tl.where(usable, step, 1.0)), 0.0)
-    zero = low
-    if FMT.has_zero:
-        zero = tl.where(usable, (0.0 - low) * inverse, 0.0)
-        zero = _clamp((zero + ROUND) - ROUND, 0.0, FMT.top)
-    return stored, inverse, zero
-
-
-# --- Outliers -------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _take_outliers(xs, FMT: tl.constexpr):
-    """Lanes -> the lanes with the largest of each group, the first of several, set to 0; its index and its
-    number as a bfloat16 in the upper bits of the group's word [R]; and whether that is NaN or infinity [R]. A
-    group that holds one stays as it is."""
-    B: tl.constexpr = FMT.group // FMT.lanes
-    absmax = tl.abs(xs[0])
-    for i in tl.static_range(1, tl.constexpr(FMT.lanes)):
-        absmax = _nan_max(absmax, tl.abs(xs[i]))
-    absmax = _group_max(absmax)
-    finite = absmax < float("inf")
-    column = tl.arange(0, B)[None, :]
-    first = tl.zeros_like(xs[0]).to(tl.int32) + FMT.group
-    for i in tl.static_range(tl.constexpr(FMT.lanes)):
-        hit = (tl.abs(xs[i]) == absmax[:, None]) & finite[:, None]
-        first = tl.minimum(first, tl.where(hit, column + i * B, FMT.group))
-    index = tl.min(first, 1)
-    number = tl.zeros_like(xs[0])
-    rest = ()
-    for i in tl.static_range(tl.constexpr(FMT.lanes)):
-        largest = column + i * B == index[:, None]
-        number += tl.where(largest, xs[i], 0.0)
-        rest = rest + (tl.where(largest, 0.0, xs[i]),)
-    bits = tl.sum(number, 1).to(tl.int32, bitcast=True)
-    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
-    invalid = (finite == 0) | ((bits & 0x7F800000) == 0x7F800000)
-    return rest, bits | (index << 8), invalid
-
-
-@triton.jit
-def _put_outliers(xs, words, FMT: tl.constexpr):
-    """The lanes with each group's outlier in its place."""
-    B: tl.constexpr = FMT.group // FMT.lanes
-    column = tl.arange(0, B)[None, :]
-    index = ((words >> 8) & 0xFF)[:, None]
-    number = (words & -0x10000).to(tl.float32, bitcast=True)[:, None]
-    whole = ()
-    for i in tl.static_range(tl.constexpr(FMT.lanes)):
-        whole = whole + (tl.where(column + i * B == index, number, xs[i]),)
-    return whole
-
-
-# --- Random numbers (rng.py) ----------------------------------------------------------------------
-
-
-@triton.jit
-def _mix(x):
-    x ^= x >> 16
-    x *= 0x7FEB352D
-    x ^= x >> 15
-    x *= 0x846CA68B
-    return x ^ (x >> 16)
-
-
-@triton.jit
-def _word(index, key_a, key_b):
-    """uint32: 32 random bits of the elements at index (int64; or int32, of elements below 2^31)."""
-    word = _mix(index.to(tl.uint32) ^ key_a.to(tl.uint32)) ^ key_b.to(tl.uint32)
-    if index.dtype == tl.int64:
-        word ^= _mix((index >> 32).to(tl.uint32))
-    return _mix(word)
-
-
-@triton.jit
-def _uniform(index, key_a, key_b):
-    """FP32 numbers in [0, 1) of the elements at index (int64)."""
-    return (_word(index, key_a, key_b) >> 8).to(tl.float32) * 5.9604644775390625e-08  # 2^-24
-
-
-@triton.jit
-def _pair(seeds, column):
-    """uint32: the word that numbers ``column`` (2i and 2i + 1) of the blocks with these seeds share. A thread
-    that holds both draws once: the compiler sees that it is the same."""
-    return _mix(seeds ^ (column >> 1).to(tl.uint32))
-
-
-@triton.jit
-def _halves(seeds, column):
-    """int32 of 0..65535 for numbers ``column`` of the blocks with these seeds."""
-    word = _pair(seeds, column)
-    return tl.where((column & 1) == 1, word >> 16, word & 0xFFFF).to(tl.int32)
-
-
-@triton.jit
-def _centred(seeds, column):
-    """(half + 0.5) / 65536 - 0.5 in FP32, of the same draws, exactly and without a conversion: between 64 and
-    128 the lower 17 bits of a number count 2^-17."""
-    word = _pair(seeds, column)
-    bits = tl.where((column & 1) == 1, word >> 15, word << 1) & 0x1FFFE
-    return (bits | 0x42800001).to(tl.float32, bitcast=True) - 64.5
-
+from agoq_kernels.triton.numbers import (
+    INTERPRET,
+    MAGIC,
+    MAGIC_BITS,
+    ROUND,
+    ROUND_BITS,
+    _clamp,
+    _uniform,
+)
+from agoq_kernels.triton.scales import _decode_scale, _put_outliers, _scale_and_zero, _take_outliers
 
 # --- Codes ----------------------------------------------------------------------------------------
 

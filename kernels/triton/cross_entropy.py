@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from agoq_kernels.triton.codec import cast, widen
 from agoq_kernels.triton.launch import Kernel, cdiv
+from agoq_kernels.triton.numbers import cast, widen
 from torch import Tensor
 
 BLOCK = 8192

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from agoq_kernels import gradients
 from agoq_kernels.gradients import BLOCK, NORM_STRETCH, GradientFormat, is_mirrored, pair_of
-from agoq_kernels.triton.codec import INTERPRET, MAGIC, ROUND, _centred, _clamp, _nan_max, _word, widen
 from agoq_kernels.triton.launch import Kernel, cdiv
+from agoq_kernels.triton.numbers import INTERPRET, MAGIC, ROUND, _centred, _clamp, _nan_max, _word, widen
 from agoq_kernels.triton.quantize import signed_key
 from torch import Tensor
 

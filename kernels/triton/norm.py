@@ -15,9 +15,10 @@ import torch
 import triton
 import triton.language as tl
 from agoq_kernels.formats import Format
-from agoq_kernels.triton.codec import INTERPRET, cast, load_packed, quantize_store, unpack, widen
+from agoq_kernels.triton.codec import load_packed, quantize_store, unpack
 from agoq_kernels.triton.constants import constants
 from agoq_kernels.triton.launch import Kernel, cdiv
+from agoq_kernels.triton.numbers import INTERPRET, cast, widen
 from agoq_kernels.triton.quantize import (
     Packed,
     as_rows,

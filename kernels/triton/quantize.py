@@ -9,9 +9,10 @@ import triton
 import triton.language as tl
 from agoq_kernels.formats import Format
 from agoq_kernels.rng import key_words
-from agoq_kernels.triton.codec import cast, load_dequantize, quantize_store, widen
+from agoq_kernels.triton.codec import load_dequantize, quantize_store
 from agoq_kernels.triton.constants import constants, tables
 from agoq_kernels.triton.launch import Kernel, cdiv
+from agoq_kernels.triton.numbers import cast, widen
 from torch import Tensor
 
 Packed = tuple[Tensor, Tensor, Tensor]

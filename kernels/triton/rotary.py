@@ -11,9 +11,10 @@ import triton
 import triton.language as tl
 from agoq_kernels.formats import Format
 from agoq_kernels.rotary import sampled_tokens
-from agoq_kernels.triton.codec import cast, quantize_store, widen
+from agoq_kernels.triton.codec import quantize_store
 from agoq_kernels.triton.constants import constants
 from agoq_kernels.triton.launch import Kernel, cdiv
+from agoq_kernels.triton.numbers import cast, widen
 from agoq_kernels.triton.quantize import Packed, empty_packed, packed_arguments, signed_key
 from torch import Tensor
 
