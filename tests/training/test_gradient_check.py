@@ -12,7 +12,7 @@ from agoq_megatron import gradient_check
 from agoq_megatron.autograd.probing import ATTENTION, QKV, TOKENS
 from agoq_megatron.gradient_check import Finding, Schedule, interval_of, over, paragraphs
 from agoq_megatron.policy.policy import Rule, load_policy
-from agoq_megatron.policy.raised import RECOMPUTED
+from agoq_megatron.policy.raised import RECOMPUTED, next_width
 from agoq_megatron.policy.sites import Site
 
 OLD = """
@@ -96,8 +96,11 @@ def test_a_function_with_one_rounded_tensor():
 def test_of_several_the_one_that_puts_most_into_it():
     alone = {Q.value: 0.1, K.value: 0.2, V.value: 0.3}
     policy = load_policy("agoq")
+    old = policy.rule(V, 2).format.bits
     assert list(over({2: {ATTENTION: 0.5}}, 0.25, policy, False)) == [(2, ATTENTION)]
-    assert list(over({2: {ATTENTION: 0.5} | alone}, 0.25, policy, False)) == [Finding(2, V, 0.5, V, 6, 8)]
+    assert list(over({2: {ATTENTION: 0.5} | alone}, 0.25, policy, False)) == [
+        Finding(2, V, 0.5, V, old, next_width(old))
+    ]
     # Alone they exceed it, together they do not: what is used is what counts.
     assert not list(over({2: {ATTENTION: 0.2} | alone}, 0.25, policy, False))
     both = {QKV: 0.4, Site.LAYER_INPUT.value: 0.39, Site.NORM1_INPUT.value: 0.1}
