@@ -231,7 +231,7 @@ def test_statistics_of_other_scores_show(rng, probed):
     exact log-sum-exp kept. The tensors themselves are off by less than a percent."""
     case = Case("attention", rng, torch.float32)
     x = case.x.view(11, 3, GROUPS, HEADS // GROUPS + 2, DIM)
-    x[..., :-1, :] *= 12
+    x[..., :-1, :] *= 8
     kept = dict.fromkeys(ATTENTION_SITES, INT8)
     for site, part in ((Site.QUERY, x[..., :-2, :]), (Site.KEY, x[..., -2, :])):
         held = dequantize(*quantize(part.contiguous(), kept[site].format), kept[site].format, x.dtype)
@@ -242,7 +242,7 @@ def test_statistics_of_other_scores_show(rng, probed):
         case.gradients(case.ours, rules)
         errors.append(errors_of(tally.squares[0].tolist())[probing.ATTENTION])
     print(errors)
-    assert errors[0] > 0.25 > errors[1]
+    assert errors[0] > max(0.25, 1.3 * errors[1])
 
 
 def test_the_input_of_a_recomputed_region(rng, probed):
