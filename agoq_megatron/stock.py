@@ -92,6 +92,7 @@ def prepare_stock(config: TransformerConfig) -> None:
         compute_policy(args)
         config.agoq = load_policy(args.agoq_activations, args.agoq_rounding)
         config.agoq_gradients = config.agoq_optimizer = None
+        config.agoq_sequence = args.seq_length
         plan = Plan(config)
     except (UsageError, PolicyError, compat.CompatibilityError) as problem:
         refuse(str(problem))
