@@ -260,7 +260,7 @@ _BREAKS: tuple[tuple[str, list[str], str, bool], ...] = (
     ("group: 64, scale_bits: 8", [f"group: {g}, scale_bits: 8" for g in (0, 16, 48, 63, 512, -64, "all")], "group", True),
     ("scale_bits: 8", [f"scale_bits: {s}" for s in (4, 12, 32, -8, "bf16", "8.0")], "scale", True),
     ("code: nf4", [f"code: {c}" for c in ("nf5", "NF4", "fp4", "int8", "[]", "4")], "code", True),
-    ("code: int,", ["code: nf4,", "code: e2m1,", "code: cubic,"], "4 bits", True),
+    ("code: int,", ["code: nf4,", "code: e2m1,", "code: cubic,"], "bits only", True),
     ("rounding: nearest}\n  eight", ["rounding: up}\n  eight", "rounding: random}\n  eight"], "rounding", True),
     ("code: nf4", ["cod: nf4", "Code: nf4", "format: nf4"], "unknown key", True),
     ("group: 64, scale_bits: 8", ["groups: 64, scale_bits: 8", "block: 64, scale_bits: 8"], "unknown key", True),

@@ -31,9 +31,17 @@ def test_off_is_seventeen_units_and_agoq_under_three_point_seven():
     assert units(Plan(config("off"))) == pytest.approx(17 + lse)
     agoq = units(Plan(config("agoq")))
     assert agoq <= 3.7
-    # 4-bit tensors: two norm inputs and 7U of gate and up; 8-bit: Q, K, V and O, 2.5U.
-    four, eight = (4 + 8 / 64) / 16, (8 + 16 / 64) / 16
-    assert agoq == pytest.approx(9 * four + 2.5 * eight + lse)
+    # 4 bits and an outlier: two norm inputs; 5 bits: 7U of gate and up; 8: Q and V, 1.25U; 10: K.
+    scale, outlier = 8 / 64, 24 / 64
+    bits = 2 * (4 + scale + outlier) + 7 * (5 + scale) + 1.25 * (8 + scale) + 0.25 * (10 + scale)
+    assert agoq == pytest.approx(bits / 16)
+
+
+def test_common_vectors_are_counted_where_the_sequence_is_known():
+    """FP32, of queries and values, once a sequence."""
+    short = Plan(config(agoq_sequence=16))
+    more = short.planned_bytes_per_token_layer - Plan(config()).planned_bytes_per_token_layer
+    assert more == pytest.approx(4 * (1024 + 256) / 16)
 
 
 def test_tensor_parallel_shares():
@@ -50,7 +58,7 @@ def test_sequence_parallelism_does_not_cut_the_groups():
                  kv_channels=128)
     plan = Plan(config(tensor_model_parallel_size=8, sequence_parallel=True, **shape))
     row = next(r for r in plan.layers[1] if r.name.endswith("linear_qkv.norm_input"))
-    assert row.bytes == pytest.approx(768 * (4 + 8 / 64) / 8 / 8)
+    assert row.bytes == pytest.approx(768 * (4 + 32 / 64) / 8 / 8)
 
 
 @pytest.mark.parametrize(

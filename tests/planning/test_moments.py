@@ -28,7 +28,7 @@ MODEL = """
     --hidden-dropout 0 --seq-length 4096 --max-position-embeddings 4096 --micro-batch-size 1
     --global-batch-size 1 --mock-data --tokenizer-type NullTokenizer --vocab-size 127 --train-iters 2
     --make-vocab-size-divisible-by 128 --lr 1e-4 --bf16 --eval-iters 0 --eval-interval 1000 --num-workers 0
-    --use-distributed-optimizer
+    --use-distributed-optimizer --no-agoq-check-gradients
 """.split()
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers"
 BLOCK = "--recompute-granularity full --recompute-method block --recompute-num-layers"

@@ -40,11 +40,12 @@ def test_built_in_policies():
     for site in Site:
         assert off.rule(site, 1).keep
         assert agoq.rule(site, 1).recompute == site.recomputable
-    attention = (Site.QUERY, Site.KEY, Site.VALUE, Site.ATTENTION_OUTPUT)
-    assert all(agoq.rule(site, 7).format.bits == 8 for site in attention)
-    assert all(uniform.rule(site, 7).format.bits == 4 for site in attention)
-    for site in (Site.NORM1_INPUT, Site.NORM2_INPUT, Site.FC1_OUTPUT, Site.LAYER_INPUT):
-        assert agoq.rule(site, 7).format.bits == 4
+    attention = (Site.QUERY, Site.KEY, Site.VALUE)
+    assert [agoq.rule(site, 7).format.bits for site in attention] == [8, 10, 8]
+    assert all(uniform.rule(site, 7).format.bits == 4 for site in (*attention, Site.ATTENTION_OUTPUT))
+    for site in (Site.NORM1_INPUT, Site.NORM2_INPUT, Site.LAYER_INPUT):
+        assert agoq.rule(site, 7).format.bits == 4 and agoq.rule(site, 7).format.outliers
+    assert str(agoq.rule(Site.FC1_OUTPUT, 7)) == "cubic5 g64 s8"
 
 
 def test_first_enabled_matcher_wins(policy_file):
