@@ -253,7 +253,7 @@ matchers:
 # what is broken: (what is replaced, by one of these, what the error names, whether its line is known)
 _BREAKS: tuple[tuple[str, list[str], str, bool], ...] = (
     ("bits: 4", [f"bits: {b}" for b in (1, 7, 9, 12, 32, -4, "four", "4.0", "true", "null", "[4]")], "bits", True),
-    ("bits: 8", [f"bits: {b}" for b in (1, 7, 10, 64, -8, "'8'", "8.5", "{}")], "bits", True),
+    ("bits: 8", [f"bits: {b}" for b in (1, 7, 11, 64, -8, "'8'", "8.5", "{}")], "bits", True),
     ("bits: 0", ["bits: 0, code: nf4", "bits: 0, group: 64"], "bits 0", True),
     ("bits: 0", ["bits: 4", "bits: 8"], "rebuilt", True),
     ("bits: 0", ["bit: 0", "Bits: 0", "width: 0"], "bits", True),
