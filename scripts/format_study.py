@@ -158,7 +158,8 @@ class OneKindOf:
         if site in self.kind.sites:
             rule = self.policy.rule(site, layer_number)
             # Nothing is kept of a linear layer's own input: take the format of what it is rebuilt from.
-            return self.policy.rule(REBUILT_FROM[site], layer_number) if rule.recompute else rule
+            source = REBUILT_FROM.get(site)  # none: the attention's output is computed again as such
+            return self.policy.rule(source, layer_number) if rule.recompute and source else rule
         return Rule() if site.recomputable and not self.kind.one_reader else Rule(keep=True)
 
     def formats(self, layer_numbers: list[int]) -> str:

@@ -1,5 +1,8 @@
 """Q and K rotated, or K without its mean, while they are kept for backward: variants of the format study.
 
+Made when the layers quantized Q and K as they are. Today they take off what the tokens of a head share; a
+transform takes the place of that.
+
 The quantizer sees the transformed tensor; backward gets it transformed back after dequantizing, so that
 the rest of the layer computes what it always does.
 """
@@ -103,8 +106,8 @@ class TransformedTensor(SavedTensor):
             y = rotate_heads(y, self.head_dim)
         return *self.inner.pack(y), *means
 
-    def unpack(self, kept: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
-        """The tensor ``[s, b, heads * d]``, transformed back."""
+    def unpack(self, kept: tuple[Tensor, ...], dtype: torch.dtype, shift: Tensor | None = None) -> Tensor:
+        """The tensor ``[s, b, heads * d]``, transformed back; nothing was taken off it."""
         wide = torch.promote_types(dtype, torch.float32)
         packed = kept[:-1] if self._removes_mean else kept
         y = self.inner.unpack(packed, wide)

@@ -30,6 +30,10 @@ _CHUNK_FLAGS = "--num-virtual-stages-per-pipeline-rank (or --num-layers-per-virt
 _GROUP_FLAG = "--microbatch-group-size-per-virtual-pipeline-stage"
 
 
+WIDTHS = tuple(bits for bits in BIT_WIDTHS if bits <= 8)
+"""What a stage may have; more are for single tensors."""
+
+
 @dataclass(frozen=True)
 class Schedule:
     """The schedule of one training step.
@@ -167,7 +171,7 @@ def _held(schedule: Schedule, stage: int) -> tuple[tuple[int, ...], ...]:
 # --- Bits by stage --------------------------------------------------------------------------------
 
 
-def stage_bits(schedule: Schedule, base: int = 4, widths: Sequence[int] = BIT_WIDTHS) -> list[int]:
+def stage_bits(schedule: Schedule, base: int = 4, widths: Sequence[int] = WIDTHS) -> list[int]:
     """Bits of each stage that leave the peak of the first one, in micro-batches times bits, as it is.
 
     AGoQ (arXiv 2605.00539), Eq. 21, the right way round: B_i = max(base, floor(base * N_0 / N_i)), with N_i
@@ -183,7 +187,7 @@ def stage_bits(schedule: Schedule, base: int = 4, widths: Sequence[int] = BIT_WI
     return [max(bits for bits in wider if bits == base or bits * n <= base * counts[0]) for n in counts]
 
 
-def paper_bits(counts: Sequence[int], base: int = 4, widths: Sequence[int] = BIT_WIDTHS) -> list[int]:
+def paper_bits(counts: Sequence[int], base: int = 4, widths: Sequence[int] = WIDTHS) -> list[int]:
     """The bits that the paper prints: 4, 5, 6 and 8 for counts of 11, 9, 7 and 5.
 
     base * N_0 / N_i is 4, 4.89, 6.29 and 8.8 there. Rounding down (its Eq. 21, :func:`stage_bits`) would give
