@@ -293,9 +293,13 @@ def test_per_tensor(study):
     assert {name: row["paper"] for name, row in table.items()} == paper
     for name, row in table.items():
         assert set(row["errors"]) == set(row["formats"]) == {"off", "agoq", "uniform4"}
-        assert row["errors"]["off"] < 1e-5 < row["errors"]["agoq"] < 1
+        assert row["errors"]["off"] < 1e-5 and row["errors"]["agoq"] < 1
+        assert (row["errors"]["agoq"] > 1e-5) == (name != "O")  # computed again from what is exact here
         assert row["formats"]["off"] == "kept" and row["formats"]["uniform4"] == "nf4 g64 s8"
-        assert row["formats"]["agoq"] == ("int8 g64 s16" if name in "QKVO" else "nf4 g64 s8")
+        norm, gate = "nf4 g64 s8 outlier", "cubic5 g64 s8"
+        agoq = {"Q": "int8 g64 s8", "K": "int10 g64 s8", "V": "int8 g64 s8", "O": "recomputed"}
+        agoq["linear inputs"] = f"{gate} / {norm}"
+        assert row["formats"]["agoq"] == agoq.get(name, gate if name.startswith("gate") else norm)
         assert f"| {name} | " in printed
     for name in ("norm inputs", "V", "Q", "K", "O"):
         assert table[name]["errors"]["uniform4"] == result["formats"]["nf4 g64 s8"][name]
