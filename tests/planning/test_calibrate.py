@@ -31,7 +31,7 @@ MODEL = """
 """.split()
 LLAMA = "--normalization RMSNorm --disable-bias-linear"
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
-LAYERS, WIDTHS = 4, (2, 3, 4, 5, 6, 8)
+LAYERS, WIDTHS = 4, (2, 3, 4, 5, 6, 8, 10, 12)
 CHECKED_LAYERS, CHECKED_WIDTHS = (1, 3), (2, 4, 8)
 """Within the whole model."""
 ONE_CODE = 0.01
@@ -242,14 +242,14 @@ def errors(folder: Path, name: str) -> dict[tuple, tuple[float, float]]:
 @whole_runs
 def test_a_layer_alone_has_the_errors_of_the_whole_model(folder):
     alone, whole = errors(folder, "two batches"), json.loads((folder / "whole.json").read_text())
-    assert len(whole) == len(CHECKED_LAYERS) * 8 * len(CHECKED_WIDTHS)
+    assert len(whole) == len(CHECKED_LAYERS) * 7 * len(CHECKED_WIDTHS)
     for key, expected in whole.items():
         number, site, width = key.split()
         assert alone[int(number), site, int(width)] == pytest.approx(expected, rel=ONE_CODE), key
 
 
 @whole_runs
-@pytest.mark.parametrize("name,sites", [("two batches", 8), ("random", 7)])
+@pytest.mark.parametrize("name,sites", [("two batches", 7), ("random", 6)])
 def test_errors_fall_with_the_width(folder, name, sites):
     found = errors(folder, name)
     rows = {(number, site) for number, site, _ in found}
@@ -272,7 +272,7 @@ def test_layouts_agree(folder, name, bound):
     """A norm or bias that counts twice, or in part, would be off by 2% and more, at every width. A scale that
     comes out as its neighbour changes one width's error, by 5% at times."""
     found, expected = errors(folder, name), errors(folder, LAYOUTS[name].reference)
-    assert len(found) == LAYERS * 7 * len(WIDTHS)
+    assert len(found) == LAYERS * 6 * len(WIDTHS)
     off: dict[tuple, list[float]] = {}
     for key, pair in found.items():
         off.setdefault(key[:2], []).extend(abs(a / b - 1) for a, b in zip(pair, expected[key], strict=True))
