@@ -72,7 +72,8 @@ def wrong_value(rng: random.Random, folder: Path) -> Case:
     while True:
         value = _words(rng)
         whole = re.fullmatch(r"-?\d+", value)
-        if value in literal or (whole and "int" in str(chosen.type)):
+        number = re.fullmatch(r"\d+(\.\d+)?", value) and "float" in str(chosen.type)
+        if value in literal or number or (whole and "int" in str(chosen.type)):
             continue
         return Case(f"{name} {value!r}", [f"{name}={value}"], [name])
 
