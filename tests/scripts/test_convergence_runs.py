@@ -52,7 +52,7 @@ FILES = sorted(POLICIES.glob("*.yaml"))
 def test_policy_files_differ_from_the_default_where_they_say(path):
     policy, default = load_policy(str(path)), load_policy("agoq")
     changed = {s for s in Site if str(policy.rule(s, 1)) != str(default.rule(s, 1))}
-    attention = {Site.QUERY, Site.KEY, Site.VALUE, Site.ATTENTION_OUTPUT}
+    attention = {Site.QUERY, Site.KEY, Site.VALUE}
     expected = {
         "gate_up_3bit": {Site.FC1_OUTPUT},
         "qk4": {Site.QUERY, Site.KEY},
