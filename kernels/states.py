@@ -17,8 +17,8 @@ two (8 bits), and the ratios' scale (FP32 without sign and without its last 8 bi
 
 Rounding is stochastic by default, with 17 random bits for a root and 8 or 9 for a ratio, so that what changes
 by less than its code can say changes on the average: a root under beta2 = .999, and a ratio that decays to
-zero. As the unit is a power of two, roots are FP32 numbers with few bits wherever the largest of their block
-moves: one whose update is nothing is not rounded again. Encoding what was decoded gives the same bytes (to
+zero. As the unit is a power of two, roots are FP32 numbers with few bits, the same while the largest of their
+block moves below that power: one whose update is nothing is not rounded again. Encoding what was decoded gives the same bytes (to
 the nearest), so that a checkpoint may hold FP32.
 
 A BF16 weight is the upper half of its FP32 master, rounded; the lower half is kept beside it. To which side
@@ -206,10 +206,11 @@ def encode(
     root = _blocks(exp_avg_sq).sqrt()
     noise = 1 << FINE - 1
     if key is not None:
-        # Of the 32 bits that two neighbours share a root takes 17 at its end, a ratio 8 or 9 at the other.
+        # Of the 32 bits that two neighbours share a root takes 17, from its own end on, a ratio the 8 or 9
+        # that are the other's least: what moves the neighbour's root, and with it the scale, says nothing here.
         drawn = halves(words(0, len(root), key, root.device), BLOCK)
         first, second = drawn.view(-1, BLOCK // 2, 2).unbind(-1)
-        noise = torch.stack((first | (second & 1) << 16, second << 1 | first >> 15), -1).flatten(1)
+        noise = torch.stack((first << 1 | second >> 15, second << 1 | first >> 15), -1).flatten(1)
     codes, unit = _codes_of_roots(root, noise)
     wide = (codes < NARROW).any(-1).int()
     kept = _roots(codes, unit.view(torch.float32))
@@ -229,7 +230,7 @@ def encode(
     if key is None:
         z = (z / (1 + wide)).round().int() * (1 + wide)
     else:
-        other = torch.stack((second >> 8 - wide, first & (256 << wide) - 1), -1).flatten(1)
+        other = torch.stack((second, first), -1).flatten(1) & (256 << wide) - 1
         z = (z * 256).round().int() + other >> 8 & ~wide
     ratios.copy_((z | codes >> 8 & wide).flatten()[:n])
     roots.copy_(codes.flatten()[:n])

@@ -116,11 +116,12 @@ def nan_in_a_gradient(bench: Bench, world: str, mode: str, iteration: int) -> It
 
 
 def nan_in_a_collective(bench: Bench, world: str, mode: str, iteration: int) -> Iterator[Row]:
-    """What the last rank receives in the reduction of 8-bit gradients is all ones: NaN scales."""
+    """One block of what the last rank receives in the reduction of 8-bit gradients has a NaN for its scale."""
     ranks = WORLDS[world][0]
 
     def inject(rank):
         import torch.distributed as dist
+        from agoq_kernels.gradients import scales_of, segment_bytes
 
         stock, thrown = dist.all_to_all_single, []
 
@@ -130,7 +131,8 @@ def nan_in_a_collective(bench: Bench, world: str, mode: str, iteration: int) -> 
                 thrown.append(True)
                 if work is not None:
                     work.wait()
-                output.view(-1)[-16:].fill_(0xFF)
+                segments = output.view(ranks, -1)
+                scales_of(segments, segments.shape[1] // segment_bytes(1))[-1, -1] = float("nan")
             return work
 
         dist.all_to_all_single = all_to_all_single

@@ -148,7 +148,8 @@ def _encode(exp_avg, root, own, key_a, key_b, STOCHASTIC: tl.constexpr):
         column = tl.arange(0, SIZE)[None, :]
         pair = _pair(_word(own, key_a, key_b)[:, None], column)
         odd = (column & 1) == 1
-        noise = tl.where(odd, pair >> (32 - FINE), pair & (CODE_STEP - 1)).to(tl.int32, bitcast=True)
+        noise = tl.where(odd, pair >> (32 - FINE), ((pair << 1) | (pair >> 31)) & (CODE_STEP - 1))
+        noise = noise.to(tl.int32, bitcast=True)
     bits = root.to(tl.int32, bitcast=True)
     # As integers without sign positive floats keep their order, and NaN is larger than all.
     largest = tl.max((bits + noise).to(tl.uint32, bitcast=True), 1)
@@ -175,7 +176,7 @@ def _encode(exp_avg, root, own, key_a, key_b, STOCHASTIC: tl.constexpr):
     if STOCHASTIC:
         inverse = tl.broadcast_to(inverse[:, None], ratio.shape)
         z = tl.fma(ratio, inverse, ROUND_256).to(tl.int32, bitcast=True)
-        other = tl.where(odd, pair & ((256 << wide) - 1)[:, None], pair >> (24 - wide)[:, None])
+        other = tl.where(odd, pair, pair >> 16) & ((256 << wide) - 1)[:, None]
         z += other.to(tl.int32, bitcast=True)
     else:
         inverse = tl.broadcast_to(tl.where(wide > 0, 0.5 * inverse, inverse)[:, None], ratio.shape)

@@ -78,7 +78,9 @@ def test_stochastic_rounding_is_unbiased(rng, decades):
     mean = torch.stack([mean for mean, _ in drawn]).double()
     limit = in_blocks((exp_avg.double() / expected).abs()).amax(1).repeat_interleave(BLOCK)
     error = (mean.mean(0) - exp_avg) / expected / limit
-    assert error.abs().max() < 6 / 63 / 2 / 600**0.5 and abs(error.mean()) < 1e-3
+    # Where a draw of the largest's root, which the scale is made of, said something of its neighbour's ratio,
+    # some were off by .002 in any number of draws; the bound is five standard errors of a wide block's codes.
+    assert error.abs().max() < 5 / 63 / 2 / 600**0.5 and abs(error.mean()) < 1e-3
     # The two are not drawn alike: of a root that was rounded up the ratio is as often rounded down.
     up = (root > expected).double()
     rest = (mean - exp_avg) / root / limit
@@ -107,15 +109,15 @@ def test_the_first_moment_decays_to_zero(rng, wide):
 
 @pytest.mark.parametrize("share", [0.05, 1.0])
 def test_a_root_whose_update_is_nothing_stays(rng, share):
-    """While the largest of its block moves: what was rounded once is not rounded again."""
+    """While the largest of its block moves below one power of two: what was rounded once is not again."""
     square = torch.rand(64, generator=rng) * share
-    largest, start = square.argmax(), None
+    largest, seen = square.argmax(), []
     for step in range(200):
-        square[largest] = 1 + 0.5 * torch.rand((), generator=rng)  # roots of 1 to 1.22
+        square[largest] = 1.1 + 0.4 * torch.rand((), generator=rng)  # roots of 1.05 to 1.22, never drawn as 1
         square = decode(*encoded(torch.zeros(64), square, step))[1]
-        start = square.clone() if start is None else start
-    others = torch.arange(64) != largest
-    assert torch.equal(square[others], start[others]) and square[largest] != start[largest]
+        seen.append(square.clone())
+    kinds = torch.tensor([len(numbers.unique()) for numbers in torch.stack(seen, 1)])
+    assert kinds[largest] > 5 and (kinds[torch.arange(64) != largest] == 1).all()
 
 
 def test_slow_changes_are_not_lost(rng):

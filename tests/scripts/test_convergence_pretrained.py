@@ -104,9 +104,10 @@ def study(tmp_path) -> PretrainedStudy:
     return PretrainedStudy(tmp_path, 1000, 16, 4, 2, 1e-5, 3, "abc", parts)
 
 
-def forked(monkeypatch, seconds: dict[int, float], seen: list) -> None:
+def forked(monkeypatch, seconds: dict[int, float], seen: list) -> list[int]:
     """In the place of training: a process that lasts so long by seed, fails of seed 3, and of seed 4 is
-    interrupted when it ends."""
+    interrupted when it ends. What is returned will hold their process ids."""
+    started: list[int] = []
 
     def start(run, study, device):
         seen.append((run.seed, device))
@@ -114,6 +115,7 @@ def forked(monkeypatch, seconds: dict[int, float], seen: list) -> None:
             os.setsid()
             time.sleep(seconds.get(run.seed, 0.0))
             os._exit(int(run.seed == 3))
+        started.append(pid)
         return pid
 
     def end(run, study, seconds, code):
@@ -129,6 +131,7 @@ def forked(monkeypatch, seconds: dict[int, float], seen: list) -> None:
 
     monkeypatch.setattr(convergence_pretrained, "start_run", start)
     monkeypatch.setattr(convergence_pretrained, "end_run", end)
+    return started
 
 
 def test_runs_take_the_device_that_is_free(study, monkeypatch, capsys):
@@ -153,12 +156,13 @@ def test_what_is_left_and_what_failed(study, monkeypatch, capsys):
 
 def test_an_interruption_ends_the_runs(study, monkeypatch):
     runs, start = [Run("pretrained", "off", seed, ()) for seed in (1, 4)], time.monotonic()
-    forked(monkeypatch, {1: 100.0}, [])
+    started = forked(monkeypatch, {1: 100.0}, [])
     with pytest.raises(KeyboardInterrupt):
         perform_forked(runs, study, ["0", "1"], math.inf)
-    assert time.monotonic() - start < 30
-    with pytest.raises(ChildProcessError):  # none is left
-        os.waitpid(-1, os.WNOHANG)
+    assert time.monotonic() - start < 30 and len(started) == 2
+    for pid in started:  # none is left
+        with pytest.raises(ChildProcessError):
+            os.waitpid(pid, os.WNOHANG)
 
 
 def test_amounts_are_whole_steps(study):
