@@ -18,8 +18,8 @@ two (8 bits), and the ratios' scale (FP32 without sign and without its last 8 bi
 Rounding is stochastic by default, with 17 random bits for a root and 8 or 9 for a ratio, so that what changes
 by less than its code can say changes on the average: a root under beta2 = .999, and a ratio that decays to
 zero. As the unit is a power of two, roots are FP32 numbers with few bits, the same while the largest of their
-block moves below that power: one whose update is nothing is not rounded again. Encoding what was decoded gives the same bytes (to
-the nearest), so that a checkpoint may hold FP32.
+block moves below that power: one whose update is nothing is not rounded again. Encoding what was decoded
+gives the same bytes (to the nearest), so that a checkpoint may hold FP32.
 
 A BF16 weight is the upper half of its FP32 master, rounded; the lower half is kept beside it. To which side
 a master halfway between two weights was rounded is one bit more: with FP32 moments it is the sign of the
@@ -207,7 +207,7 @@ def encode(
     noise = 1 << FINE - 1
     if key is not None:
         # Of the 32 bits that two neighbours share a root takes 17, from its own end on, a ratio the 8 or 9
-        # that are the other's least: what moves the neighbour's root, and with it the scale, says nothing here.
+        # that are the other's least: what moves the neighbour's root, and so the scale, says nothing here.
         drawn = halves(words(0, len(root), key, root.device), BLOCK)
         first, second = drawn.view(-1, BLOCK // 2, 2).unbind(-1)
         noise = torch.stack((first << 1 | second >> 15, second << 1 | first >> 15), -1).flatten(1)

@@ -116,7 +116,7 @@ def nan_in_a_gradient(bench: Bench, world: str, mode: str, iteration: int) -> It
 
 
 def nan_in_a_collective(bench: Bench, world: str, mode: str, iteration: int) -> Iterator[Row]:
-    """One block of what the last rank receives in the reduction of 8-bit gradients has a NaN for its scale."""
+    """A block of what the last rank receives in the reduction of 8-bit gradients has a NaN for its scale."""
     ranks = WORLDS[world][0]
 
     def inject(rank):
