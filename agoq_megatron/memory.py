@@ -14,6 +14,7 @@ import torch
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from agoq_megatron.agreement import digest_of
 from agoq_megatron.autograd.attention_linear import COMMON, LSE
 from agoq_megatron.policy.policy import KEEP_BITS, PolicyError, Rule
 from agoq_megatron.policy.raised import RECOMPUTED, RaisedPolicy
@@ -70,6 +71,11 @@ class Plan:
         """
         self.config.agoq = policy
         self.layers = {number: self._layer(number, i) for number, i in self._positions}
+
+    def digest(self) -> str:
+        """A short name of how every tensor is kept, before any width was raised."""
+        policy = self.config.agoq.base if isinstance(self.config.agoq, RaisedPolicy) else self.config.agoq
+        return digest_of(f"{s.path(n)} {policy.rule(s, n)}" for n in self.layers for s in LAYER_SITES)
 
     def with_policy(self, policy) -> Plan:
         """A plan for another policy; this one stays."""

@@ -24,6 +24,7 @@ from megatron.training import get_args
 from megatron.training.argument_utils import ArgumentGroupFactory
 
 from agoq_megatron import compat
+from agoq_megatron.agreement import compare, decisions
 from agoq_megatron.autograd import rounding
 from agoq_megatron.autograd.linear import add_product
 from agoq_megatron.autograd.recompute import quantized_checkpoint
@@ -99,6 +100,8 @@ def prepare_stock(config: TransformerConfig) -> None:
     if args.rank == 0:
         print("AGoQ: activations only; gradients, optimizer, loss and logs are Megatron's.", flush=True)
         plan.print()
+    if not enter_loop.cache_info().currsize:
+        compare(decisions(args, plan), refuse)  # AGOQ_FLAGS may not have been passed on to every node
     enter_loop()
 
 

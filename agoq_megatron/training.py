@@ -31,6 +31,7 @@ from megatron.training.global_vars import set_global_variables
 from torch.distributed.checkpoint.api import CheckpointException
 
 from agoq_megatron import compat
+from agoq_megatron.agreement import agree_first, decisions
 from agoq_megatron.autograd.cross_entropy import vocab_parallel_cross_entropy
 from agoq_megatron.autograd.linear import add_product
 from agoq_megatron.autograd.linear_cross_entropy import LinearCrossEntropy, LinearCrossEntropySpec
@@ -383,6 +384,8 @@ def main(on_cpu: bool) -> None:
         observer.finish()  # Megatron leaves by sys.exit on a signal and at --exit-interval
         raise
     except (LayoutError, CheckpointError) as problem:
+    agreed = agree_first(partial(decisions, args, plan), refuse)
+    compat.bind_training_loop("setup_model_and_optimizer", agreed)
         refuse(str(problem), 1 if isinstance(problem, CheckpointError) else 2)
     except RuntimeError as problem:
         if isinstance(problem, NotFiniteError) or "Unexpected result" in str(problem):

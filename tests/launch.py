@@ -100,6 +100,7 @@ def spawn_ranks(ranks: int, function, *arguments: object) -> None:
     with mock.patch.dict(os.environ, here):  # which the first call's server passes on
         multiprocessing.set_forkserver_preload(
             ["pytest", "agoq_megatron.autograd.linear_cross_entropy", "agoq_megatron.gradients.bucket"]
+            + ["agoq_megatron.resuming.loop"]
         )
         forkserver.ensure_running()
     processes.start_processes(function, arguments, nprocs=ranks, start_method="forkserver")

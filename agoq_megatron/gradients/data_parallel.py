@@ -21,7 +21,7 @@ from agoq_megatron.gradients.buffer import (
     layout_of,
     replaced_classes,
 )
-from agoq_megatron.gradients.settings import waits_in_one_queue
+from agoq_megatron.gradients.settings import hops_for, waits_in_one_queue
 
 
 @functools.cache  # there may be several chunks
@@ -41,7 +41,9 @@ class QuantizedGradientDDP(DistributedDataParallel):
         self, config, ddp_config, module, disable_bucketing=False, pg_collection=None, full_param_layout=None
     ):
         groups = ProcessGroupCollection.setup_process_groups_for_ddp(pg_collection, config, ddp_config)
-        ranks = groups["intra_dp_cp_group"].size()
+        group = groups["intra_dp_cp_group"]
+        ranks = group.size()
+        hops_for(group, config.agoq_gradients)  # all ranks make them, those without parameters too
         params = [p for p in module.parameters() if p.requires_grad]
         bucket_size = ddp_config.bucket_size or config.agoq_gradients.bucket_size
         if not bucket_size and ddp_config.num_buckets:

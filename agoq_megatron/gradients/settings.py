@@ -155,20 +155,27 @@ def hops_for(group: dist.ProcessGroup, settings: GradientSettings) -> Hops | Non
     if mine in _hops:
         return _hops[mine]
     everyone: list = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    node_size = settings.node_size or launched_on_a_node()
-    layouts = {ranks: node_layout(list(ranks), node_size) for ranks in sorted(set(everyone))}
+    dist.all_gather_object(everyone, (mine, settings.node_size or launched_on_a_node()))
+    # What each rank sees of its own node may differ: all decide by what all have seen.
+    sizes = sorted({size for _, size in everyone})
+    node_size = sizes[0] if len(sizes) == 1 else None
+    layouts = {
+        ranks: None if node_size is None else node_layout(list(ranks), node_size)
+        for ranks in sorted({ranks for ranks, _ in everyone})
+    }
     fit = {ranks: layout for ranks, layout in layouts.items() if layout is not None and 1 not in layout}
     if settings.reduce == "two-hop" and len(fit) < len(layouts):
         # Every rank raises, before any of them waits for another.
         ranks = next(ranks for ranks in layouts if ranks not in fit)
         raise LayoutError(
-            f"--agoq-grad-reduce two-hop: with {node_size} ranks a node the data-parallel ranks "
-            f"{list(ranks)} do not lie evenly on several nodes, several on each. Use auto or flat, or say "
-            "with --agoq-grad-node-size how many ranks a node has."
+            f"--agoq-grad-reduce two-hop: with {' or '.join(map(str, sizes))} ranks a node the data-parallel "
+            f"ranks {list(ranks)} do not lie evenly on several nodes, several on each. Use auto or flat, or "
+            "say with --agoq-grad-node-size how many ranks a node has."
         )
     if dist.get_rank() == 0:
         how = f"in two hops, {node_size} ranks a node" if mine in fit else "at once"
+        if node_size is None and settings.reduce == "auto":
+            how += f", as nodes have different numbers of ranks ({', '.join(map(str, sizes))})"
         said = f"AGoQ: gradients are reduced over {len(mine)} data-parallel ranks {how}."
         print(said, file=sys.stderr, flush=True)
     hops, timeout = None, timedelta(minutes=settings.timeout_minutes)

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
+from agoq_megatron.agreement import everyones
 from agoq_megatron.memory import Plan, ranges
 from agoq_megatron.planning.footprint import FRAGMENTATION, OUTSIDE, Footprint, footprints
 from agoq_megatron.planning.knapsack import Knapsack, RulesPolicy, stage_of, with_policy
@@ -183,17 +184,15 @@ def check_same_widths(policy, fail: Callable[[str], None]) -> Callable[[Callable
 
     def wrap(build: Callable) -> Callable:
         def checked(*args, **kwargs):
-            import torch.distributed as dist
-
-            digests: list = [None] * dist.get_world_size()
             own = getattr(policy, "base", policy).digest, sorted(getattr(policy, "widths", {}).items())
-            dist.all_gather_object(digests, own)
+            digests = everyones(own)
             others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
             if others:
                 fail(
                     f"--agoq-activations {SOLVED}: ranks {ranges(others)} chose other widths than rank 0. "
                     "All nodes need the same file of --agoq-sensitivities and the same versions of this "
-                    "package and SciPy; or write the widths into a policy file."
+                    "package and SciPy, and --agoq-grad-node-size where their numbers of ranks differ; or "
+                    "write the widths into a policy file."
                 )
             return build(*args, **kwargs)
 

@@ -22,6 +22,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from agoq_megatron.agreement import everyones
+
 MANIFEST = "agoq_checksums.json"
 COMPLETE = (".metadata", "metadata.json")
 """Files without which a folder holds no whole torch_dist checkpoint."""
@@ -33,16 +35,6 @@ _PIECE = 8 << 20  # bytes read at a time
 def rank_and_world() -> tuple[int, int]:
     """(rank, ranks); (0, 1) where no process group exists."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def _gather(value) -> list:
-    """Every rank's value, on every rank."""
-    _, world = rank_and_world()
-    if world == 1:
-        return [value]
-    values = [None] * world
-    dist.all_gather_object(values, value)
-    return values
 
 
 def crc32(path: Path) -> tuple[int, str]:
@@ -110,7 +102,7 @@ def write_manifest(folder: Path) -> None:
         mine = {name: crc32(folder / name) for name in _files(folder) if _writer(name, world) == rank}
     except OSError as error:
         problem = str(error)
-    answers = _gather((mine, problem))
+    answers = everyones((mine, problem))
     problem = next((p for _, p in answers if p), None)
     if problem is None and rank == 0:
         files = {name: list(sums) for part, _ in answers for name, sums in part.items()}
@@ -119,7 +111,7 @@ def write_manifest(folder: Path) -> None:
             write_durably(folder / MANIFEST, text)
         except OSError as error:
             problem = str(error)
-    problem = _gather(problem)[0] or problem
+    problem = everyones(problem)[0] or problem
     if problem is not None:
         raise OSError(f"checksums of {folder}: {problem}")
 
@@ -161,7 +153,7 @@ def find_damage(folder: Path) -> tuple[list[str], bool]:
         names = sorted(expected, key=lambda name: (-expected[name][0], name))  # large ones spread over ranks
         for name in names[rank::world]:
             problems += _compare(folder / name, *expected[name])
-    answers = _gather((problems, found))
+    answers = everyones((problems, found))
     return sorted({p for part, _ in answers for p in part}), any(f for _, f in answers)
 
 

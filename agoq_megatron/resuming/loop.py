@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
+from agoq_megatron.agreement import everyones
 from agoq_megatron.resuming.checksums import clear, rank_and_world, write_durably, write_manifest
-from agoq_megatron.resuming.resume import TRACKER, CheckpointError, choose, say
+from agoq_megatron.resuming.resume import TRACKER, CheckpointError, candidates, choose, say
+
+VISIBLE_SECONDS = 40
+"""How long a rank looks for the tracker file that rank 0 sees: NFS may show a file 30 seconds late."""
+_LOOK_SECONDS = 0.05
 
 
 def local(path) -> bool:
@@ -132,7 +139,7 @@ def guarded_load(stock, args, verify: bool):
         given = args.ckpt_step, args.non_persistent_ckpt_type
         folder = getattr(args, kwargs.get("load_arg", "load"))
         pretrained = args.pretrained_checkpoint
-        if pretrained is not None and (folder is None or not Path(folder, TRACKER).is_file()):
+        if pretrained is not None and (folder is None or not tracked(folder)):
             folder = pretrained  # as Megatron decides it
         if local(folder):
             _skip_bad_non_persistent(args, verify)
@@ -153,15 +160,53 @@ def guarded_load(stock, args, verify: bool):
     return load_checkpoint
 
 
+def tracked(folder) -> bool:
+    """Whether a folder in a file system names a last checkpoint. Every rank must call it: all get the same
+    answer, for Megatron looks on each rank by itself, and some would load what others do not find.
+
+    Raises:
+        CheckpointError: a rank does not see the file that rank 0 sees, or sees one that rank 0 does not.
+    """
+    if not local(folder):
+        return False
+    file = Path(folder, TRACKER)
+    first = [file.is_file()]
+    rank, world = rank_and_world()
+    if world > 1:
+        dist.broadcast_object_list(first, src=0)
+    end = time.monotonic() + VISIBLE_SECONDS
+    while file.is_file() != first[0] and time.monotonic() < end:
+        time.sleep(_LOOK_SECONDS)
+    others = [i for i, seen in enumerate(everyones(file.is_file())) if seen != first[0]]
+    if others:
+        raise CheckpointError(
+            f"{file}: rank 0 {'sees' if first[0] else 'does not see'} it, and rank "
+            f"{', '.join(map(str, others[:8]))} {'does not' if first[0] else 'does'}. Checkpoints must lie "
+            "in a folder that all nodes share."
+        )
+    return first[0]
+
+
+def _read_once(path: Path) -> str:
+    """A file's text as rank 0 reads it; "" where it cannot. Every rank must call it."""
+    text = [""]
+    if rank_and_world()[0] == 0:
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            text = [path.read_text()]
+    if rank_and_world()[1] > 1:
+        dist.broadcast_object_list(text, src=0)
+    return text[0]
+
+
 def _skip_bad_non_persistent(args, verify: bool) -> None:
     """A damaged checkpoint of ``--non-persistent-ckpt-type global`` is left aside for this load."""
     if args.non_persistent_ckpt_type != "global":
         return
     folder = args.non_persistent_global_ckpt_dir or (args.load and str(Path(args.load, "non_persistent")))
-    if not local(folder) or not Path(folder, TRACKER).is_file():
+    if not tracked(folder):
         return
     try:
-        step = int(Path(folder, TRACKER).read_text())
+        step = int(_read_once(Path(folder, TRACKER)))
         choose(Path(folder), step, verify)
     except (ValueError, CheckpointError):
         say(f"WARNING: no use is made of {folder}, as said above; going on from --load.")
