@@ -9,8 +9,11 @@ A number is code * unit, where the unit of a group is its block's scale times (s
 of trained models most blocks have a few large numbers; groups without one are coded as finely as their own
 largest allows. With a residual a number is (16 * code + residual) * unit / 16: four more bits, kept beside
 the bucket and never sent, which carry what rounding to 8 bits would lose from one micro-batch to the next.
-What is sent is the nearest code. A scale of 0 makes a block zero, whatever its codes are; a block that has
-seen NaN or infinity has the scale NaN.
+What is sent is the nearest code, of two that are as near the one farther from zero: of residuals -8 and 8 a
+code of 0 or more has the first, one below 0 the second. (One number in 16 lies half-way. If all of these went
+up every rank would send a 32nd of a code too much on the average, which adds up where noise cancels: over
+ranks, and over steps.) A scale of 0 makes a block zero, whatever its codes are; a block that has seen NaN or
+infinity has the scale NaN.
 
 Stochastic rounding keeps, in the mean, what is small beside the sum, but its error has twice the variance of
 that to the nearest. Half of that variance is the draw itself, so an odd key draws the mirror images of the
@@ -44,6 +47,9 @@ SCALES = ("absmax", "least-squares")
 ROUNDINGS = ("nearest", "stochastic")
 ALIKE = 0.125
 """Draws are mirrored where the unit has changed by no more than this part of it."""
+TO_CODE = 0.0625 * (1 + 2**-14)
+"""Of 16ths of a unit to codes: a 16th, and so little more that only what lies half-way between two codes goes
+elsewhere, to that farther from zero."""
 ANEW = 0x1E3779B9
 """Makes of a block's seed another, whose draws have nothing to do with those of the first."""
 _LARGEST = {"int8": 127.0, "e4m3": 448.0}
@@ -125,6 +131,11 @@ def _units(scales: Tensor, shares: Tensor) -> Tensor:
     return (scales.float()[..., None] * parts).repeat_interleave(GROUP, -1)
 
 
+def _lowest(codes: Tensor) -> Tensor:
+    """FP32: the smallest residual of codes, which is kept as 0."""
+    return -8.0 + (codes < 0).float()
+
+
 def _values(codes: Tensor, units: Tensor, code: str) -> Tensor:
     """FP32 of bytes and units, both ``[..., 64]``."""
     if code == "int8":
@@ -189,7 +200,7 @@ def _encode(
     else:
         t = (z * fine).round()
     t = t.clamp(-largest * fine, largest * fine)
-    q = torch.floor((t + 8) / 16) if fmt.residual_bits else t
+    q = (t * TO_CODE).round() if fmt.residual_bits else t
     if fmt.scale == "least-squares":
         kept = q * ((share + 1) * 0.0625).repeat_interleave(GROUP, -1)
         square = (kept * kept).sum(-1)
@@ -246,14 +257,14 @@ def _accumulate(
         nibbles = None
         if fmt.residual_bits:
             nibbles = residual.view(-1, BLOCK // 2)[first + done : first + done + here]
-            low = torch.cat((nibbles & 15, nibbles >> 4), -1).float() - 8
+            low = torch.cat((nibbles & 15, nibbles >> 4), -1).float() + _lowest(codes.view(torch.int8))
             total += low * (units * 0.0625)
         total += x[done : done + here]
         *new, rest = _encode(total, fmt, first + done, key, units)
         for part, what in zip((codes, scales, shares), new, strict=True):
             part.copy_(what)
         if nibbles is not None:
-            low, high = (rest + 8).to(torch.uint8).chunk(2, -1)
+            low, high = (rest - _lowest(new[0].view(torch.int8))).to(torch.uint8).chunk(2, -1)
             nibbles.copy_(low | high << 4)
         done += here
 

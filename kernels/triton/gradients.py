@@ -19,6 +19,7 @@ GROUPS = tl.constexpr(BLOCK // 2 // gradients.GROUP)  # whose shares are in a wo
 SEGMENT = tl.constexpr(gradients.segment_bytes(1))
 ALIKE = tl.constexpr(gradients.ALIKE)
 ANEW = tl.constexpr(gradients.ANEW)
+TO_CODE = tl.constexpr(gradients.TO_CODE)
 
 
 @triton.jit
@@ -150,13 +151,17 @@ def _accumulate_kernel(
     scale = (load_rows(words_ptr, scale_at, mask) << 16).to(tl.float32, bitcast=True)[:, None]
     unit0 = scale * _parts_of_scale(load_rows(words_ptr, scale_at + blocks, mask), column)
     unit1 = scale * _parts_of_scale(load_rows(words_ptr, scale_at + 2 * blocks, mask), column)
-    x0 = tl.load(codes, mask=mask[:, None], other=0).to(tl.float32) * unit0
-    x1 = tl.load(codes + HALF, mask=mask[:, None], other=0).to(tl.float32) * unit1
+    code0 = tl.load(codes, mask=mask[:, None], other=0).to(tl.int32)
+    code1 = tl.load(codes + HALF, mask=mask[:, None], other=0).to(tl.int32)
     low = residual_ptr + (block * HALF)[:, None] + column
     if RESIDUAL:
         packed = tl.load(low, mask=mask[:, None], other=0).to(tl.int32)
-        x0 += ((packed & 15).to(tl.float32) - 8.0) * (unit0 * 0.0625)
-        x1 += ((packed >> 4).to(tl.float32) - 8.0) * (unit1 * 0.0625)
+        # 24 bits at most: exact. The smallest residual is -8, of negative codes -7.
+        x0 = ((code0 << 4) + (packed & 15) - 8 - (code0 >> 31)).to(tl.float32) * (unit0 * 0.0625)
+        x1 = ((code1 << 4) + (packed >> 4) - 8 - (code1 >> 31)).to(tl.float32) * (unit1 * 0.0625)
+    else:
+        x0 = code0.to(tl.float32) * unit0
+        x1 = code1.to(tl.float32) * unit1
     # Where the scale is 0, codes, shares and residual may be anything: all of them are finite.
     x0 += widen(tl.load(grad, mask=here, other=0.0))
     x1 += widen(tl.load(grad + HALF, mask=there, other=0.0))
@@ -174,9 +179,11 @@ def _accumulate_kernel(
     if RESIDUAL:
         t0 = _clamp(_round(y0 * finer0 * 16.0, seeds0, column, STOCHASTIC, MIRRORED), -2032.0, 2032.0)
         t1 = _clamp(_round(y1 * finer1 * 16.0, seeds1, column + HALF, STOCHASTIC, MIRRORED), -2032.0, 2032.0)
-        q0 = tl.floor((t0 + 8.0) * 0.0625)
-        q1 = tl.floor((t1 + 8.0) * 0.0625)
-        byte = (t0 - 16.0 * q0 + 8.0) + (t1 - 16.0 * q1 + 8.0) * 16.0
+        q0 = (t0 * TO_CODE + ROUND) - ROUND
+        q1 = (t1 * TO_CODE + ROUND) - ROUND
+        low0 = t0 - 16.0 * q0 + tl.where(q0 < 0, 7.0, 8.0)
+        low1 = t1 - 16.0 * q1 + tl.where(q1 < 0, 7.0, 8.0)
+        byte = low0 + low1 * 16.0
         tl.store(low, (byte + MAGIC).to(tl.int32, bitcast=True).to(tl.uint8), mask=mask[:, None])
     else:
         q0 = _clamp(_round(y0 * finer0, seeds0, column, STOCHASTIC, MIRRORED), -127.0, 127.0)

@@ -108,9 +108,10 @@ def held(codes: Accumulator) -> tuple[Tensor, Tensor]:
     """Numbers with their residual, and the 16th of a code's unit of each, FP64."""
     coarse, scales, shares = (part[0] for part in gradients._parts(codes._bucket, codes._blocks))
     fine = codes._residual.view(-1, BLOCK // 2)
-    low = torch.cat((fine & 15, fine >> 4), -1).double() - 8
+    coarse = coarse.view(torch.int8).double()
+    low = torch.cat((fine & 15, fine >> 4), -1).double() - 8 + (coarse < 0)
     unit = gradients._units(scales, shares).double() / 16
-    return ((16 * coarse.view(torch.int8).double() + low) * unit).flatten(), unit.flatten()
+    return ((16 * coarse + low) * unit).flatten(), unit.flatten()
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 12])
@@ -130,6 +131,23 @@ def test_rounding_has_no_bias(rng, seed, count):
     noise = (count / 6 / seeds) ** 0.5
     print(f"{count} micro-batches: off by {off:.4f} units, of drawing {noise:.4f}")
     assert off < 1.35 * noise
+
+
+@pytest.mark.parametrize("rounding", gradients.ROUNDINGS)
+def test_what_is_sent_has_no_bias(rng, seed, rounding):
+    """The codes alone, of noise that many ranks or steps add up: the mean of their error is 0, in units.
+    Half-way between two codes lies one number in 16; if they all went up it would be a 32nd."""
+    n = 4096 * BLOCK
+    codes = Accumulator(n, GradientFormat("int8", 4, rounding), seed)
+    exact = torch.zeros(n, dtype=torch.float64)
+    for count in (1, 2, 3):
+        grad = torch.randn(n, generator=rng)
+        exact += grad.double()
+        codes.add(grad)
+        _, unit = held(codes)
+        off = (codes.read().double() - exact) / (16 * unit)
+        print(f"{count} micro-batches: {off.mean():.5f} units")
+        assert abs(off.mean()) < 5 * off.std() / n**0.5 < 0.006
 
 
 def test_pairs_of_draws_have_the_error_of_nearest(rng, seed):
