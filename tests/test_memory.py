@@ -1,11 +1,17 @@
 """The plan's arithmetic against hand-computed bytes."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.recompute import checkpointed_forward
 
 from agoq_megatron.memory import Plan
+from agoq_megatron.policy.fitting import policy_for
 from agoq_megatron.policy.policy import PolicyError, load_policy
+from agoq_megatron.policy.sites import Site
 from agoq_megatron.transformer_config import AGoQTransformerConfig
 
 
@@ -54,8 +60,9 @@ def test_tensor_parallel_shares():
 
 def test_sequence_parallelism_does_not_cut_the_groups():
     """768 features over 8 ranks: each rank holds an eighth of the sequence, whole rows of 768."""
-    shape = dict(hidden_size=768, ffn_hidden_size=3072, num_attention_heads=8, num_query_groups=8,
-                 kv_channels=128)
+    shape = dict(
+        hidden_size=768, ffn_hidden_size=3072, num_attention_heads=8, num_query_groups=8, kv_channels=128
+    )
     plan = Plan(config(tensor_model_parallel_size=8, sequence_parallel=True, **shape))
     row = next(r for r in plan.layers[1] if r.name.endswith("linear_qkv.norm_input"))
     assert row.bytes == pytest.approx(768 * (4 + 32 / 64) / 8 / 8)
@@ -79,20 +86,80 @@ def test_recomputation_frees_what_it_says(changes, expected):
     assert units(Plan(config("off", **changes))) == pytest.approx(expected)
 
 
+def megatrons_recomputation(settings, numbers, monkeypatch) -> dict[int, str]:
+    """By layer of a chunk: "input" kept, "nothing" or "all", as Megatron's own loop runs the chunk."""
+    found, region = {}, ["all"]
+
+    def checkpoint(function, _, *args):
+        region[0] = "input"  # of the first layer, nothing of those that follow
+        result = function(*args)
+        region[0] = "all"
+        return result
+
+    def layer(number):
+        def run(hidden_states, **_):
+            found[number] = region[0]
+            region[0] = "nothing" if region[0] == "input" else region[0]
+            return hidden_states
+
+        return run
+
+    monkeypatch.setattr(tensor_parallel, "checkpoint", checkpoint)
+    block = SimpleNamespace(config=settings, layers=[layer(n) for n in numbers])
+    block.num_layers_per_pipeline_rank = len(numbers)
+    nothing = dict.fromkeys(("attention_mask", "context", "context_mask", "rotary_pos_emb"))
+    nothing |= {"attention_bias": None, "packed_seq_params": None, "use_inner_quantization_context": False}
+    checkpointed_forward(block, torch.zeros(1), **nothing)
+    return found
+
+
+@pytest.mark.parametrize("chunks", [None, 2])
+@pytest.mark.parametrize("method,count", [("uniform", 2), ("uniform", 4), ("block", 2), ("block", 5)])
+def test_recomputation_is_counted_from_the_start_of_each_chunk(monkeypatch, method, count, chunks):
+    """Stages (or chunks) of 5 layers, which ``count`` does not divide: layers are counted in each anew."""
+    settings = config(
+        "off", num_layers=10 * (chunks or 1), pipeline_model_parallel_size=2,
+        virtual_pipeline_model_parallel_size=chunks, recompute_granularity="full", recompute_method=method,
+        recompute_num_layers=count,
+    )  # fmt: skip
+    expected = {}
+    for first in range(1, settings.num_layers, 5):
+        expected |= megatrons_recomputation(settings, range(first, first + 5), monkeypatch)
+    kept = {(): "nothing", (Site.LAYER_INPUT.value,): "input"}
+    rows = {n: tuple(row.name for row in rows) for n, rows in Plan(settings).layers.items()}
+    assert {n: kept.get(names, "all") for n, names in rows.items()} == expected
+
+
 def test_layers_are_counted_once_under_interleaving():
-    plan = Plan(
-        config(
-            num_layers=8, pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2
-        )
-    )
+    plan = Plan(config(num_layers=8, pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2))
     assert sorted(plan.layers) == list(range(1, 9))
 
 
 def test_group_that_does_not_divide_is_refused():
     with pytest.raises(PolicyError, match="group 64 does not divide .*96 features") as error:
-        Plan(config(hidden_size=96, ffn_hidden_size=96, num_attention_heads=1, num_query_groups=1,
-                    kv_channels=32))
+        Plan(
+            config(
+                hidden_size=96, ffn_hidden_size=96, num_attention_heads=1, num_query_groups=1, kv_channels=32
+            )
+        )
     assert "Use a group of [32]" in str(error.value)
+
+
+def test_a_built_in_policy_is_planned_in_groups_that_divide():
+    shape = dict(hidden_size=96, ffn_hidden_size=176, num_attention_heads=4, num_query_groups=2)
+    settings = config(**shape, kv_channels=24)
+    settings.agoq = policy_for(settings, "agoq")
+    plan = Plan(settings)
+    expected = {
+        Site.NORM1_INPUT: 96 * (4 + 32 / 32) / 8,  # code, and the word of scale and outlier
+        Site.QUERY: 96 * (8 + 8 / 32) / 8,
+        Site.KEY: 2 * 48,
+        Site.VALUE: 2 * 48,
+        Site.FC1_OUTPUT: 352 * (5 + 8 / 32) / 8,
+    }
+    assert {site: plan.bytes_of(site, 1) for site in expected} == pytest.approx(expected)
+    assert "fitted to this model: mlp.linear_fc1.output: in groups of 32, as 64 does not" in str(plan)
+    assert "fitted" not in str(Plan(config()))
 
 
 def test_every_tensor_is_printed():

@@ -8,6 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+READ_MAIN_GRAD = (
+    "the gradient of this weight was added to its main_grad. Its grad only says that there is one and has no "
+    "memory: read main_grad, or train with --no-gradient-accumulation-fusion"
+)
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x [s, b, i] @ weight[o, i]^T (+ bias[o])`` -> ``[s, b, o]``."""
@@ -63,9 +68,16 @@ def weight_gradient(
 
 @functools.cache
 def gradient_without_memory(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Stands for a gradient that nobody will read. Made once, as memory is taken for a moment."""
+    """Stands for a gradient that nobody will read. Made once, as memory is taken for a moment.
+
+    Whoever reads it on a CPU gets an error; without, torch would read address 0 and the process would end. (A
+    GPU reports such a read by itself, and autograd's ``record_stream`` there looks at the storage.)
+    """
     stand_in = torch.empty(shape, dtype=dtype, device=device)
-    stand_in.untyped_storage().resize_(0)
+    storage = stand_in.untyped_storage()
+    storage.resize_(0)
+    if device.type == "cpu":
+        torch._C._set_storage_data_ptr_access_error_msg(storage._cdata, READ_MAIN_GRAD)
     return stand_in
 
 

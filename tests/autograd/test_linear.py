@@ -96,6 +96,21 @@ def test_the_stand_in_passes_through_autograd(rng, uses):
     torch.testing.assert_close(weight.main_grad, 2 * uses * x.sum(0).expand(8, 16))
 
 
+@pytest.mark.parametrize("read", [
+    torch.clone, torch.sum, torch.linalg.vector_norm, repr, torch.Tensor.tolist, torch.Tensor.zero_,
+    lambda grad: grad + grad, lambda grad: torch.equal(grad, torch.zeros(8, 16)),
+])  # fmt: skip
+def test_reading_the_stand_in_is_an_error(rng, read):
+    """It names where the gradient is. Without the check of ``linear.py`` this ends pytest by a signal."""
+    weight = torch.nn.Parameter(torch.randn(8, 16, generator=rng))
+    weight.main_grad, weight.grad_added_to_main_grad = torch.zeros(8, 16), False
+    Product.apply(torch.randn(5, 16, generator=rng), weight, True).sum().backward()
+    with pytest.raises(RuntimeError, match="read main_grad"):
+        read(weight.grad)
+    with pytest.raises(RuntimeError, match="read main_grad"):  # two uses that both report
+        Product.apply(torch.randn(5, 16, generator=rng), weight, True).sum().backward()
+
+
 def test_pieces_of_an_mlp_report_once():
     """Within ``in_pieces`` the first call reports, outside each one does."""
     seen = []

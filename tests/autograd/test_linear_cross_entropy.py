@@ -64,20 +64,44 @@ def test_equals_the_whole(tmp_path, seed, world):
     spawn_ranks(world, compare, world, str(tmp_path / "store"), seed)
 
 
+class OneRank:
+    """A group of one."""
+
+    size, rank = staticmethod(lambda: 1), staticmethod(lambda: 0)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_many_parts_are_summed_up_in_fp32(rng, fused):
+    """256 parts of 8 tokens in BF16: as near to FP64 as one part is, where a sum in BF16 would lose what each
+    part is beside the parts before it (off by 5 times as much)."""
+    tokens, errors = 2048, {}
+    x, weight = torch.randn(tokens, 1, H, generator=rng).add_(0.5), torch.randn(V, H, generator=rng)
+    target = torch.randint(0, V, (tokens, 1), generator=rng)
+    double_x, double_weight = (t.bfloat16().double().requires_grad_() for t in (x, weight))
+    F.cross_entropy((double_x @ double_weight.t())[:, 0], target[:, 0], reduction="sum").backward()
+    for parts in (1, 256):
+        own = torch.nn.Parameter(weight.bfloat16())
+        own.main_grad, own.grad_added_to_main_grad = torch.zeros(V, H), False
+        spec = LinearCrossEntropySpec(parts, OneRank, False, fused)
+        LinearCrossEntropy.apply(x.bfloat16().requires_grad_(), own, target, spec).sum().backward()
+        errors[parts] = error(own.main_grad if fused else own.grad, double_weight.grad)
+    print(errors)
+    assert errors[256] < 1.5 * errors[1]
+
+
 def test_no_logits_are_kept(rng):
     """Of what autograd keeps, nothing has a row a token and a column a word; a tied weight reports zeros."""
-    group = type("OneRank", (), {"size": lambda self: 1, "rank": lambda self: 0})()
     x = torch.randn(S, B, H, generator=rng, requires_grad=True)
     weight = torch.nn.Parameter(torch.randn(V, H, generator=rng))
     weight.main_grad, weight.grad_added_to_main_grad, weight.zero_out_wgrad = torch.zeros(V, H), False, True
     target = torch.randint(0, V, (S, B), generator=rng)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
-        LinearCrossEntropy.apply(x, weight, target, LinearCrossEntropySpec(4, group, False, True))
+        LinearCrossEntropy.apply(x, weight, target, LinearCrossEntropySpec(4, OneRank, False, True))
     assert max(kept) == max(x.numel(), weight.numel()) < S * B * V
     # Without the hooks, which hand out a weight that has forgotten its buffer.
     LinearCrossEntropy.apply(
-        x, weight, target, LinearCrossEntropySpec(4, group, False, True)
+        x, weight, target, LinearCrossEntropySpec(4, OneRank, False, True)
     ).sum().backward()
     assert not weight.grad.any() and weight.main_grad.any()
 

@@ -76,6 +76,21 @@ def test_a_config_as_qwen_publishes_it():
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("config", [LlamaConfig, Qwen2Config])
+def test_what_config_json_leaves_out_is_transformers_default(config):
+    """All but the sizes."""
+    kept = dict(
+        num_hidden_layers=2, hidden_size=96, intermediate_size=128, num_attention_heads=6, vocab_size=99
+    )
+    theirs = config(**kept)
+    got = architecture_from_hf(kept | {"model_type": config.model_type})
+    assert got.epsilon == theirs.rms_norm_eps
+    assert got.positions == theirs.max_position_embeddings
+    assert got.rope_base == theirs.rope_parameters["rope_theta"] and got.rope_factor is None
+    assert got.tied == theirs.tie_word_embeddings
+    assert got == architecture_from_hf(theirs.to_dict() | {"num_key_value_heads": 6})
+
+
 OTHER = {
     "normalization": "LayerNorm", "swiglu": False, "position_embedding_type": "learned_absolute",
     "rope_type": "yarn", "rotary_percent": 0.5, "rotary_seq_len_interpolation_factor": 4,

@@ -195,6 +195,23 @@ def test_gradients_and_optimizer(planned, launcher, name):
     assert parts["gradients"] == pytest.approx(run.report["gradient_bytes"], rel=0.01)
 
 
+def test_inputs_of_stages(planned):
+    """Interleaved PP2, counted from the order of events: a hidden state of every micro-batch between its
+    forward and its backward, but in the model's first chunk, which reads tokens."""
+    from agoq_megatron.planning.in_flight import Schedule
+
+    hidden = 64 * 128 * 2  # of the tiny model, in bytes
+    for stage, parts in enumerate(planned["interleaved PP2, 8 bits"]):
+        held = peak = 0
+        # Two ranks, all of them stages; 4 micro-batches.
+        for is_forward, chunk in Schedule(2, 4, 2).events(stage):
+            held += (1 if is_forward else -1) * ((stage, chunk) != (0, 0))
+            peak = max(peak, held)
+        assert peak > 0 and parts["inputs of stages"] == peak * hidden, stage
+    first, second = planned["PP2, LayerNorm, biases, tied"]  # 4 micro-batches of 2 sequences of 48 tokens
+    assert (first["inputs of stages"], second["inputs of stages"]) == (0, 2 * 48 * 96 * 2)
+
+
 @pytest.mark.parametrize("name", MEASURED)
 def test_measured_peaks(planned, name):
     peak = sum(planned[name][0].values()) / M

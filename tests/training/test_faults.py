@@ -19,7 +19,7 @@ from launch import ROOT
 
 from agoq_megatron.finite import NotFiniteError, stop_unless_finite
 from agoq_megatron.resuming import checksums, resume
-from agoq_megatron.resuming.loop import DurableTracker, guarded_save
+from agoq_megatron.resuming.loop import DurableTracker, guarded_load, guarded_save
 from agoq_megatron.resuming.resume import CheckpointError, choose
 
 ITERATIONS, INTERVAL = 9, 3
@@ -120,6 +120,40 @@ def test_what_was_never_announced_is_not_loaded(saved):
     """A save that was whole but not announced yet is not the one that the tracker names."""
     (saved / resume.TRACKER).write_text("6")
     assert choose(saved, None, verify=True) == "iter_0000006"
+
+
+def test_a_damaged_one_is_not_replaced_by_what_was_never_announced(saved, seed):
+    """Whole as it may be: its save was not over on all ranks, and the run would skip what it announced."""
+    (saved / resume.TRACKER).write_text("6")
+    flip_bit(saved / "iter_0000006/__0_1.distcp", random.Random(seed))
+    assert checksums.find_damage(saved / "iter_0000009") == ([], True)
+    assert choose(saved, None, verify=True) == "iter_0000003"
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+@pytest.mark.parametrize("named", [False, True])
+def test_a_damaged_non_persistent_checkpoint_is_left_aside(saved, seed, capsys, damaged, named):
+    """Of --non-persistent-ckpt-type global, in its own folder or the one below --load: it is compared, too,
+    and for this one load Megatron is told that there is none."""
+    from types import SimpleNamespace
+
+    load = saved / "elsewhere"
+    load.mkdir()
+    place = saved if named else load / "non_persistent"
+    if not named:
+        place.mkdir()
+        for path in [*saved.glob("iter_*"), saved / resume.TRACKER]:
+            path.rename(place / path.name)
+    if damaged:
+        flip_bit(place / "iter_0000009/__0_0.distcp", random.Random(seed))
+    args = SimpleNamespace(
+        ckpt_step=None, load=str(load), pretrained_checkpoint=None, non_persistent_ckpt_type="global",
+        non_persistent_global_ckpt_dir=str(place) if named else None,
+    )  # fmt: skip
+    seen = []
+    guarded_load(lambda: seen.append(args.non_persistent_ckpt_type), args, verify=True)()
+    assert seen == [None if damaged else "global"] and args.non_persistent_ckpt_type == "global"
+    assert (f"no use is made of {place}" in capsys.readouterr().err) == damaged
 
 
 def test_nothing_to_load(tmp_path, saved, capsys):

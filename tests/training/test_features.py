@@ -18,7 +18,7 @@ MODEL = [flag for flag in TINY if flag != "--bf16"]
 # name: Megatron's flags
 FEATURES = {
     "no positions": "--position-embedding-type none",
-    "half of the head rotated": "--rotary-percent 0.5",
+    "half of the head rotated, the first layer's alone": "--rotary-percent 0.5 --no-rope-freq [0,1]",
     "neighbours rotated": "--rotary-interleaved",
     "scaled rotation": "--use-rope-scaling --rope-scaling-factor 4 --rotary-base 500000",
     "fused cross entropy": "--cross-entropy-loss-fusion",
