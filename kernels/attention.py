@@ -47,7 +47,10 @@ def _backend(q: Tensor) -> str:
 
 
 def _heads_first(x: Tensor) -> Tensor:
-    """``[s, b, n, d]`` seen as ``[b, n, s, d]``."""
+    """``[s, b, n, d]`` seen as ``[b, n, s, d]``; copied where a kernel would read other numbers: all take the
+    features of a head to be neighbours, and some no numbers that share an address."""
+    if x.stride(3) != 1 or 0 in x.stride():
+        x = x.contiguous()
     return x.permute(1, 2, 0, 3)
 
 

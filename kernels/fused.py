@@ -17,6 +17,7 @@ from agoq_kernels import activation as activations
 from agoq_kernels import norm as norms
 from agoq_kernels import reference
 from agoq_kernels.formats import Format
+from agoq_kernels.layout import check_writable
 from agoq_kernels.operator import operator
 from agoq_kernels.rotary import common_vectors as vectors
 from agoq_kernels.rotary import merge_qkv_backward
@@ -144,7 +145,8 @@ def norm_backward(
     Returns:
         Gradients of the sum ``[..., h]``, and of weight and bias (None without one).
     """
-    assert grad.is_contiguous() or not output_into_grad
+    if output_into_grad:
+        check_writable("grad", grad)
     grad_x, grad_weight, grad_bias = norm_backward_op(
         grad, *kept, residual_grad, weight, bias, eps, kind, format_name(fmt), output_into_grad
     )
@@ -188,7 +190,8 @@ def activation_forward(
     ``output_into_x``: the output overwrites the first ``f`` columns of ``x``, then contiguous, and is a view
     of them.
     """
-    assert x.is_contiguous() or not output_into_x
+    if output_into_x:
+        check_writable("x", x)
     y, *packed = activation_forward_op(x, kind, format_name(fmt), key, output_into_x)
     if output_into_x:
         y = x.chunk(2, -1)[0] if kind == "swiglu" else x
@@ -225,7 +228,8 @@ def activation_backward(
     Returns:
         ``[..., 2f]`` for swiglu, else ``[..., f]``, in the dtype of ``grad``.
     """
-    assert grad.is_contiguous() or not output_into_grad
+    if output_into_grad:
+        check_writable("grad", grad)
     return activation_backward_op(grad, *kept, kind, format_name(fmt), output_into_grad)
 
 

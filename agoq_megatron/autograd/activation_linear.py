@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from agoq_kernels.fused import activation_backward, activation_forward
+from agoq_kernels.layout import check_writable
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -64,7 +65,7 @@ class ActivationLinear(torch.autograd.Function):
             ctx.probe = probing.capture(ActivationLinear, spec, ctx.needs_input_grad, x, weight, None, False)
         fmt, key = (saved.rule.format, saved.next_key()) if keep else (None, 0)
         # Nobody reads x again but who keeps it, or the output, as they are.
-        free = not keep or (fmt is not None and spec.output.rule.recompute)
+        free = x.is_contiguous() and (not keep or (fmt is not None and spec.output.rule.recompute))
         y, packed = activation_forward(x, spec.kind, fmt, key, output_into_x=free)
         if keep:
             shelf = Shelf()
@@ -75,11 +76,12 @@ class ActivationLinear(torch.autograd.Function):
         if total is None:
             return linear(y, weight)
         if overwrite:
+            check_writable("total", total)
             ctx.mark_dirty(total)
             out = total
         else:
-            out = torch.empty_like(total)  # no view: Megatron's pipeline frees its stages' outputs
-        rows, factor = total.view(-1, total.shape[-1]), y.view(-1, y.shape[-1])
+            out = total.new_empty(total.shape)  # no view: Megatron's pipeline frees its stages' outputs
+        rows, factor = total.reshape(-1, total.shape[-1]), y.view(-1, y.shape[-1])
         torch.addmm(rows, factor, weight.t(), out=out.view_as(rows))
         return out
 

@@ -21,7 +21,7 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Tensor, target: Tensor, group) -> Tensor:
         """``logits`` ``[s, b, v / t]`` and ``target`` ``[s, b]`` -> losses ``[s, b]`` in FP32."""
-        flat = logits.reshape(-1, logits.shape[-1])
+        flat = logits.contiguous().view(-1, logits.shape[-1])  # backward writes to it
         own_target = target.reshape(-1)
         start = group.rank() * flat.shape[1]
         log_sum_exp, picked = combine(cross_entropy_forward(flat, own_target, start), group)

@@ -74,7 +74,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         if handle is not None:
             handle.wait()
         rows = total.reshape(-1, total.shape[-1])
-        grad_total = torch.empty_like(rows)
+        grad_total = rows.new_empty(rows.shape)
         pieces = [t.chunk(spec.parts) for t in (rows, grad_total, target, log_sum_exp, grad.reshape(-1))]
         need_weight = ctx.needs_input_grad[1]
         in_buffer = spec.fuse_weight_gradient and getattr(weight, "main_grad", None) is not None

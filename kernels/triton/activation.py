@@ -5,6 +5,8 @@ A program takes R groups of the gate and the same R groups of the up half of one
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -66,7 +68,7 @@ def _place(n, R: tl.constexpr, FMT: tl.constexpr):
     return row.to(tl.int64), group, columns
 
 
-@Kernel
+@partial(Kernel, strided=("x_ptr", "y_ptr"))
 @triton.jit(do_not_specialize=["key_a", "key_b"])
 def _forward_kernel(
     x_ptr, y_ptr, codes_ptr, scale_ptr, zero_ptr, tables_ptr, n, x_stride, y_stride, key_a, key_b,
@@ -124,7 +126,7 @@ def _load_kept(
         return xs
 
 
-@Kernel
+@partial(Kernel, strided=("grad_ptr",))
 @triton.jit
 def _backward_kernel(
     grad_ptr, x_ptr, scale_ptr, zero_ptr, tables_ptr, grad_x_ptr, n, grad_stride,
@@ -186,7 +188,7 @@ def activation_forward(
     x: Tensor, kind: str, fmt: Format | None, key: int, output_into_x: bool
 ) -> tuple[Tensor, Packed]:
     """See fused.activation_forward_op(); half of x's last axis is a multiple of the group."""
-    rows = as_rows(x)
+    rows = as_rows(x, written=output_into_x)
     n = x.shape[-1] // (2 if kind == "swiglu" else 1)
     shape = (0,) if output_into_x else (*x.shape[:-1], n)
     y = torch.empty(shape, dtype=x.dtype, device=x.device)
@@ -205,7 +207,7 @@ def activation_backward(
     grad: Tensor, kept: Packed, kind: str, fmt: Format | None, output_into_grad: bool
 ) -> Tensor:
     """See fused.activation_backward()."""
-    rows = as_rows(grad)
+    rows = as_rows(grad, written=output_into_grad)
     n = grad.shape[-1]
     halves = 2 if kind == "swiglu" else 1
     grad_x = torch.empty((*grad.shape[:-1], halves * n), dtype=grad.dtype, device=grad.device)

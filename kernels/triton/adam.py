@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -189,7 +191,7 @@ def _encode(exp_avg, root, own, key_a, key_b, STOCHASTIC: tl.constexpr):
 # --- The step -------------------------------------------------------------------------------------
 
 
-@Kernel
+@partial(Kernel, strided=("codes_ptr", "scales_ptr"))
 @triton.jit(do_not_specialize=["first", "n", "key_a", "key_b"])
 def _adam_kernel(
     codes_ptr, scales_ptr, multiplier_ptr, exp_avg_ptr, exp_avg_sq_ptr, state_scales_ptr, master_ptr,
@@ -317,7 +319,9 @@ def adam_step(
     data, decay = gradient.data, settings.weight_decay
     numbers = data.dtype != torch.uint8
     split, quantized = states.remainder is not None, states.scales is not None
-    nothing = correction
+    if numbers:
+        data = data.contiguous()
+    correction = nothing = correction.contiguous()
     if split:
         weight = weight.view(torch.int16)
     # FP32 is stored where the moments or the master are kept in it.

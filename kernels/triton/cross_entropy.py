@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
+from agoq_kernels.layout import check_writable
 from agoq_kernels.triton.launch import Kernel, cdiv
 from agoq_kernels.triton.numbers import cast, widen
+from agoq_kernels.triton.quantize import as_rows
 from torch import Tensor
 
 BLOCK = 8192
 
 
-@Kernel
+@partial(Kernel, strided=("logits_ptr",))
 @triton.jit(do_not_specialize=["n_rows"])
 def _forward_kernel(logits_ptr, target_ptr, stats_ptr, n_rows, n, row_stride, start, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
@@ -35,7 +39,7 @@ def _forward_kernel(logits_ptr, target_ptr, stats_ptr, n_rows, n, row_stride, st
     tl.store(stats_ptr + 2 * n_rows.to(tl.int64) + row, picked)
 
 
-@Kernel
+@partial(Kernel, strided=("logits_ptr",))
 @triton.jit
 def _backward_kernel(
     logits_ptr, target_ptr, log_sum_exp_ptr, grad_ptr, n, row_stride, start, BLOCK: tl.constexpr
@@ -55,11 +59,12 @@ def _backward_kernel(
 def forward(logits: Tensor, target: Tensor, start: int) -> Tensor:
     """See cross_entropy.cross_entropy_forward()."""
     n_rows, n = logits.shape
+    logits = as_rows(logits)
     stats = torch.empty((3, n_rows), dtype=torch.float32, device=logits.device)
     if n_rows:
         block = min(BLOCK, triton.next_power_of_2(n))
         _forward_kernel[(n_rows,)](
-            logits, target, stats, n_rows, n, logits.stride(0), start, BLOCK=block,
+            logits, target.contiguous(), stats, n_rows, n, logits.stride(0), start, BLOCK=block,
             num_warps=max(block // 1024, 1),
         )  # fmt: skip
     return stats
@@ -68,9 +73,11 @@ def forward(logits: Tensor, target: Tensor, start: int) -> Tensor:
 def backward_(logits: Tensor, target: Tensor, start: int, log_sum_exp: Tensor, grad: Tensor) -> None:
     """See cross_entropy.cross_entropy_backward_()."""
     n_rows, n = logits.shape
+    check_writable("logits", logits, rows_apart=True)
     if n_rows:
         block = min(BLOCK // 2, triton.next_power_of_2(n))
         _backward_kernel[(n_rows, cdiv(n, block))](
-            logits, target, log_sum_exp, grad, n, logits.stride(0), start, BLOCK=block,
+            logits, target.contiguous(), log_sum_exp.contiguous(), grad.contiguous(), n, logits.stride(0),
+            start, BLOCK=block,
             num_warps=max(block // 1024, 1),
         )  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -230,7 +232,7 @@ def sum_of_blocks(codes_ptr, words_ptr, stride, blocks, block, mask, segments, R
     return total
 
 
-@Kernel
+@partial(Kernel, strided=("codes_ptr", "words_ptr"))
 @triton.jit(do_not_specialize=["first", "n"])
 def _sum_kernel(
     codes_ptr, words_ptr, out_ptr, stride, blocks, first, n, segments, factor,
@@ -249,7 +251,7 @@ def _sum_kernel(
         tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=at < n)
 
 
-@Kernel
+@partial(Kernel, strided=("codes_ptr", "words_ptr"))
 @triton.jit
 def _requantize_kernel(
     codes_ptr, words_ptr, out_codes_ptr, out_words_ptr, multiplier_ptr, stride, blocks, segments, factor,
@@ -282,7 +284,7 @@ def accumulate(
     n, stochastic = grad.numel(), fmt.rounding == "stochastic"
     if n:
         _accumulate_kernel[(cdiv(n, BLOCKS * BLOCK),)](
-            bucket.view(torch.int8), bucket.view(torch.int16), residual, grad, blocks, first, n,
+            bucket.view(torch.int8), bucket.view(torch.int16), residual, grad.contiguous(), blocks, first, n,
             *signed_key(pair_of(key)), RESIDUAL=fmt.residual_bits > 0, STOCHASTIC=stochastic,
             LEAST_SQUARES=fmt.scale == "least-squares", MIRRORED=stochastic and is_mirrored(key),
             WHOLE=n % BLOCK == 0, R=BLOCKS, num_warps=4, enable_fp_fusion=False,

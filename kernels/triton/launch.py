@@ -8,6 +8,7 @@ on, and the compiled kernel is called with plain addresses.
 from __future__ import annotations
 
 import functools
+import inspect
 
 import triton
 from torch import Tensor
@@ -62,17 +63,43 @@ class Kernel:
     """A kernel under ``@triton.jit``, launched as that is: ``kernel[grid](*arguments, **constants)``.
 
     The arguments come first in its signature, without names; all constants are named in every launch.
+
+    A kernel computes addresses from sizes, so tensors must lie as they are indexed: those of other strides
+    would be read at wrong places, or written beyond their end. Every launch is checked.
+
+    Args:
+        stock: what ``triton.jit`` made, with pointers named ``*_ptr``.
+        strided: pointers of tensors that need not be contiguous, as their strides are arguments too.
+
+    Raises:
+        ValueError: at a launch, a tensor that is not contiguous.
     """
 
-    def __init__(self, stock):
+    def __init__(self, stock, strided: tuple[str, ...] = ()):
         self.stock = stock
+        names = enumerate(inspect.signature(stock.fn).parameters)
+        self._dense = {i: name for i, name in names if name.endswith("_ptr") and name not in strided}
         self._known: dict[tuple, tuple] = {}
         self._fast = isinstance(stock, JITFunction) and triton.__version__.startswith(KNOWN_VERSIONS)
 
     def __getitem__(self, grid: tuple[int, ...]):
-        return functools.partial(self._launch, grid) if self._fast else self.stock[grid]
+        return functools.partial(self._launch if self._fast else self._launch_stock, grid)
+
+    def _check(self, args: tuple) -> None:
+        for i, name in self._dense.items():
+            x = args[i]
+            if x is not None and not x.is_contiguous():
+                raise ValueError(
+                    f"{self.stock.fn.__name__} takes {name} as it lies in memory: it must be contiguous, and "
+                    f"is {tuple(x.shape)} with strides {x.stride()}"
+                )
+
+    def _launch_stock(self, grid: tuple[int, ...], *args, **constants) -> None:
+        self._check(args)
+        self.stock[grid](*args, **constants)
 
     def _launch(self, grid: tuple[int, ...], *args, **constants) -> None:
+        self._check(args)
         hooks = knobs.runtime
         if hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:  # a profiler's
             self.stock[grid](*args, **constants)

@@ -11,6 +11,8 @@ in a fixed order, so that a run repeats.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -108,7 +110,7 @@ def _scale_and_shift(xs, weight_ptr, bias_ptr, columns, n, HAS_BIAS: tl.constexp
     return ys
 
 
-@Kernel
+@functools.partial(Kernel, strided=("x_ptr", "residual_ptr"))
 @triton.jit(do_not_specialize=["key_a", "key_b"])
 def _forward_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, total_ptr,
@@ -199,7 +201,7 @@ def _sum_both(xs, ys, FMT: tl.constexpr):
         return tl.reduce((x, y), 0, _add_pairs)
 
 
-@Kernel
+@functools.partial(Kernel, strided=("grad_ptr", "residual_grad_ptr"))
 @triton.jit(do_not_specialize=["n_rows"])
 def _backward_kernel(
     grad_ptr, x_ptr, scale_ptr, zero_ptr, tables_ptr, residual_grad_ptr, weight_ptr, bias_ptr,
@@ -294,6 +296,12 @@ def _tile(n: int, fmt: Format | None) -> dict:
     return dict(NG=groups, FMT=numbers, num_warps=warps, enable_fp_fusion=False)
 
 
+def _parameters(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Both as kernels take them; for no bias something that is not read."""
+    weight = weight.contiguous()
+    return weight, weight if bias is None else bias.contiguous()
+
+
 def _programs(rows: int, device: torch.device) -> int:
     """Programs of a kernel that loops over rows."""
     per_device = 4
@@ -315,7 +323,7 @@ def norm_forward(
     packed = empty_packed(x.shape[:-1], n, fmt, x.device)
     if rows.numel():
         _forward_kernel[(rows.shape[0],)](
-            rows, residual_rows, weight, weight if bias is None else bias, y, total,
+            rows, residual_rows, *_parameters(weight, bias), y, total,
             *packed_arguments(packed, fmt), n, rows.stride(0), residual_rows.stride(0), eps,
             *signed_key(key), LAYER_NORM=kind == "LayerNorm", HAS_RESIDUAL=residual is not None,
             HAS_BIAS=bias is not None, QUANTIZE=fmt is not None, **_tile(n, fmt),
@@ -332,7 +340,7 @@ def norm_from_kept(
     y = torch.empty((*kept[0].shape[:-1], n), dtype=dtype, device=weight.device)
     if y.numel():
         _from_kept_kernel[(y.numel() // n,)](
-            *packed_arguments(kept, fmt), weight, weight if bias is None else bias, y, n, eps,
+            *packed_arguments(kept, fmt), *_parameters(weight, bias), y, n, eps,
             LAYER_NORM=kind == "LayerNorm", HAS_BIAS=bias is not None, QUANTIZED=fmt is not None,
             **_tile(n, fmt),
         )  # fmt: skip
@@ -345,7 +353,7 @@ def norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """See fused.norm_backward()."""
     n = grad.shape[-1]
-    rows = as_rows(grad)
+    rows = as_rows(grad, written=output_into_grad)
     residual_rows = rows if residual_grad is None else as_rows(residual_grad)
     grad_x = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
     programs = _programs(rows.shape[0], grad.device)
@@ -353,8 +361,8 @@ def norm_backward(
     partial_bias = torch.empty_like(partial) if bias is not None else partial
     if rows.numel():
         _backward_kernel[(programs,)](
-            rows, *packed_arguments(kept, fmt), residual_rows, weight,
-            weight if bias is None else bias, grad_x, partial, partial_bias, rows.shape[0], n,
+            rows, *packed_arguments(kept, fmt), residual_rows, *_parameters(weight, bias),
+            grad_x, partial, partial_bias, rows.shape[0], n,
             rows.stride(0), residual_rows.stride(0), eps, LAYER_NORM=kind == "LayerNorm",
             HAS_RESIDUAL=residual_grad is not None, HAS_BIAS=bias is not None,
             OUTPUT_INTO_GRAD=output_into_grad, QUANTIZED=fmt is not None, **_tile(n, fmt),

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from agoq_kernels.formats import Format
+from agoq_kernels.layout import check_writable
 from agoq_kernels.rng import key_words
 from agoq_kernels.triton.codec import load_dequantize, quantize_store
 from agoq_kernels.triton.constants import constants, tables
@@ -20,7 +21,7 @@ Packed = tuple[Tensor, Tensor, Tensor]
 TILE = 4096  # elements a program
 
 
-@Kernel
+@functools.partial(Kernel, strided=("x_ptr",))
 @triton.jit(do_not_specialize=["key_a", "key_b", "n_groups"])
 def _quantize_kernel(
     x_ptr, codes_ptr, scale_ptr, zero_ptr, tables_ptr, n_groups, groups_per_row, row_stride,
@@ -77,7 +78,7 @@ def empty_packed(lead: tuple[int, ...], n: int, fmt: Format | None, device) -> P
 
 def packed_arguments(packed: Packed, fmt: Format | None) -> tuple[Tensor, ...]:
     """The pointers of a packed tensor and of its format's tables, in the order kernels take them."""
-    codes, scale, zero = packed
+    codes, scale, zero = (t.contiguous() for t in packed)  # what is written to is already
     # Scales travel as integers: the interpreter has no bfloat16, and kernels work on bits anyway.
     if scale.dtype == torch.bfloat16:
         scale = scale.view(torch.int16)
@@ -91,8 +92,11 @@ def signed_key(key: int) -> tuple[int, int]:
     return tuple(word - (1 << 32) if word >> 31 else word for word in key_words(key))
 
 
-def as_rows(x: Tensor) -> Tensor:
-    """x [..., n] as [rows, n] with contiguous rows at any distance; copied only where it must be."""
+def as_rows(x: Tensor, written: bool = False) -> Tensor:
+    """x [..., n] as [rows, n] with contiguous rows at any distance; copied only where it must be, and never
+    if it is to be written to: then a ValueError."""
+    if written:
+        check_writable("x", x)
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 

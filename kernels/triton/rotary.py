@@ -6,6 +6,8 @@ into it. Each use touches only its own part, so that every byte is moved once.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -21,7 +23,7 @@ from torch import Tensor
 TILE = 4096  # elements a program, at most
 
 
-@Kernel
+@partial(Kernel, strided=("source_ptr", "out_ptr"))
 @triton.jit(do_not_specialize=["n_tokens", "key_a", "key_b"])
 def _rotate_kernel(
     source_ptr, out_ptr, cos_ptr, sin_ptr, common_ptr, codes_ptr, scale_ptr, zero_ptr, tables_ptr,
@@ -148,7 +150,7 @@ def common_vectors(
     queries = per_group // head_dim - 2
     count = groups * (queries + 2)
     rot = 0 if tables is None else tables[0].shape[-1]
-    cos, sin = tables if tables is not None else (qkv, qkv)
+    cos, sin = _tables(tables, qkv)
     out = torch.empty((b, count, head_dim), dtype=torch.float32, device=qkv.device)
     sampled = sampled_tokens(s)
     if out.numel():
@@ -161,6 +163,11 @@ def common_vectors(
             enable_fp_fusion=False,
         )  # fmt: skip
     return out
+
+
+def _tables(tables: tuple[Tensor, Tensor] | None, unread: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine as kernels take them; without a rotation something that is not read."""
+    return (unread, unread) if tables is None else tuple(t.contiguous() for t in tables)
 
 
 def _largest_power_of_2(n: int, limit: int) -> int:
@@ -181,7 +188,7 @@ def _rotate(
     groups = triton.next_power_of_2(heads * head_dim // numbers.group)
     packed = empty_packed((tokens // batch, batch), heads * head_dim, fmt, source.device)
     per_program = max(1, TILE // (groups * numbers.group))
-    cos, sin = tables if tables is not None else (source, source)
+    cos, sin = _tables(tables, source)
     if tokens:
         _rotate_kernel[(cdiv(tokens, per_program),)](
             source, out, cos, sin, source if common is None else common,
@@ -214,7 +221,7 @@ def split_qkv(
         strides = width, per_group, heads * head_dim, heads_a_group * head_dim
         parts.append(part)
         before = (0, queries * groups, (queries + 1) * groups)[i] * head_dim
-        shift = None if common is None else common.view(-1)[before:]
+        shift = None if common is None else common.contiguous().view(-1)[before:]
         packed.append(
             _rotate(
                 qkv.view(-1)[offset:], part, tables if i < 2 else None, heads, heads_a_group,
@@ -233,9 +240,13 @@ def merge_qkv(
     s, b, groups, head_dim = grad_k.shape
     queries = grad_q.shape[2] // groups
     per_group = (queries + 2) * head_dim
-    assert out.stride(2) == 1
-    assert s == 1 or b == 1 or out.stride(0) == b * out.stride(1)  # tokens lie at equal distances
     token = out.stride(1) if b > 1 else out.stride(0)
+    apart = b == 1 or s == 1 or out.stride(0) == b * token  # tokens lie at equal distances
+    if out.stride(2) != 1 or not apart or (s * b > 1 and token < out.shape[2]):
+        raise ValueError(
+            f"out is to be written to: a contiguous tensor, or some groups of one; it is {tuple(out.shape)} "
+            f"with strides {out.stride()}"
+        )
     for i, part in enumerate((grad_q, grad_k, grad_v)):
         heads_a_group = (queries, 1, 1)[i]
         heads = groups * heads_a_group

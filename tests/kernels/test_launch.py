@@ -50,6 +50,7 @@ class FakeKernel:
     def __init__(self):
         names = ["x_ptr", "n", "CODE", "R"]
         self.params = [type("Param", (), {"name": name}) for name in names]
+        self.fn = lambda x_ptr, n, CODE, R: None
         self.stock_launches, self.calls = [], []
 
     def __getitem__(self, grid):
