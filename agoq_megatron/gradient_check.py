@@ -11,13 +11,14 @@ import math
 from argparse import Namespace
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from agoq_kernels.formats import Format
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 
 from agoq_megatron.autograd.probing import ATTENTION, COLUMNS, FUNCTIONS, TOKENS
 from agoq_megatron.policy.policy import KEEP_BITS
-from agoq_megatron.policy.raised import RECOMPUTED, WIDER, next_width
+from agoq_megatron.policy.raised import RECOMPUTED, WIDER, next_width, widened
 from agoq_megatron.policy.sites import Site
 
 FIRST_ITERATIONS = 8
@@ -90,6 +91,7 @@ class Finding:
         error: of the function's gradients.
         remedy: tensor that is to be kept otherwise.
         old, new: its bits now and then, 16 for not quantized, ``RECOMPUTED`` for made again in backward.
+        format: of so many bits, in groups and with outliers as it has them now.
     """
 
     layer: int
@@ -98,6 +100,7 @@ class Finding:
     remedy: Site
     old: int
     new: int
+    format: Format | None = field(default=None, compare=False)
 
 
 def errors_of(squares: list[list[list[float]]]) -> dict[str, float]:
@@ -150,7 +153,9 @@ def over(
                 yield Finding(number, tensor, error, Site.ATTENTION_OUTPUT, old, RECOMPUTED)
                 continue
             old = policy.rule(tensor, number).format.bits
-            yield Finding(number, tensor, error, tensor, old, next_width(old))
+            new = next_width(old)
+            fmt = widened(policy.rule(tensor, number), new).format
+            yield Finding(number, tensor, error, tensor, old, new, fmt)
 
 
 def paragraphs(iteration: int, findings: Iterable[Finding], bound: float, widens: bool) -> Iterator[str]:
@@ -159,18 +164,19 @@ def paragraphs(iteration: int, findings: Iterable[Finding], bound: float, widens
     Args:
         widens: the run has ``--agoq-max-error``.
     """
-    together: dict[tuple[Site, Site, int], list[Finding]] = {}
+    together: dict[tuple[Site, Site, int, Format | None], list[Finding]] = {}
     for it in findings:
-        together.setdefault((it.tensor, it.remedy, it.new), []).append(it)
-    for (tensor, remedy, new), some in together.items():
+        together.setdefault((it.tensor, it.remedy, it.new, it.format), []).append(it)
+    for (tensor, remedy, new, fmt), some in together.items():
         where = ", ".join(f"{it.layer} ({it.error:.2g})" for it in some)
         if new == RECOMPUTED:
             config, why = "{bits: 0}", ": the output is then computed again from what is kept of Q, K and V"
         elif new == KEEP_BITS:
             config, why = "{bits: 16}", ""
         else:
-            fmt = WIDER[new]
-            config = f"{{bits: {new}, code: {fmt.code}, group: {fmt.group}, scale_bits: {fmt.scale_bits}}}"
+            fmt = fmt or WIDER[new]
+            config = f"{{bits: {new}, code: {fmt.code}, group: {fmt.group}, scale_bits: {fmt.scale_bits}"
+            config += ", outliers: 1}" if fmt.outliers else "}"
             why = ""
         by_itself = "" if widens else f", or --agoq-probe-interval 100 --agoq-max-error {bound:g}, by itself"
         yield (

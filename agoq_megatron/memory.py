@@ -16,17 +16,16 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from agoq_megatron.agreement import digest_of
 from agoq_megatron.autograd.attention_linear import COMMON, LSE
+from agoq_megatron.policy.fitting import FittedPolicy, axes_of, groups_that_divide
 from agoq_megatron.policy.policy import KEEP_BITS, PolicyError, Rule
 from agoq_megatron.policy.raised import RECOMPUTED, RaisedPolicy
-from agoq_megatron.policy.sites import Site
+from agoq_megatron.policy.sites import HIDDEN_SITES, Site
 from agoq_megatron.transformer_config import AGoQTransformerConfig, transformer_config_from_args
 
 QKV_SITES = (Site.QUERY, Site.KEY, Site.VALUE)
 ATTENTION_SITES = (*QKV_SITES, Site.ATTENTION_OUTPUT)
 MLP_SITES = (Site.NORM2_INPUT, Site.NORM2_OUTPUT, Site.FC1_OUTPUT, Site.FC2_INPUT)
 LAYER_SITES = (Site.NORM1_INPUT, Site.NORM1_OUTPUT, *ATTENTION_SITES, *MLP_SITES)
-NORM_SITES = (Site.NORM1_INPUT, Site.NORM1_OUTPUT, Site.NORM2_INPUT, Site.NORM2_OUTPUT)
-HIDDEN_SITES = (*NORM_SITES, Site.LAYER_INPUT)
 DROPOUT = "hidden dropout masks"
 MOST_TABLES = 6
 """Of so many different layers the plan has a table each; of more, a line a tensor."""
@@ -58,7 +57,7 @@ class Plan:
 
     def __init__(self, config: AGoQTransformerConfig):
         self._itemsize = config.params_dtype.itemsize
-        self._features = _features(config)
+        self._axes, self._features = axes_of(config), _features(config)
         self._positions = list(_positions(config))
         self.config = config
         self.set_policy(config.agoq)
@@ -125,10 +124,9 @@ class Plan:
         if rule.keep:
             dtype = str(self.config.params_dtype).removeprefix("torch.")
             return Row(site.value, f"{dtype}, not quantized", width, width * self._itemsize)
-        # Sequence parallelism cuts the sequence, not the last axis: there the groups see all of it.
-        axis = self.config.hidden_size if site in HIDDEN_SITES else width
+        axis = self._axes[site]
         if axis % rule.format.group:
-            fits = [g for g in (256, 128, 64, 32) if axis % g == 0]
+            fits = groups_that_divide(axis)[::-1]
             remedy = f"Use a group of {fits}" if fits else "Keep that tensor in 16 bits (bits: 16)"
             raise PolicyError(
                 f"--agoq-activations {self.config.agoq.name}: group {rule.format.group} does not "
@@ -218,6 +216,11 @@ class Plan:
                     bits, f"{bits} bits"
                 )
                 yield f"  raised by --agoq-max-error: {site.value} to {now} in layers {ranges(numbers)};"
+        base = config.agoq.base if isinstance(config.agoq, RaisedPolicy) else config.agoq
+        if isinstance(base, FittedPolicy):
+            for site, text in base.said(self.layers):
+                if any(self.bytes_of(site, number) for number in self.layers):
+                    yield f"  fitted to this model: {text};"
         yield "  not quantized: common vectors of queries and values; log-sum-exp, where the attention is not"
         yield "    run again;"
         yield ("    once a model, not a layer: embedding output, final norm's input, logits and loss;")
@@ -246,24 +249,8 @@ def plan_from_args(args) -> Plan:
 
 def _features(config: AGoQTransformerConfig) -> dict[Site, float]:
     """Elements a token that each tensor has on one rank."""
-    tp = config.tensor_model_parallel_size
-    hidden = config.hidden_size / tp if config.sequence_parallel else config.hidden_size
-    query = config.num_attention_heads * config.kv_channels // tp
-    key = config.num_query_groups * config.kv_channels // tp
-    ffn = config.ffn_hidden_size // tp
-    return {
-        Site.NORM1_INPUT: hidden,
-        Site.NORM1_OUTPUT: hidden,
-        Site.QUERY: query,
-        Site.KEY: key,
-        Site.VALUE: key,
-        Site.ATTENTION_OUTPUT: query,
-        Site.NORM2_INPUT: hidden,
-        Site.NORM2_OUTPUT: hidden,
-        Site.FC1_OUTPUT: 2 * ffn if config.gated_linear_unit else ffn,
-        Site.FC2_INPUT: ffn,
-        Site.LAYER_INPUT: hidden,
-    }
+    ranks = config.tensor_model_parallel_size if config.sequence_parallel else 1
+    return axes_of(config) | dict.fromkeys(HIDDEN_SITES, config.hidden_size / ranks)
 
 
 def _positions(config: AGoQTransformerConfig) -> Iterable[tuple[int, int]]:

@@ -31,7 +31,8 @@ from agoq_megatron.autograd.recompute import quantized_checkpoint
 from agoq_megatron.config import AGoQConfig
 from agoq_megatron.memory import Plan
 from agoq_megatron.planning.policies import compute_policy
-from agoq_megatron.policy.policy import PolicyError, load_policy
+from agoq_megatron.policy.fitting import policy_for
+from agoq_megatron.policy.policy import PolicyError
 from agoq_megatron.refusals import UsageError, refuse
 from agoq_megatron.validation import check
 
@@ -91,7 +92,7 @@ def prepare_stock(config: TransformerConfig) -> None:
         args = arguments()
         check(args, on_cpu=not torch.cuda.is_available())
         compute_policy(args)
-        config.agoq = load_policy(args.agoq_activations, args.agoq_rounding)
+        config.agoq = policy_for(config, args.agoq_activations, args.agoq_rounding)
         config.agoq_gradients = config.agoq_optimizer = None
         config.agoq_sequence = args.seq_length
         plan = Plan(config)

@@ -10,7 +10,8 @@ from megatron.training.argument_utils import core_transformer_config_from_args
 
 from agoq_megatron.gradients.settings import GradientSettings, settings_from_args
 from agoq_megatron.optimizer.settings import OptimizerSettings, optimizer_settings_from_args
-from agoq_megatron.policy.policy import ActivationPolicy, load_policy
+from agoq_megatron.policy.fitting import policy_for
+from agoq_megatron.policy.policy import ActivationPolicy
 from agoq_megatron.policy.raised import RaisedPolicy
 
 
@@ -33,7 +34,7 @@ def transformer_config_from_args(args) -> AGoQTransformerConfig:
     """
     config = core_transformer_config_from_args(args, AGoQTransformerConfig)
     config.agoq_sequence = args.seq_length
-    config.agoq = load_policy(args.agoq_activations, args.agoq_rounding)
+    config.agoq = policy_for(config, args.agoq_activations, args.agoq_rounding)
     raised = getattr(args, "agoq_raised_widths", None)  # of the run so far: see watching.py
     if raised:
         config.agoq = RaisedPolicy(config.agoq, raised)

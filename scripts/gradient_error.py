@@ -57,6 +57,7 @@ from agoq_megatron.autograd.recompute import quantized_checkpoint  # noqa: E402
 from agoq_megatron.convert.hf_store import load_tokenizer  # noqa: E402
 from agoq_megatron.convert.loading import Weights, weights_of_checkpoint, weights_of_hf  # noqa: E402
 from agoq_megatron.memory import plan_from_args  # noqa: E402
+from agoq_megatron.policy.fitting import policy_for  # noqa: E402
 from agoq_megatron.policy.policy import COMPUTED, load_policy  # noqa: E402
 from agoq_megatron.refusals import UsageError  # noqa: E402
 
@@ -174,9 +175,8 @@ def build(options: argparse.Namespace, weights: Weights):
     plan = plan_from_args(args)
     plans = {}
     for name in (REFERENCE, *options.policy):
-        policy = load_policy(name)
-        policy.check_patterns(args.num_layers)
-        plans[name] = plan.with_policy(policy)
+        load_policy(name).check_patterns(args.num_layers)
+        plans[name] = plan.with_policy(policy_for(plan.config, name))
     set_global_variables(args)
     compat.skip_compiling_helpers()
     compat.bind_checkpoint(quantized_checkpoint)

@@ -159,6 +159,7 @@ def test_a_built_in_policy_is_planned_in_groups_that_divide():
     }
     assert {site: plan.bytes_of(site, 1) for site in expected} == pytest.approx(expected)
     assert "fitted to this model: mlp.linear_fc1.output: in groups of 32, as 64 does not" in str(plan)
+    assert "its 96 features" in str(plan) and "model: input" not in str(plan)  # which this run does not keep
     assert "fitted" not in str(Plan(config()))
 
 

@@ -21,7 +21,8 @@ from agoq_megatron.planning.knapsack import Knapsack, RulesPolicy, stage_of, wit
 from agoq_megatron.planning.parameters import padded_vocabulary
 from agoq_megatron.planning.shipped import FOLDER, sensitivities_of
 from agoq_megatron.planning.solver import Choice, DoesNotFit
-from agoq_megatron.policy.policy import SOLVED, Rule, load_policy
+from agoq_megatron.policy.fitting import policy_for
+from agoq_megatron.policy.policy import SOLVED, Rule
 from agoq_megatron.policy.sites import Site
 from agoq_megatron.refusals import UsageError
 from agoq_megatron.sizes import parse_size, readable
@@ -158,14 +159,9 @@ def _room(args, knapsack: Knapsack) -> float:
 
 def _agoq(knapsack: Knapsack) -> RulesPolicy:
     """That policy's widths of what takes one: what a recomputed layer keeps for a moment stays in 16 bits, as
-    it does with the solver's. Where a group does not divide a tensor, in one that does."""
-    agoq, rules = load_policy("agoq"), {}
-    for number, site in knapsack.kept():
-        fmt = agoq.rule(site, number).format
-        if fmt is not None and not knapsack.divides(site, fmt):
-            fmt = knapsack.format(site, fmt.bits)
-        if fmt is not None:
-            rules[number, site] = Rule(format=fmt)
+    it does with the solver's."""
+    agoq = policy_for(knapsack.config, "agoq")
+    rules = {(n, site): agoq.rule(site, n) for n, site in knapsack.kept() if agoq.rule(site, n).format}
     return RulesPolicy(agoq.name, rules)
 
 
@@ -221,8 +217,8 @@ def _record(args, knapsack: Knapsack, budgets: list[int], chosen: RulesPolicy, c
         "shipped": file.path.parent == FOLDER,
         "cost": choice.cost,
         "bound": choice.bound,
-        "cost_of_agoq": _finite(knapsack.cost(load_policy("agoq"))),
-        "cost_of_uniform4": _finite(knapsack.cost(load_policy("uniform4"))),
+        "cost_of_agoq": _finite(knapsack.cost(policy_for(knapsack.config, "agoq"))),
+        "cost_of_uniform4": _finite(knapsack.cost(policy_for(knapsack.config, "uniform4"))),
         "stages": [
             {"in_flight": knapsack.schedule.counts(stage), "peak_bytes": peak, "budget_bytes": budget}
             for stage, (peak, budget) in enumerate(zip(peaks, budgets, strict=True))

@@ -13,7 +13,8 @@ from agoq_megatron.planning.in_flight import paper_bits
 from agoq_megatron.planning.knapsack import Knapsack, RulesPolicy
 from agoq_megatron.planning.policies import stage_policy
 from agoq_megatron.planning.solver import DoesNotFit
-from agoq_megatron.policy.policy import Rule, load_policy
+from agoq_megatron.policy.fitting import fitted, policy_for
+from agoq_megatron.policy.policy import Rule
 
 PAPER = "paper's rule, all tensors"
 
@@ -57,9 +58,10 @@ def compare(args, knapsack: Knapsack) -> list[Compared]:
     Args:
         args: Megatron's validated arguments.
     """
-    policies = [load_policy("uniform4"), load_policy("agoq")]
+    policies = [policy_for(knapsack.config, name) for name in ("uniform4", "agoq")]
     if schedule_of(args).stages > 1:
-        policies = [policies[0], paper_policy(args, knapsack), policies[1], stage_policy(args)]
+        policies = [policies[0], paper_policy(args, knapsack), policies[1]]
+        policies.append(fitted(stage_policy(args), knapsack.config))
     price = knapsack.cost(policies[-1 if len(policies) == 2 else 2]) / knapsack.config.num_layers
     found, solved = [], {}
     for policy in policies:

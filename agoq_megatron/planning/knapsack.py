@@ -15,12 +15,13 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from agoq_kernels.formats import Format
 
-from agoq_megatron.memory import HIDDEN_SITES, Plan, Row
+from agoq_megatron.memory import Plan, Row
 from agoq_megatron.planning.footprint import schedule_of
 from agoq_megatron.planning.parameters import layers_of
 from agoq_megatron.planning.replay import EXACT
 from agoq_megatron.planning.sensitivity import BEST_FORMATS, Sensitivities, format_for
 from agoq_megatron.planning.solver import Choice, Item, Layer, Limit, Option, solve
+from agoq_megatron.policy.fitting import axes_of
 from agoq_megatron.policy.policy import Rule
 from agoq_megatron.policy.sites import Site
 from agoq_megatron.refusals import UsageError
@@ -79,7 +80,7 @@ class Knapsack:
         self.sensitivities, self.schedule = sensitivities, schedule_of(args)
         self.tokens = args.micro_batch_size * args.seq_length
         self._stages = [layers_of(self.config, stage) for stage in range(self.schedule.stages)]
-        self._features = _features(self.config)
+        self._features = axes_of(self.config)
         self.quantized = with_policy(self.config, self._one_width(max(BEST_FORMATS)))
         self._rows = {KEPT: Plan(self.config).layers} | {
             width: Plan(with_policy(self.config, self._one_width(width))).layers for width in BEST_FORMATS
@@ -244,10 +245,6 @@ class Knapsack:
         least = self.sensitivities.least.get(site, 0)
         return {w: cost for w, cost in self._options(number, row, site).items() if w >= least}
 
-    def divides(self, site: Site, fmt: Format) -> bool:
-        """Whether a format's groups divide a tensor."""
-        return self._features[site] % fmt.group == 0
-
     def format(self, site: Site, width: int) -> Format | None:
         """That a tensor has in a width; None where no group divides it."""
         return format_for(site, width, self._features[site])
@@ -296,12 +293,3 @@ def with_policy(config: AGoQTransformerConfig, policy) -> AGoQTransformerConfig:
     config = copy.copy(config)
     config.agoq = policy
     return config
-
-
-def _features(config: AGoQTransformerConfig) -> dict[Site, int]:
-    """Features that a quantization group must divide: sequence parallelism cuts hidden states elsewhere."""
-    plain = copy.copy(config)
-    plain.recompute_granularity = None
-    rows = next(iter(Plan(with_policy(plain, EXACT)).layers.values()))
-    found = {_SITES[row.name]: int(row.features) for row in rows if row.name in _SITES}
-    return found | dict.fromkeys(HIDDEN_SITES, config.hidden_size)

@@ -6,7 +6,6 @@ read the file by :func:`load_sensitivities`.
 
 from __future__ import annotations
 
-import copy
 import itertools
 import json
 import math
@@ -20,8 +19,9 @@ from pathlib import Path
 
 from agoq_kernels.formats import BIT_WIDTHS, CODES, GROUP_SIZES, OUTLIERS, SCALE_BITS, Format
 
-from agoq_megatron.memory import ATTENTION_SITES, HIDDEN_SITES, Plan
-from agoq_megatron.planning.replay import EXACT, OneTensor
+from agoq_megatron.memory import ATTENTION_SITES
+from agoq_megatron.planning.replay import OneTensor
+from agoq_megatron.policy.fitting import axes_of
 from agoq_megatron.policy.sites import Site
 from agoq_megatron.transformer_config import AGoQTransformerConfig
 
@@ -80,16 +80,9 @@ def format_for(site: Site, width: int, features: int) -> Format | None:
 
 def variants(config: AGoQTransformerConfig) -> list[OneTensor]:
     """Every tensor in every width; the layers' inputs too if the run recomputes whole layers."""
-    exact = copy.copy(config)
-    exact.agoq, exact.recompute_granularity = EXACT, None
-    rows = next(iter(Plan(exact).layers.values()))
-    features = {row.name: int(row.features) for row in rows}
-    # Sequence parallelism cuts the sequence of these, not their last axis.
-    features |= {site.value: config.hidden_size for site in HIDDEN_SITES}
+    features = axes_of(config)
     sites = (*SITES, Site.LAYER_INPUT) if config.recompute_granularity == "full" else SITES
-    formats = (
-        (site, format_for(site, width, features[site.value])) for site in sites for width in BEST_FORMATS
-    )
+    formats = ((site, format_for(site, width, features[site])) for site in sites for width in BEST_FORMATS)
     return [OneTensor(site, fmt) for site, fmt in formats if fmt is not None]
 
 

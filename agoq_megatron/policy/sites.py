@@ -38,3 +38,8 @@ class Site(Enum):
         """Whether rebuilding it costs next to no time: a pass over memory that is made anyway. (The attention
         output takes an attention.)"""
         return self in (Site.NORM1_OUTPUT, Site.NORM2_OUTPUT, Site.FC2_INPUT)
+
+
+NORM_SITES = (Site.NORM1_INPUT, Site.NORM1_OUTPUT, Site.NORM2_INPUT, Site.NORM2_OUTPUT)
+HIDDEN_SITES = (*NORM_SITES, Site.LAYER_INPUT)
+"""Those as wide as the hidden size."""

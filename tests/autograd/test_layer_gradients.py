@@ -20,6 +20,7 @@ from agoq_megatron.autograd.activation_linear import ActivationLinear, Activatio
 from agoq_megatron.autograd.attention_linear import AttentionLinear, AttentionLinearSpec
 from agoq_megatron.autograd.norm_linear import NormLinear, NormLinearSpec
 from agoq_megatron.autograd.saving import SavedTensor
+from agoq_megatron.policy.fitting import policy_for
 from agoq_megatron.policy.policy import Rule
 from agoq_megatron.policy.sites import Site
 
@@ -284,9 +285,24 @@ def parameters(rng, h, f, shape, kind, act, rotary, dtype):
     ],
 )
 def test_layer_matches_plain_autograd(rng, monkeypatch, rules, kind, act, shape, rotary):
-    h, f = 64, 96 if act == "swiglu" else 128
-    if act == "swiglu":
-        f = 96  # 2f = 192, three groups of 64
+    f = 96 if act == "swiglu" else 128  # 2f = 192, three groups of 64
+    compare(rng, monkeypatch, rules, kind, act, shape, rotary, 64, f)
+
+
+def test_the_default_policy_on_widths_that_64_does_not_divide(rng, monkeypatch):
+    """Norm inputs of 96, queries of 96 and gate and up of 352 in groups of 32, of which one crosses from gate
+    to up; keys and values of 48 as they are."""
+    settings = types.SimpleNamespace(
+        num_layers=1, hidden_size=96, num_attention_heads=4, kv_channels=24, num_query_groups=2,
+        ffn_hidden_size=176, gated_linear_unit=True, tensor_model_parallel_size=1,
+    )  # fmt: skip
+    policy = policy_for(settings, "agoq")
+    rules = {site: policy.rule(site, 1) for site in Site}
+    assert rules[Site.FC1_OUTPUT].format.group == 32 and rules[Site.KEY].keep
+    compare(rng, monkeypatch, rules, "RMSNorm", "swiglu", (4, 2, 24), True, 96, 176)
+
+
+def compare(rng, monkeypatch, rules, kind, act, shape, rotary, h, f):
     p = parameters(rng, h, f, shape, kind, act, rotary, torch.float32)
     x = torch.randn(11, 3, h, generator=rng)
     grad = torch.randn(11, 3, h, generator=rng)

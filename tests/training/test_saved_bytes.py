@@ -34,6 +34,16 @@ def test_kept_units(launcher, policy, bound, ranks, flags):
         ), row
 
 
+def test_widths_that_64_does_not_divide(launcher):
+    """The default fits itself to them, says so, and keeps what it plans."""
+    sizes = "--hidden-size 96 --ffn-hidden-size 176 --num-attention-heads 4 --kv-channels 24"
+    run = launcher.run(*LAYER, *sizes.split(), "--num-query-groups", "2", tiny=False)
+    assert run.ok, run.log[-3000:]
+    assert "linear_fc1.output: in groups of 32, as 64 does not divide its 352 features" in run.log
+    for row in run.report["tensors"]:
+        assert row["measured_bytes_per_token"] == pytest.approx(row["planned_bytes_per_token"], rel=0.01), row
+
+
 def test_hidden_dropout_is_planned(launcher):
     """Masks that Megatron's own dropout keeps are in the plan, not a surprise."""
     flags = list(LAYER)

@@ -1,0 +1,93 @@
+"""Built-in policies on models whose widths their groups do not divide."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from agoq_kernels.formats import Format
+from agoq_kernels.ops import dequantize, quantize
+
+from agoq_megatron.policy.fitting import FittedPolicy, axes_of, fitted, fitting_rule, policy_for
+from agoq_megatron.policy.policy import BUILT_IN, PRESETS, Rule, load_policy
+from agoq_megatron.policy.raised import RaisedPolicy
+from agoq_megatron.policy.sites import HIDDEN_SITES, Site
+
+NF4 = Format(4, "nf4", 64, 8, "stochastic", 1)
+
+
+def model(**changes) -> SimpleNamespace:
+    """96 is three groups of 32; a key has 48 features, which none divides; gate and up have 352."""
+    common = dict(
+        num_layers=2, hidden_size=96, num_attention_heads=4, kv_channels=24, num_query_groups=2,
+        ffn_hidden_size=176, gated_linear_unit=True, tensor_model_parallel_size=1,
+    )  # fmt: skip
+    return SimpleNamespace(**common | changes)
+
+
+@pytest.mark.parametrize(
+    "axis, group",
+    [(64, 64), (128, 64), (32, 32), (352, 32), (96, 32), (48, None), (16, None), (1, None), (65, None)],
+)
+def test_the_largest_group_that_divides(axis, group):
+    found = fitting_rule(Rule(NF4), axis)
+    if group is None:
+        assert found == Rule(keep=True)
+        return
+    assert found == Rule(replace(NF4, group=group))
+
+
+def test_of_several_smaller_groups_the_largest():
+    assert fitting_rule(Rule(Format(8, "int", 256, 16)), 384).format.group == 128
+    assert fitting_rule(Rule(keep=True), 48) == Rule(keep=True) and fitting_rule(Rule(), 48) == Rule()
+
+
+def test_axes_are_those_of_a_rank():
+    axes = axes_of(model(tensor_model_parallel_size=2))
+    assert {axes[site] for site in HIDDEN_SITES} == {96}  # sequence parallelism cuts these elsewhere
+    expected = {Site.QUERY: 48, Site.KEY: 24, Site.VALUE: 24, Site.ATTENTION_OUTPUT: 48}
+    assert expected.items() <= axes.items() and axes[Site.FC1_OUTPUT] == 176 and axes[Site.FC2_INPUT] == 88
+    assert axes_of(model(gated_linear_unit=False))[Site.FC1_OUTPUT] == 176 and set(axes) == set(Site)
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_every_built_in_policy_packs_every_tensor_of_any_model(name, tp, rng):
+    settings = model(tensor_model_parallel_size=tp, num_query_groups=4)
+    policy, axes = policy_for(settings, name), axes_of(settings)
+    for site in Site:
+        rule, plain = policy.rule(site, 1), load_policy(name).rule(site, 1)
+        assert rule.recompute == plain.recompute
+        if rule.format is not None:
+            x = torch.randn(3, axes[site], generator=rng)
+            error = (dequantize(*quantize(x, rule.format), rule.format, x.dtype) - x).norm() / x.norm()
+            assert error < 0.15 and rule.format.bits == plain.format.bits
+
+
+def test_what_fits_is_left_alone_and_files_are_taken_at_their_word(tmp_path):
+    wide = model(hidden_size=128, kv_channels=64, ffn_hidden_size=128)
+    assert policy_for(wide, "agoq") is load_policy("agoq") or not isinstance(
+        policy_for(wide, "agoq"), FittedPolicy
+    )
+    file = tmp_path / "mine.yaml"
+    file.write_text((PRESETS / "agoq.yaml").read_text())
+    of_file = policy_for(model(), str(file))
+    assert of_file.rule(Site.KEY, 1).format.group == 64 and not isinstance(of_file, FittedPolicy)
+
+
+def test_raised_widths_still_divide():
+    """Also of what is kept as it is: nothing is left to raise there."""
+    policy = fitted(load_policy("agoq"), model())
+    raised = RaisedPolicy(policy, {site.path(1): 12 for site in (Site.FC1_OUTPUT, Site.KEY)})
+    assert raised.rule(Site.FC1_OUTPUT, 1).format == Format(12, "int", 32, 8)
+    assert raised.rule(Site.FC1_OUTPUT, 2).format == Format(5, "cubic", 32, 8)
+    assert raised.rule(Site.KEY, 1).keep and raised.raised([1, 2]) == {(Site.FC1_OUTPUT, 12): [1]}
+
+
+def test_it_says_what_differs():
+    lines = [text for _, text in fitted(load_policy("agoq"), model()).said([1, 2])]
+    assert "mlp.linear_fc1.output: in groups of 32, as 64 does not divide its 352 features" in lines
+    key = "self_attention.core_attention.key: as it is, not quantized, as 64 does not divide its 48 features"
+    assert key in lines and not [line for line in lines if "linear_fc2" in line]
