@@ -6,6 +6,7 @@ which moves by hundreds of lines between minor versions; hence the version check
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import functools
 import importlib
@@ -223,15 +224,50 @@ def other_product(layer, product: Callable) -> Iterator[None]:
         layer._forward_impl = stock
 
 
-def checkpoint_arguments(folder: str, args):
-    """The arguments in the checkpoint that will be loaded from ``folder``, or None. How a run was left must
-    be known before its memory is planned and its model built. Megatron reads them for --use-checkpoint-args,
-    but hands on only its own; this is the function by which it finds and reads them.
+def checkpoint_state(folder: str, args) -> dict | None:
+    """What is no tensor in the checkpoint that will be loaded from ``folder``, or None. How a run was left
+    must be known before its memory is planned and its model built. Megatron reads it for
+    --use-checkpoint-args, but hands on only its own arguments; this is the function by which it finds and
+    reads it.
     """
     from megatron.training.checkpointing import _load_base_checkpoint
 
-    state = _load_base_checkpoint(folder, args, rank0=True)[0]
+    return _load_base_checkpoint(folder, args, rank0=True)[0]
+
+
+def checkpoint_arguments(folder: str, args):
+    """The arguments in that checkpoint, or None."""
+    state = checkpoint_state(folder, args)
     return None if state is None else state.get("args")
+
+
+def bind_scheduler(subclass: type) -> None:
+    """The class of the learning rate's scheduler has no seam: the function that builds it looks it up."""
+    import megatron.training.training as training
+
+    if not issubclass(subclass, training.OptimizerParamScheduler):
+        raise TypeError(f"{subclass.__name__} is no subclass of Megatron's OptimizerParamScheduler")
+    training.OptimizerParamScheduler = subclass
+
+
+def scheduler_of(args, scheduler_class: type):
+    """The scheduler that Megatron will build, over an optimizer without parameters: only its own function
+    knows how flags become one. It takes the arguments from a global that does not exist before writers are
+    opened, and counts iterations by another one, which it does not need; neither they nor ``args`` change.
+    """
+    import megatron.training.training as training
+
+    own = {
+        "get_args": functools.partial(copy.copy, args),
+        "update_train_iters": lambda _: None,
+        "OptimizerParamScheduler": scheduler_class,
+    }
+    stock = {name: getattr(training, name) for name in own}
+    vars(training).update(own)
+    try:
+        return training.get_optimizer_param_scheduler(SimpleNamespace(param_groups=[]))
+    finally:
+        vars(training).update(stock)
 
 
 def bind_checking_checkpoint(wrap: Callable[[Callable], Callable]) -> None:

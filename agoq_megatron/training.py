@@ -50,7 +50,11 @@ from agoq_megatron.optimizer.quantized_gradients import (
     QuantizedFP32Optimizer,
 )
 from agoq_megatron.optimizer.quantized_states import optimizer_of
-from agoq_megatron.optimizer.resumable import ResumableDistributedOptimizer
+from agoq_megatron.optimizer.resumable import (
+    ResumableDistributedOptimizer,
+    ResumableFloat16Optimizer,
+    ResumableFP32Optimizer,
+)
 from agoq_megatron.optimizer.settings import optimizer_settings_from_args
 from agoq_megatron.optimizer.shard import wrap_clipping, wrap_counting_zeros
 from agoq_megatron.planning.auto import check_same_widths
@@ -64,7 +68,9 @@ from agoq_megatron.resuming.loop import (
     guarded_load,
     guarded_load_args,
     guarded_save,
+    peeked_state,
 )
+from agoq_megatron.resuming.rates import ResumableScheduler, check_rates
 from agoq_megatron.resuming.resume import CheckpointError
 from agoq_megatron.specs import agoq_layer_spec
 from agoq_megatron.transformer_config import transformer_config_from_args
@@ -284,6 +290,9 @@ def prepare(on_cpu: bool) -> tuple[argparse.Namespace, Plan]:
         args = parse_arguments(on_cpu)
         compute_policy(args)
         restore_widths(args, partial(guarded_arguments, compat.checkpoint_arguments))
+        if not args.skip_train:
+            saved = peeked_state(compat.checkpoint_state, args)
+            check_rates(args, saved, partial(compat.scheduler_of, scheduler_class=ResumableScheduler))
         plan = plan_from_args(args)
         check_watched(args, plan)
         if args.rank == 0:
@@ -322,17 +331,26 @@ def paragraph(problem: Exception) -> str:
 
 def bind_gradients_and_optimizer(args: argparse.Namespace) -> None:
     """Let Megatron wrap and step the model with gradients and optimizer states as the flags say."""
-    optimizer = ResumableDistributedOptimizer
+    distributed, float16, fp32 = (
+        ResumableDistributedOptimizer,
+        ResumableFloat16Optimizer,
+        ResumableFP32Optimizer,
+    )
     states = optimizer_settings_from_args(args)
     if args.agoq_grad_bits == 8:
         compat.bind_data_parallel(QuantizedGradientDDP)
-        compat.bind_optimizers(
-            Float16OptimizerWithFloat16Params=QuantizedFloat16Optimizer, FP32Optimizer=QuantizedFP32Optimizer
+        distributed, float16, fp32 = (
+            QuantizedDistributedOptimizer,
+            QuantizedFloat16Optimizer,
+            QuantizedFP32Optimizer,
         )
-        optimizer = QuantizedDistributedOptimizer
     if states is not None:
-        optimizer = optimizer_of(states)
-    compat.bind_optimizers(DistributedOptimizer=optimizer)
+        distributed = optimizer_of(states)
+    compat.bind_optimizers(
+        DistributedOptimizer=distributed,
+        Float16OptimizerWithFloat16Params=float16,
+        FP32Optimizer=fp32,
+    )
     if args.agoq_grad_bits == 8 or states is not None:
         compat.bind_gradient_statistics(wrap_clipping, wrap_counting_zeros, wrap_embedding_reduction)
 
@@ -351,6 +369,7 @@ def main(on_cpu: bool) -> None:
     bind_gradients_and_optimizer(args)
     compat.bind_checkpoint(quantized_checkpoint)
     compat.bind_gradient_clipping()
+    compat.bind_scheduler(ResumableScheduler)
     compat.bind_checking_checkpoint(wrap_checking_loaded(args))
     compat.bind_checkpoint_results(bool(args.save) and args.async_save)
     checksums = args.agoq_checkpoint_checksums
@@ -367,6 +386,8 @@ def main(on_cpu: bool) -> None:
     observer.watch()
     compat.bind_training_loop("train_step", partial(stop_unless_finite, args=args))
     compat.bind_training_loop("setup_model_and_optimizer", connect_first)
+    agreed = agree_first(partial(decisions, args, plan), refuse)
+    compat.bind_training_loop("setup_model_and_optimizer", agreed)
     if args.agoq_activations == SOLVED:
         check = check_same_widths(plan.config.agoq, refuse)
         compat.bind_training_loop("setup_model_and_optimizer", check)
@@ -383,9 +404,7 @@ def main(on_cpu: bool) -> None:
     except SystemExit:
         observer.finish()  # Megatron leaves by sys.exit on a signal and at --exit-interval
         raise
-    except (LayoutError, CheckpointError) as problem:
-    agreed = agree_first(partial(decisions, args, plan), refuse)
-    compat.bind_training_loop("setup_model_and_optimizer", agreed)
+    except (LayoutError, UsageError, CheckpointError) as problem:
         refuse(str(problem), 1 if isinstance(problem, CheckpointError) else 2)
     except RuntimeError as problem:
         if isinstance(problem, NotFiniteError) or "Unexpected result" in str(problem):

@@ -15,11 +15,15 @@ from copy import deepcopy
 import torch
 from agoq_kernels.adam import AdamSettings, corrections
 from agoq_kernels.states import AdamStates
-from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 from torch import Tensor
 
 from agoq_megatron.gradients.buffer import QuantizedGradient
-from agoq_megatron.optimizer.resumable import ResumableDistributedOptimizer, adam_state
+from agoq_megatron.optimizer.resumable import (
+    ResumableDistributedOptimizer,
+    ResumableFloat16Optimizer,
+    ResumableFP32Optimizer,
+    adam_state,
+)
 from agoq_megatron.optimizer.shard import STEP_NUMEL, ReadsShards, give_shard, shard_of
 
 
@@ -164,7 +168,7 @@ class QuantizedDistributedOptimizer(ReadsQuantizedGradients, ResumableDistribute
             self.model_float16_groups, self.shard_fp32_from_float16_groups = everything
 
 
-class QuantizedFloat16Optimizer(ReadsQuantizedGradients, Float16OptimizerWithFloat16Params):
+class QuantizedFloat16Optimizer(ReadsQuantizedGradients, ResumableFloat16Optimizer):
     """``Float16OptimizerWithFloat16Params`` over 8-bit gradients."""
 
     def _copy_model_grads_to_main_grads(self):
@@ -187,7 +191,7 @@ class QuantizedFloat16Optimizer(ReadsQuantizedGradients, Float16OptimizerWithFlo
             self.float16_groups, self.fp32_from_float16_groups = everything
 
 
-class QuantizedFP32Optimizer(ReadsQuantizedGradients, FP32Optimizer):
+class QuantizedFP32Optimizer(ReadsQuantizedGradients, ResumableFP32Optimizer):
     """``FP32Optimizer`` over 8-bit gradients."""
 
     @torch.no_grad()

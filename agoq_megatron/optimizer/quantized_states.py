@@ -13,6 +13,7 @@ from agoq_megatron.optimizer.adam import QuantizedAdam
 from agoq_megatron.optimizer.resumable import ResumableDistributedOptimizer
 from agoq_megatron.optimizer.settings import OptimizerSettings
 from agoq_megatron.optimizer.shard import ReadsShards, give_shard
+from agoq_megatron.resuming.rates import KeepsRates
 
 
 class QuantizedStateOptimizer(ReadsShards, ResumableDistributedOptimizer):
@@ -78,7 +79,7 @@ class QuantizedStateOptimizer(ReadsShards, ResumableDistributedOptimizer):
 
     def load_state_dict(self, state_dict):
         self.optimizer.initialize()
-        DistributedOptimizer.load_state_dict(self, state_dict)
+        KeepsRates.load_state_dict(self, state_dict)  # not the resumable one's, which is for torch's Adam
 
     def _init_optimizer_states_with_dummy_values(self):
         self.optimizer.initialize()

@@ -13,9 +13,11 @@ step, and so meets four faults of the stock class when a run is resumed:
   the parameter's size. Here they are left out: the count travels in the parameter groups alone;
 * in FP32, loading writes into a view of a parameter while gradients are recorded.
 
+None of Megatron's optimizers can be loaded with other learning rates (``resuming/rates.py``); these can.
+
 On a GPU torch's Adam steps in its fused kernel, as Transformer Engine's and apex's do.
 
-With Transformer Engine or apex installed the stock code is right, and nothing is changed.
+With Transformer Engine or apex installed the rest of the stock code is right, and nothing of it is changed.
 """
 
 from __future__ import annotations
@@ -23,6 +25,9 @@ from __future__ import annotations
 import torch
 from megatron.core.optimizer import distrib_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
+
+from agoq_megatron.resuming.rates import KeepsRates
 
 
 def adam_state(optimizer: torch.optim.Optimizer, group: dict, param: torch.Tensor) -> dict:
@@ -36,7 +41,15 @@ def adam_state(optimizer: torch.optim.Optimizer, group: dict, param: torch.Tenso
     return state
 
 
-class ResumableDistributedOptimizer(DistributedOptimizer):
+class ResumableFloat16Optimizer(KeepsRates, Float16OptimizerWithFloat16Params):
+    """``Float16OptimizerWithFloat16Params`` that goes on with other learning rates."""
+
+
+class ResumableFP32Optimizer(KeepsRates, FP32Optimizer):
+    """``FP32Optimizer`` that goes on with other learning rates."""
+
+
+class ResumableDistributedOptimizer(KeepsRates, DistributedOptimizer):
     """``DistributedOptimizer`` whose checkpoints continue bit for bit without TE and apex."""
 
     def __init__(self, *args, **kwargs):

@@ -244,6 +244,29 @@ def guarded_arguments(read, folder, args):
     return found
 
 
+def peeked_state(read, args) -> dict | None:
+    """What is no tensor in the checkpoint that the run will probably go on from, or None; without a word.
+    Nothing but an early refusal may depend on it: another one is loaded where this one is damaged.
+
+    Args:
+        read: Megatron's way to it, ``(folder, args)``.
+    """
+    folder, given = args.load, args.ckpt_step
+    if folder is None or args.finetune:
+        return None
+    if local(folder):
+        name = next(iter(candidates(Path(folder), given).names), "release")
+        if name == "release":
+            return None
+        args.ckpt_step = int(name.removeprefix("iter_"))
+    try:
+        return read(folder, args)
+    except (SystemExit, Exception, CheckpointException):
+        return None
+    finally:
+        args.ckpt_step = given
+
+
 def guarded_load_args(stock, args, load_arg: str = "load") -> None:
     """``load_args_from_checkpoint`` from the checkpoint that will be loaded, before the ranks know each
     other.

@@ -5,7 +5,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from checkpoints import ITERATIONS, MIDDLE, assert_goes_on, assert_killed_and_resumed, tensors, train
+from checkpoints import (
+    ITERATIONS,
+    MIDDLE,
+    assert_goes_on,
+    assert_killed_and_resumed,
+    assert_same_tensors,
+    tensors,
+    train,
+)
+from launch import covering
 
 pytestmark = pytest.mark.slow
 
@@ -18,9 +27,7 @@ ALL = (*EIGHT, "--agoq-grad-bits", "8")
 KEPT = {"8 bits": EIGHT, "split": SPLIT, "8 bits, FP32 masters": (*EIGHT, "--agoq-master-weights", "fp32")}
 
 
-@pytest.mark.supports(
-    "resumed bit for bit after SIGKILL", "hidden dropout", part="states"
-)
+@pytest.mark.supports("resumed bit for bit after SIGKILL", "hidden dropout", part="states")
 @pytest.mark.parametrize("ranks, flags", [
     pytest.param(1, (*SHARDED, *EIGHT, "--hidden-dropout", "0.1"), id="1 rank, 8 bits"),
     pytest.param(1, (*SHARDED, *SPLIT), id="1 rank, split"),
@@ -77,3 +84,45 @@ def test_only_the_model(launcher, whole, tmp_path):
     assert losses[0][1] == losses[1][1]
     for iteration, loss in losses[0].items():
         assert loss == pytest.approx(losses[1][iteration], rel=1e-3)
+
+
+OTHER_RATES = "--lr 1e-5 --min-lr 1e-6 --weight-decay 0.3 --adam-beta2 0.9".split()
+RATED = {
+    "8 bits": (*SHARDED, *EIGHT, "--hidden-dropout", "0.1"),
+    "split": (*SHARDED, *SPLIT),
+    "FP32": SHARDED,
+    "FP32, not distributed": (),
+}
+
+
+@pytest.mark.parametrize("kept", covering(RATED, {"8 bits", "FP32", "FP32, not distributed"}))
+def test_other_rates(launcher, whole, tmp_path, kept):
+    """The checkpoint's with one flag: the unbroken run, bit for bit. The command line's with the other."""
+    expected, checkpoints = whole(1, *RATED[kept])
+    load = [*train(*RATED[kept]), "--load", checkpoints, "--ckpt-step", MIDDLE, *OTHER_RATES]
+    same = [
+        "--use-checkpoint-opt_param-scheduler",
+        "--save",
+        tmp_path / "same",
+        "--save-interval",
+        ITERATIONS,
+    ]
+    run = launcher.run(*load, *same)
+    assert run.ok, run.log[-4000:]
+    assert run.losses() == {i: expected.losses()[i] for i in range(MIDDLE + 1, ITERATIONS + 1)}
+    assert_same_tensors(checkpoints, tmp_path / "same", ITERATIONS)
+
+    other = ["--override-opt_param-scheduler", "--save", tmp_path / "other", "--save-interval", ITERATIONS]
+    run = launcher.run(*load, *other)
+    assert run.ok, run.log[-4000:]
+    assert run.losses()[MIDDLE + 1] == expected.losses()[MIDDLE + 1]  # before any step
+    moved = {}
+    for name, folder in (("before", checkpoints), ("other", tmp_path / "other")):
+        moved[name] = tensors(folder, MIDDLE if name == "before" else ITERATIONS)
+    steps = [
+        (moved["other"][name] - moved["before"][name]).abs().max()
+        for name in moved["before"]
+        if name.endswith("param") or "fp32_param" in name
+    ]
+    # Three steps of Adam move a weight by some three times the rate: 1e-5, where the checkpoint's was 4e-4.
+    assert steps and 3e-6 < max(steps) < 1e-4, steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from importlib.metadata import PackageNotFoundError
 
 import pytest
@@ -196,3 +197,34 @@ def test_flags_help_is_read_once(monkeypatch):
     first.field_docstrings.clear()
     monkeypatch.setattr(argument_utils, "inspect", None)
     assert factory(CheckpointConfig).field_docstrings == fresh
+
+
+def test_the_scheduler_is_replaced_where_it_is_built(monkeypatch):
+    import megatron.training.training as training
+
+    stock = training.OptimizerParamScheduler
+    monkeypatch.setattr(training, "OptimizerParamScheduler", stock)
+    names = training.get_optimizer_param_scheduler.__code__.co_names
+    assert {"get_args", "update_train_iters", "OptimizerParamScheduler"} <= set(names)
+    ours = type("Ours", (stock,), {})
+    with pytest.raises(TypeError, match="no subclass"):
+        compat.bind_scheduler(torch.nn.Module)
+    compat.bind_scheduler(ours)
+    assert training.OptimizerParamScheduler is ours
+
+    before = {name: getattr(training, name) for name in ("get_args", "update_train_iters")}
+    args = argparse.Namespace(
+        train_iters=None, train_samples=1000, lr_decay_samples=None, lr_warmup_fraction=0.25, lr=0.5,
+        lr_wsd_decay_samples=None, lr_warmup_init=0.0, min_lr=0.1, lr_decay_style="linear",
+        start_weight_decay=0.1, end_weight_decay=0.1, weight_decay_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False, override_opt_param_scheduler=False, lr_wsd_decay_style=None,
+    )  # fmt: skip
+    given = dict(vars(args))
+    scheduler = compat.scheduler_of(args, ours)
+    assert type(scheduler) is ours and scheduler.lr_warmup_steps == 250 and scheduler.lr_decay_steps == 1000
+    assert vars(args) == given
+    assert all(getattr(training, name) is function for name, function in before.items())
+    args.lr_warmup_fraction = 2.0
+    with pytest.raises(AssertionError):
+        compat.scheduler_of(args, ours)
+    assert all(getattr(training, name) is function for name, function in before.items())
