@@ -124,7 +124,9 @@ def loss_func(
         output: [b, s], the model's token losses.
 
     Returns:
-        The summed loss, the number of tokens, and for the log ``[sum, tokens]`` under "lm loss".
+        The summed loss, the number of tokens, and for the log ``[sum, tokens]`` under "lm loss". There no
+        tokens count as next to none: what Megatron sums over micro-batches and ranks it divides by, and where
+        nothing counts anywhere 0 / 0 would be a NaN. Any whole number takes the addend without a trace.
     """
     args = get_args()
     mask = loss_mask.view(-1).float()
@@ -152,7 +154,8 @@ def loss_func(
         )
 
     tokens = mask.sum().detach().to(torch.int)
-    logged = torch.cat([loss.detach().view(1), tokens.view(1)])
+    count = tokens.float().clamp(min=torch.finfo(torch.float32).tiny)
+    logged = torch.stack([loss.detach(), count])
     return loss, tokens, {LOSS: logged}
 
 
