@@ -110,6 +110,7 @@ class Planner:
         args = copy.copy(self._args)
         for name, value in changes.items():
             setattr(args, name, value)
+        args.step_batch_size_schedule = None  # the largest batch is in the steps
         args.global_batch_size = self._steps * args.micro_batch_size * args.data_parallel_size
         rows = footprints(args, transformer_config_from_args(args))
         return [self._as_coat(row) for row in rows] if coat else rows

@@ -36,6 +36,7 @@ from agoq_megatron.autograd.cross_entropy import vocab_parallel_cross_entropy
 from agoq_megatron.autograd.linear import add_product
 from agoq_megatron.autograd.linear_cross_entropy import LinearCrossEntropy, LinearCrossEntropySpec
 from agoq_megatron.autograd.recompute import quantized_checkpoint
+from agoq_megatron.batches import count_by_samples, schedule_from_args
 from agoq_megatron.communicators import connect_first
 from agoq_megatron.config import AGoQConfig
 from agoq_megatron.data import datasets_provider, get_batch
@@ -261,6 +262,7 @@ def parse_arguments(on_cpu: bool, unused: Iterable[str] = ()) -> argparse.Namesp
         raise UsageError("start it with torchrun: torchrun --nproc-per-node N pretrain_gpt_agoq.py FLAGS")
     check(args, on_cpu)
     check_writers(args)
+    count_by_samples(args)
     if args.agoq_grad_bits == 16:
         args.grad_reduce_in_bf16 = True
     validate_args(args)
@@ -281,6 +283,14 @@ def check_writers(args: argparse.Namespace) -> None:
         raise UsageError("--wandb-project: say with --save or --wandb-save-dir where its files go.")
 
 
+def check_batches(args: argparse.Namespace, saved: dict | None) -> None:
+    """Refuse batch sizes that a run, going on from what is ``saved``, would meet and could not divide."""
+    schedule = schedule_from_args(args)
+    if schedule is not None:
+        consumed = getattr((saved or {}).get("args"), "consumed_train_samples", 0)
+        schedule.check(args.micro_batch_size * args.data_parallel_size, consumed)
+
+
 def prepare(on_cpu: bool) -> tuple[argparse.Namespace, Plan]:
     """Everything that can refuse a run, before anything of it exists; prints the plan on rank 0.
 
@@ -295,6 +305,7 @@ def prepare(on_cpu: bool) -> tuple[argparse.Namespace, Plan]:
         restore_widths(args, partial(guarded_arguments, compat.checkpoint_arguments))
         if not args.skip_train:
             saved = peeked_state(compat.checkpoint_state, args)
+            check_batches(args, saved)
             check_rates(args, saved, partial(compat.scheduler_of, scheduler_class=ResumableScheduler))
         plan = plan_from_args(args)
         check_watched(args, plan)

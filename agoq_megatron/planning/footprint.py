@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from agoq_kernels.attention import groups_at_a_time
 from agoq_kernels.gradients import BLOCK, segment_bytes
 
+from agoq_megatron.batches import schedule_from_args
 from agoq_megatron.gradients.settings import format_from_args, launched_on_a_node, node_layout
 from agoq_megatron.memory import ATTENTION_SITES, MLP_SITES, Plan
 from agoq_megatron.optimizer.settings import OptimizerSettings, optimizer_settings_from_args
@@ -63,8 +64,10 @@ class Footprint:
 
 
 def micro_batches(args) -> int:
-    """Of a step, on one data-parallel rank."""
-    return args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
+    """Of a step, on one data-parallel rank; of the largest one, where the batch size grows."""
+    schedule = schedule_from_args(args)
+    batch = args.global_batch_size if schedule is None else schedule.largest
+    return batch // (args.micro_batch_size * args.data_parallel_size)
 
 
 def schedule_of(args) -> Schedule:
