@@ -36,7 +36,6 @@ from megatron.core import mpu  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.core.utils import unwrap_model  # noqa: E402
-from megatron.training.argument_utils import gpt_config_from_args  # noqa: E402
 from megatron.training.checkpointing import checkpoint_exists, load_checkpoint  # noqa: E402
 from megatron.training.global_vars import set_global_variables  # noqa: E402
 from megatron.training.initialize import initialize_megatron  # noqa: E402
@@ -48,8 +47,7 @@ from agoq_megatron.autograd.recompute import quantized_checkpoint  # noqa: E402
 from agoq_megatron.data import datasets_provider  # noqa: E402
 from agoq_megatron.planning import replay, sensitivity  # noqa: E402
 from agoq_megatron.refusals import UsageError  # noqa: E402
-from agoq_megatron.specs import agoq_layer_spec  # noqa: E402
-from agoq_megatron.transformer_config import transformer_config_from_args  # noqa: E402
+from agoq_megatron.specs import model_config_from_args  # noqa: E402
 
 SETTLED = [
     *"--hidden-dropout 0 --agoq-activations off --agoq-rounding policy --no-load-optim --no-load-rng".split(),
@@ -69,8 +67,7 @@ SECONDS_BETWEEN_LINES = 3.0
 
 def build_model(args) -> tuple[list[torch.nn.Module], int | None]:
     """This rank's model chunks, not wrapped for training, and the iteration of their checkpoint or None."""
-    config = gpt_config_from_args(args, config=transformer_config_from_args(args))
-    config.transformer_layer_spec = agoq_layer_spec
+    config = model_config_from_args(args)
     builder = config.get_builder_cls()(config)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     chunks = builder.build_distributed_models(groups, wrap_with_ddp=False)

@@ -16,6 +16,8 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from megatron.training.argument_utils import gpt_config_from_args
+from megatron.training.models import GPTModelConfig
 
 from agoq_megatron.modules.attention import CoreAttention, SelfAttention
 from agoq_megatron.modules.layer import TransformerLayer
@@ -23,6 +25,7 @@ from agoq_megatron.modules.linear import FusedRowParallelLinear, LayerNormColumn
 from agoq_megatron.modules.mlp import MLP
 from agoq_megatron.modules.norm import Norm
 from agoq_megatron.stock import prepare_stock
+from agoq_megatron.transformer_config import complete_model_config, transformer_config_from_args
 
 
 class AGoQSpecProvider(BackendSpecProvider):
@@ -93,9 +96,21 @@ def agoq_layer_spec(config, vp_stage: int | None = None) -> TransformerBlockSubm
         SystemExit: in a stock run, flags that cannot work.
     """
     if getattr(config.transformer, "agoq", None) is None:
-        prepare_stock(config.transformer)
+        prepare_stock(config)
     provider = AGoQSpecProvider()
     layers = get_num_layers_to_build(config.transformer, vp_stage=vp_stage)
     return TransformerBlockSubmodules(
         layer_specs=[layer_spec(provider)] * layers, layer_norm=provider.layer_norm()
     )
+
+
+def model_config_from_args(args) -> GPTModelConfig:
+    """Megatron's config of a GPT with the layers of this project, from its arguments and ours.
+
+    Raises:
+        PolicyError: the policy cannot be used.
+    """
+    config = gpt_config_from_args(args, config=transformer_config_from_args(args))
+    complete_model_config(config, args)
+    config.transformer_layer_spec = agoq_layer_spec
+    return config

@@ -19,9 +19,9 @@ from argparse import Namespace
 
 import torch
 from megatron.core import mpu
-from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training import get_args
 from megatron.training.argument_utils import ArgumentGroupFactory
+from megatron.training.models import GPTModelConfig
 
 from agoq_megatron import compat
 from agoq_megatron.agreement import compare, decisions
@@ -29,11 +29,13 @@ from agoq_megatron.autograd import rounding
 from agoq_megatron.autograd.linear import add_product
 from agoq_megatron.autograd.recompute import quantized_checkpoint
 from agoq_megatron.config import AGoQConfig
+from agoq_megatron.flag_register import remarks
 from agoq_megatron.memory import Plan
 from agoq_megatron.planning.policies import compute_policy
 from agoq_megatron.policy.fitting import policy_for
 from agoq_megatron.policy.policy import PolicyError
 from agoq_megatron.refusals import UsageError, refuse
+from agoq_megatron.transformer_config import complete_model_config
 from agoq_megatron.validation import check
 
 VARIABLE = "AGOQ_FLAGS"
@@ -81,12 +83,14 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def prepare_stock(config: TransformerConfig) -> None:
-    """Put the policy into the config of a model that stock Megatron is about to build.
+def prepare_stock(model: GPTModelConfig) -> None:
+    """Put the policy into the config of a model that stock Megatron is about to build, and into the model's
+    what Megatron left out.
 
     Raises:
         SystemExit: flags that cannot work, after one paragraph on the first rank of each node.
     """
+    config = model.transformer
     try:
         compat.check_megatron()
         args = arguments()
@@ -96,10 +100,13 @@ def prepare_stock(config: TransformerConfig) -> None:
         config.agoq_gradients = config.agoq_optimizer = None
         config.agoq_sequence = args.seq_length
         plan = Plan(config)
+        complete_model_config(model, args)
     except (UsageError, PolicyError, compat.CompatibilityError) as problem:
         refuse(str(problem))
     if args.rank == 0:
         print("AGoQ: activations only; gradients, optimizer, loss and logs are Megatron's.", flush=True)
+        for line in remarks(args):
+            print(line, flush=True)
         plan.print()
     if not enter_loop.cache_info().currsize:
         compare(decisions(args, plan), refuse)  # AGOQ_FLAGS may not have been passed on to every node

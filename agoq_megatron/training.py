@@ -41,6 +41,7 @@ from agoq_megatron.communicators import connect_first
 from agoq_megatron.config import AGoQConfig
 from agoq_megatron.data import datasets_provider, get_batch
 from agoq_megatron.finite import REMEDY, NotFiniteError, stop_unless_finite
+from agoq_megatron.flag_register import remarks
 from agoq_megatron.finite import STATUS as NOT_FINITE
 from agoq_megatron.gradients.data_parallel import QuantizedGradientDDP, wrap_embedding_reduction
 from agoq_megatron.gradients.settings import LayoutError
@@ -73,8 +74,7 @@ from agoq_megatron.resuming.loop import (
 )
 from agoq_megatron.resuming.rates import ResumableScheduler, check_rates
 from agoq_megatron.resuming.resume import CheckpointError
-from agoq_megatron.specs import agoq_layer_spec
-from agoq_megatron.transformer_config import transformer_config_from_args
+from agoq_megatron.specs import model_config_from_args
 from agoq_megatron.validation import check
 from agoq_megatron.wandb_run import wrap_opening
 from agoq_megatron.watching import check_watched, restore_widths, wrap_checking_loaded
@@ -310,6 +310,8 @@ def prepare(on_cpu: bool) -> tuple[argparse.Namespace, Plan]:
         plan = plan_from_args(args)
         check_watched(args, plan)
         if args.rank == 0:
+            for line in remarks(args):
+                print(line, flush=True)
             plan.print()
         if args.agoq_dry_run:
             sys.exit(0)
@@ -406,8 +408,7 @@ def main(on_cpu: bool) -> None:
         check = check_same_widths(plan.config.agoq, refuse)
         compat.bind_training_loop("setup_model_and_optimizer", check)
 
-    model = gpt_config_from_args(args, config=transformer_config_from_args(args))
-    model.transformer_layer_spec = agoq_layer_spec
+    model = model_config_from_args(args)
     try:
         pretrain(
             pretrain_cfg_container_from_args(args, model),

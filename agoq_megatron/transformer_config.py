@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.argument_utils import core_transformer_config_from_args
+from megatron.training.models import GPTModelConfig
 
 from agoq_megatron.gradients.settings import GradientSettings, settings_from_args
 from agoq_megatron.optimizer.settings import OptimizerSettings, optimizer_settings_from_args
@@ -47,3 +48,11 @@ def transformer_config_from_args(args) -> AGoQTransformerConfig:
         # A CPU has no product of 16-bit factors into an FP32 buffer: DDP adds the gradients there.
         config.gradient_accumulation_fusion = False
     return config
+
+
+def complete_model_config(config: GPTModelConfig, args) -> None:
+    """Put into Megatron's model config what its ``gpt_config_from_args`` leaves at the default though there
+    is a flag: it passes ``--use-rope-scaling`` on, but not the factor. (``tests/modules/test_flags.py`` looks
+    for others.) Before the model is built; a layer spec is called in time.
+    """
+    config.rope_scaling_factor = args.rope_scaling_factor

@@ -11,176 +11,13 @@ from argparse import Namespace
 from pathlib import Path
 
 from agoq_megatron.budget_validation import check_budget
+from agoq_megatron.flag_register import check_register
 from agoq_megatron.policy.policy import COMPUTED, load_policy
-from agoq_megatron.refusals import Check, UsageError, is_set
+from agoq_megatron.refusals import UsageError
 from agoq_megatron.saving_validation import check_counts, check_empty, check_saving
 from agoq_megatron.state_validation import check_gradients, check_optimizer
 
 RECOMPUTE_MODULES = ("core_attn", "mlp", "layernorm")
-
-
-_NOT_CARRIED: tuple[Check, ...] = (
-    ("num_experts", is_set, "--num-experts", "mixture-of-experts layers are not carried yet"),
-    (
-        "multi_latent_attention",
-        is_set,
-        "--multi-latent-attention",
-        "multi-latent attention is not carried yet",
-    ),
-    (
-        "context_parallel_size",
-        lambda n: n > 1,
-        "--context-parallel-size",
-        "context parallelism is not carried yet; shorten the sequence a rank holds by tensor and "
-        "sequence parallelism instead",
-    ),
-    ("cuda_graph_impl", lambda v: v != "none", "--cuda-graph-impl", "CUDA graphs are not carried yet"),
-    ("enable_cuda_graph", is_set, "--enable-cuda-graph", "CUDA graphs are not carried yet"),
-    ("external_cuda_graph", is_set, "--external-cuda-graph", "CUDA graphs are not carried yet"),
-    ("fp8", is_set, "--fp8-format", "FP8 matrix products need Transformer Engine's own layers"),
-    ("fp4", is_set, "--fp4-format", "FP4 matrix products need Transformer Engine's own layers"),
-    ("qk_layernorm", is_set, "--qk-layernorm", "norms on query and key are not carried yet"),
-    ("qk_l2_norm", is_set, "--qk-l2-norm", "norms on query and key are not carried yet"),
-    ("qk_clip", is_set, "--qk-clip", "query-key clipping is not carried yet"),
-    ("mtp_num_layers", is_set, "--mtp-num-layers", "multi-token prediction is not carried yet"),
-    (
-        "heterogeneous_layers_config_path",
-        is_set,
-        "--heterogeneous-layers-config-path",
-        "heterogeneous layers are not carried yet",
-    ),
-    (
-        "hybrid_layer_pattern",
-        is_set,
-        "--hybrid-layer-pattern",
-        "hybrid (Mamba) stacks are not carried yet",
-    ),
-    (
-        "experimental_attention_variant",
-        is_set,
-        "--experimental-attention-variant",
-        "only causal softmax attention is carried",
-    ),
-    ("window_size", is_set, "--window-size", "sliding-window attention is not carried yet"),
-    (
-        "softmax_type",
-        lambda v: v != "vanilla",
-        "--softmax-type",
-        "only the vanilla softmax is carried",
-    ),
-    ("attention_output_gate", is_set, "--attention-output-gate", "gated attention is not carried yet"),
-    (
-        "attention_dropout",
-        lambda p: p > 0,
-        "--attention-dropout",
-        "the saved attention has no dropout mask; pass --attention-dropout 0 (Megatron's default is 0.1)",
-    ),
-    (
-        "layernorm_zero_centered_gamma",
-        is_set,
-        "--apply-layernorm-1p",
-        "zero-centred norm weights are not carried yet",
-    ),
-    (
-        "fp32_residual_connection",
-        is_set,
-        "--fp32-residual-connection",
-        "the residual stream is kept in the compute dtype",
-    ),
-    (
-        "apply_residual_connection_post_layernorm",
-        is_set,
-        "--apply-residual-connection-post-layernorm",
-        "the residual is taken before the norm, whose output is not kept",
-    ),
-    ("squared_relu", is_set, "--squared-relu", "the activations carried are SwiGLU and GELU"),
-    ("quick_geglu", is_set, "--quick-geglu", "the activations carried are SwiGLU and GELU"),
-    ("use_megatron_fsdp", is_set, "--use-megatron-fsdp", "use --use-distributed-optimizer instead"),
-    ("use_torch_fsdp2", is_set, "--use-torch-fsdp2", "use --use-distributed-optimizer instead"),
-    (
-        "cpu_offloading_num_layers",
-        is_set,
-        "--cpu-offloading-num-layers",
-        "offloading needs Transformer Engine's own layers",
-    ),
-    (
-        "fine_grained_activation_offloading",
-        is_set,
-        "--fine-grained-activation-offloading",
-        "the saved tensors are packed instead of offloaded",
-    ),
-    (
-        "distribute_saved_activations",
-        is_set,
-        "--distribute-saved-activations",
-        "the kept layer input is packed instead; with --sequence-parallel it is sharded too",
-    ),
-    (
-        "reset_attention_mask",
-        is_set,
-        "--reset-attention-mask",
-        "the fused attention is causal over the whole sequence and reads no mask",
-    ),
-    (
-        "dataloader_inter_document_masking",
-        is_set,
-        "--dataloader-inter-document-masking",
-        "packed sequences are not carried yet",
-    ),
-    ("fim_data", is_set, "--fim-data", "fill-in-the-middle data sets are not carried yet"),
-    (
-        "pipeline_model_parallel_layout",
-        is_set,
-        "--pipeline-model-parallel-layout",
-        "layouts by string are not carried yet; use even stages, or "
-        "--decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers",
-    ),
-    ("freeze_all_layers", is_set, "--freeze-all-layers", "all layers are trained here"),
-    ("logits_load_dir", is_set, "--logits-load-dir", "distillation is not carried yet"),
-    ("logits_save_dir", is_set, "--logits-save-dir", "distillation is not carried yet"),
-    ("inprocess_restart", is_set, "--inprocess-restart", "restarts in a process are not carried yet"),
-    (
-        "attention_backend",
-        lambda v: v.name not in ("auto", "flash", "fused"),
-        "--attention-backend",
-        "attention always runs in torch's fused kernels; use auto",
-    ),
-    ("sft", is_set, "--sft", "packed fine-tuning sequences are not carried yet"),
-    ("tp_comm_overlap", is_set, "--tp-comm-overlap", "it needs Transformer Engine's linear layers"),
-    ("delay_wgrad_compute", is_set, "--delay-wgrad-compute", "it needs Transformer Engine's layers"),
-    (
-        "te_precision_config_file",
-        is_set,
-        "--te-precision-config-file",
-        "it configures Transformer Engine's layers, which are replaced here",
-    ),
-    ("use_kitchen_attention", is_set, "--use-kitchen-attention", "Kitchen's layers are replaced here"),
-    (
-        "spec",
-        is_set,
-        "--spec",
-        "this entry point supplies its own layer spec; use Megatron's entry for another one",
-    ),
-    ("yaml_cfg", is_set, "--yaml-cfg", "give the model by flags"),
-    (
-        "rampup_batch_size",
-        is_set,
-        "--rampup-batch-size",
-        "megatron-core 0.19 accepts it and ignores it; use --step-batch-size-schedule",
-    ),
-    (
-        "transformer_impl",
-        lambda v: v == "inference_optimized",
-        "--transformer-impl inference_optimized",
-        "this is a training entry point",
-    ),
-    (
-        "position_embedding_type",
-        lambda v: v not in ("rope", "learned_absolute", "none"),
-        "--position-embedding-type",
-        "carried are rope, learned_absolute and none",
-    ),
-)
 
 
 def check(args: Namespace, on_cpu: bool = False) -> None:
@@ -193,10 +30,7 @@ def check(args: Namespace, on_cpu: bool = False) -> None:
     Raises:
         UsageError: the first problem found (``PolicyError``, also a ValueError, for a policy).
     """
-    for attribute, refused, flag, remedy in _NOT_CARRIED:
-        value = getattr(args, attribute, None)
-        if value is not None and refused(value):
-            raise UsageError(f"{flag}: {remedy}.")
+    check_register(args)
     check_empty(args)
     check_counts(args)
     policy = None
@@ -244,17 +78,6 @@ def check(args: Namespace, on_cpu: bool = False) -> None:
         raise UsageError(
             f"--optimizer {args.optimizer} with --use-distributed-optimizer: Megatron distributes Adam "
             "alone; leave one of them out."
-        )
-    glu = args.glu_linear_offset or args.activation_func_clamp_value is not None
-    if glu and args.swiglu:
-        raise UsageError(
-            "--glu-linear-offset, --activation-func-clamp-value: the SwiGLU carried here is the plain "
-            "one; leave them out."
-        )
-    if glu:
-        raise UsageError(
-            "--glu-linear-offset, --activation-func-clamp-value: these belong to gated activations, "
-            "but the model has GELU. Add --swiglu or leave them out."
         )
 
 

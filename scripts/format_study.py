@@ -38,7 +38,6 @@ if not torch.cuda.is_available():
 from agoq_kernels.formats import Format  # noqa: E402
 from format_transforms import MEAN_BITS, Transform, transform_attention  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
-from megatron.training.argument_utils import gpt_config_from_args  # noqa: E402
 from megatron.training.checkpointing import load_checkpoint  # noqa: E402
 from megatron.training.initialize import initialize_megatron  # noqa: E402
 
@@ -47,8 +46,7 @@ from agoq_megatron.data import datasets_provider  # noqa: E402
 from agoq_megatron.memory import Plan  # noqa: E402
 from agoq_megatron.policy.policy import BUILT_IN, ActivationPolicy, Rule, load_policy  # noqa: E402
 from agoq_megatron.policy.sites import Site  # noqa: E402
-from agoq_megatron.specs import agoq_layer_spec  # noqa: E402
-from agoq_megatron.transformer_config import transformer_config_from_args  # noqa: E402
+from agoq_megatron.specs import model_config_from_args  # noqa: E402
 
 TENSORS = {
     "norm inputs": (Site.NORM1_INPUT, Site.NORM2_INPUT),
@@ -198,8 +196,7 @@ def study_arguments() -> argparse.Namespace:
 def build_model(args):
     """The model with the checkpoint's weights, not wrapped for training, and their iteration."""
     args.gradient_accumulation_fusion = False  # there are no gradient buffers here, only .grad
-    config = gpt_config_from_args(args, config=transformer_config_from_args(args))
-    config.transformer_layer_spec = agoq_layer_spec
+    config = model_config_from_args(args)
     builder = config.get_builder_cls()(config)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     model = builder.build_distributed_models(groups, wrap_with_ddp=False)

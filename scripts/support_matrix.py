@@ -7,11 +7,13 @@ Nothing on the page is written by hand:
 
 - *works*: a test carries the mark ``@pytest.mark.supports("feature", ..., part="activations")``. The tests
   are parsed, not run; that they pass is ``scripts/test.sh``'s to say.
-- *refused*: the checks of ``agoq_megatron/validation.py`` and ``state_validation.py``, asked with the
+- *refused*: the checks of ``agoq_megatron/flag_register.py`` and ``state_validation.py``, asked with the
   feature's flags, say no.
 - *untested*: neither. A feature with both is a contradiction and an error.
 
-The features are listed below; all of Megatron's flags come from its parser.
+The features are listed below; all of Megatron's flags come from its parser, and what becomes of each from the
+register. A flag that the register calls carried and no test sets, or untested although one does, is an error
+too.
 """
 
 from __future__ import annotations
@@ -22,6 +24,10 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from agoq_megatron.flag_register import Flag
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/support.md"
@@ -169,10 +175,10 @@ def _named(call: ast.Call, where: str) -> Iterable[tuple[str, str]]:
 
 
 def words_of_tests(folder: Path) -> set[str]:
-    """Every word of the string constants of a folder's tests, those of refused flags left out."""
+    """Every word of the string constants of a folder's tests, those of refused and named flags left out."""
     found: set[str] = set()
     for path in folder.rglob("*.py"):
-        if path.name != "test_bad_input.py":
+        if path.name not in ("test_bad_input.py", "test_flag_register.py"):
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.Constant) and isinstance(node.value, str):
                     found.update(node.value.split())
@@ -184,9 +190,9 @@ def words_of_tests(folder: Path) -> set[str]:
 
 def checks() -> dict[str, tuple]:
     """The refusals of each part, as (attribute, refused, flag, reason)."""
-    from agoq_megatron import state_validation, validation
+    from agoq_megatron import flag_register, state_validation
 
-    carried = validation._NOT_CARRIED
+    carried = flag_register.REFUSED
     return {
         "activations": carried,
         "gradients": (*carried, *state_validation._NOT_WITH_8_BIT_GRADIENTS),
@@ -253,40 +259,60 @@ def flag_text(flag: str) -> str:
     return f"without `{flag.removeprefix('no ')}`" if flag.startswith("no ") else f"`{flag}`"
 
 
-def parser_groups() -> dict[str, dict[str, str]]:
-    """Megatron's flags by the title of their group: {title: {flag: attribute}}."""
-    from megatron.training.arguments import add_megatron_arguments
+def standings(words: set[str]) -> dict[str, list[Flag]]:
+    """All of Megatron's flags by what becomes of them; Megatron's own by whether a test sets them.
 
-    parser = add_megatron_arguments(argparse.ArgumentParser(add_help=False))
-    groups: dict[str, dict[str, str]] = {}
-    for group in parser._action_groups:
-        flags = {a.option_strings[0]: a.dest for a in group._group_actions if a.option_strings}
-        if flags:
-            groups.setdefault(group.title or "", {}).update(flags)
-    return groups
+    Raises:
+        Contradiction: the tests say otherwise than the register.
+    """
+    from agoq_megatron.flag_register import megatron_flags, standing
+
+    found: dict[str, list[Flag]] = {kind: [] for kind in KINDS}
+    wrong: dict[str, list[str]] = {"carried": [], "untested": []}
+    for flag in megatron_flags().values():
+        kind, tested = standing(flag), not words.isdisjoint(flag.options)
+        if (kind, tested) in (("carried", False), ("untested", True)):
+            wrong[kind].append(flag.option)
+        if kind == "Megatron's":
+            kind = "Megatron's, in a test" if tested else "Megatron's, in none"
+        found[kind].append(flag)
+    for kind, but in (("carried", "no test sets"), ("untested", "a test sets")):
+        if wrong[kind]:
+            names = ", ".join(wrong[kind])
+            raise Contradiction(f"agoq_megatron/flag_register.py: {kind}, but {but} it: {names}")
+    return found
 
 
-def flags_text(groups: dict[str, dict[str, str]], words: set[str], tables: dict[str, tuple]) -> list[str]:
-    """How many flags of each group are in a test, refused, or neither; those that are neither by name."""
-    refused = {flag.removeprefix("no ").split()[0] for table in tables.values() for _, _, flag, _ in table}
-    rows, untried, total = [], [], 0
-    for title, flags in sorted(groups.items()):
-        used = [flag for flag in flags if flag in words]
-        no = [flag for flag in flags if flag in refused and flag not in used]
-        rest = [flag for flag in flags if flag not in used and flag not in no]
-        total += len(flags)
-        rows.append(f"| {title} | {len(used)} | {len(no)} | {len(rest)} |")
-        if rest:
-            untried += ["", f"**{title}**: " + ", ".join(f"`{flag}`" for flag in sorted(rest))]
-    return [
-        "", "## Flag by flag", "",
-        f"Megatron's parser has {total} flags. How many of each of its groups occur in a test, are refused",
-        "(with some value, or altogether), or neither. Neither does not mean that it fails: most flags",
-        "concern data, logs and schedules, which are Megatron's own code here. It means that no test of this",
-        "project sets it.", "",
-        "| group | in a test | refused | neither |", "|---|---|---|---|", *rows,
-        "", "### In no test", *untried,
-    ]  # fmt: skip
+KINDS = {
+    "carried": "a test sets them",
+    "refused": "see above",
+    "untested": "reach layers, gradients or optimizer, and no test sets them; a run names them at start",
+    "idle": "belong to what is not carried and do nothing alone; a run names them at start",
+    "Megatron's, in a test": "of data, logs, schedules and checkpoints",
+    "Megatron's, in none": "so too; that no test of this project sets them does not mean that they fail",
+    "unknown": "a later Megatron's: refused where they reach the model's config, otherwise named at start",
+}
+
+
+def flags_text(found: dict[str, list[Flag]]) -> list[str]:
+    from agoq_megatron.flag_register import CARRIED
+
+    lines = ["", "## Flag by flag", ""]
+    lines += [f"What becomes of Megatron's {sum(map(len, found.values()))} flags, by the register in"]
+    lines += ["`agoq_megatron/flag_register.py`:", "", "| | flags | |", "|---|---|---|"]
+    lines += [f"| {kind} | {len(found[kind])} | {why} |" for kind, why in KINDS.items()]
+    for kind in ("untested", "idle", "Megatron's, in none"):
+        groups: dict[str, list[str]] = {}
+        for flag in found[kind]:
+            groups.setdefault(flag.group, []).append(flag.option)
+        lines += ["", f"### {kind[0].upper()}{kind[1:]}"]
+        for title, options in sorted(groups.items()):
+            lines += ["", f"**{title}**: " + ", ".join(f"`{option}`" for option in sorted(options))]
+    lines += ["", "### Carried, by the module that answers for it"]
+    options = {flag.attribute: flag.option for flag in found["carried"]}
+    for module, names in CARRIED.items():
+        lines += ["", f"**{module}**: " + ", ".join(f"`{options[name]}`" for name in sorted(names.split()))]
+    return lines
 
 
 def page() -> str:
@@ -307,7 +333,7 @@ def page() -> str:
         "",
         "Combinations of flags that cannot go together are refused too, with the flag's name: see",
         "`agoq_megatron/validation.py`; `tests/training/test_bad_input.py` has a case of each.",
-        *flags_text(parser_groups(), words_of_tests(ROOT / "tests"), tables),
+        *flags_text(standings(words_of_tests(ROOT / "tests"))),
     ]
     return "\n".join(lines) + "\n"
 

@@ -1,20 +1,18 @@
-"""docs/support.md says what the tests' marks and the checks of flags say; the checks do refuse."""
+"""docs/support.md says what the tests' marks, the register of flags and the checks say. (That they do refuse:
+``tests/training/test_flag_register.py``.)"""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from argparse import Namespace
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import support_matrix
-from support_matrix import FEATURES, PARTS, Contradiction, Feature, checks, marks, refusal, status
+from support_matrix import FEATURES, Contradiction, checks, marks, standings, status
 
-from agoq_megatron import state_validation, validation
-from agoq_megatron.config import AGoQConfig
-from agoq_megatron.refusals import UsageError
+from agoq_megatron.flag_register import UNTESTED, megatron_flags
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -75,9 +73,7 @@ def test_status():
 
 def test_attributes_are_megatrons():
     """A feature whose attribute is misspelt would never be refused."""
-    known = {dest for flags in support_matrix.parser_groups().values() for dest in flags.values()}
-    # Made from other flags as Megatron parses and validates them.
-    known |= {"fp8", "fp4"}
+    known = set(megatron_flags())
     for feature in FEATURES.values():
         assert set(feature.args) <= known, feature
     for table in checks().values():
@@ -85,36 +81,14 @@ def test_attributes_are_megatrons():
             assert flag.removeprefix("no ").startswith("--")
 
 
-VALUES = (True, False, 0.1, 2, "x", "inference_optimized", "off-by-one", Namespace(name="unfused"))
-"""One of them is what a check refuses."""
-
-
-@pytest.mark.parametrize("part", PARTS)
-def test_what_the_page_calls_refused_is_refused(part):
-    """By the functions that a run calls, one flag at a time."""
-    ours = {"gradients": {"agoq_grad_bits": 8}, "states": {"agoq_optimizer_bits": 8}}.get(part, {})
-    base = vars(AGoQConfig()) | ours
-    base |= {"bf16": True, "optimizer": "adam", "use_distributed_optimizer": True, "ddp_bucket_size": None}
-    base |= {"accumulate_allreduce_grads_in_fp32": False, "world_size": 1}
-    function = {
-        "activations": lambda args: validation.check(args),
-        "gradients": state_validation.check_gradients,
-        "states": state_validation.check_optimizer,
-    }[part]
-    carried = () if part == "activations" else checks()["activations"]
-    table = [entry for entry in checks()[part] if entry not in carried]
-    assert len(table) > 8
-    for attribute, refused, flag, reason in table:
-        values = [v for v in VALUES if _refuses(refused, v)]
-        assert values, f"{flag}: no value that is refused among those of this test"
-        assert refusal(Feature("x", {attribute: values[0]}), table), flag
-        with pytest.raises(UsageError) as problem:
-            function(Namespace(**base | {attribute: values[0]}))
-        assert reason in str(problem.value) and flag.removeprefix("no ") in str(problem.value)
-
-
-def _refuses(refused, value) -> bool:
-    try:
-        return bool(refused(value))
-    except (AttributeError, TypeError):  # not a value of this flag
-        return False
+def test_tests_and_register_agree():
+    """A flag is carried only while a test sets it."""
+    words = support_matrix.words_of_tests(ROOT / "tests")
+    found = standings(words)
+    assert sum(map(len, found.values())) == len(megatron_flags()) and not found["unknown"]
+    for changed, told in (
+        (words - {"--norm-epsilon"}, "carried, but no test sets it: --norm-epsilon"),
+        (words | {f"--{UNTESTED.split()[0]}"}, f"untested, but a test sets it: --{UNTESTED.split()[0]}"),
+    ):
+        with pytest.raises(Contradiction, match=told):
+            standings(changed)

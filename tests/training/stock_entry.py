@@ -60,7 +60,9 @@ def main():
     import torch
 
     args = parse_and_validate_args(flags)
-    config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
+    model = gpt_config_from_args(args)
+    model.rope_scaling_factor = args.rope_scaling_factor  # which Megatron parses and leaves out
+    config = pretrain_cfg_container_from_args(args, model)
     pretrain(config, datasets_provider, ModelType.encoder_or_decoder, step)
     if args.rank == args.world_size - 1:
         with open(os.environ["STOCK_REPORT"], "w") as f:

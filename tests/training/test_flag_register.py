@@ -1,0 +1,121 @@
+"""The register of Megatron's flags: every flag is in it once, what is refused is refused by its own name, and
+what is let pass untested, idle or unknown is named."""
+
+from __future__ import annotations
+
+import argparse
+from fnmatch import fnmatch
+
+import pytest
+from launch import TINY
+
+from agoq_megatron import flag_register, state_validation
+from agoq_megatron.flag_register import (
+    CARRIED,
+    IDLE,
+    MEGATRONS,
+    MEGATRONS_TOO,
+    REFUSED,
+    UNTESTED,
+    megatron_flags,
+    remarks,
+    standing,
+)
+from agoq_megatron.refusals import UsageError
+
+
+def test_every_flag_is_known():
+    """In one place, and every pattern of the register stands for some flag."""
+    flags = megatron_flags()
+    assert [f.option for f in flags.values() if standing(f) == "unknown"] == []
+    lists = {"untested": UNTESTED, "idle": " ".join(IDLE.values()), "Megatron's": MEGATRONS_TOO}
+    lists["carried"] = " ".join(CARRIED.values())
+    for kind, patterns in lists.items():
+        for pattern in patterns.split():
+            matched = [f for name, f in flags.items() if fnmatch(name, pattern)]
+            assert matched, f"{pattern}: no flag of Megatron's"
+            if "*" not in pattern:
+                assert standing(matched[0]) == kind, pattern
+    assert {f.group for f in flags.values()} >= set(MEGATRONS)
+
+
+# --- What is refused ------------------------------------------------------------------------------
+
+PARTS = {"": REFUSED}
+PARTS["--agoq-grad-bits 8"] = state_validation._NOT_WITH_8_BIT_GRADIENTS
+PARTS["--agoq-optimizer-bits 8 --use-distributed-optimizer"] = state_validation._NOT_WITH_OUR_STATES
+VALUES = {
+    "--context-parallel-size": "2", "--tensor-parallel-num-weight-shards": "2", "--cuda-graph-impl": "local",
+    "--fp8-format": "hybrid", "--fp4-format": "e2m1", "--experimental-attention-variant": "dsa",
+    "--linear-attention-freq": "2", "--window-size": "8,0", "--softmax-type": "learnable",
+    "--attention-backend": "unfused", "--optimizer": "muon", "--rampup-batch-size": "1 1 8",
+    "--position-embedding-type": "yarn",
+    "--symmetric-ar-type": "two_shot", "--flash-attention-version": "3",
+    "--num-distributed-optimizer-instances": "2",
+}  # fmt: skip
+"""Values that are refused, where 1 would not do."""
+
+
+@pytest.fixture(scope="module")
+def own_parser():
+    from megatron.training.arguments import add_megatron_arguments
+
+    from agoq_megatron.training import DEFAULTS, add_arguments
+
+    return add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)), DEFAULTS)
+
+
+def refusal(parser, words: list[str], without: str = "") -> str:
+    from agoq_megatron.validation import check
+
+    args = parser.parse_args([*(w for w in TINY if w != without), "--train-iters", "2", *words])
+    args.rank, args.world_size = 0, 1
+    with pytest.raises(UsageError) as problem:
+        check(args)
+    return str(problem.value)
+
+
+ALL_REFUSED = [(part, flag) for part, table in PARTS.items() for _, _, flag, _ in table]
+
+
+@pytest.mark.parametrize("part,flag", ALL_REFUSED)
+def test_refused_by_its_own_name(own_parser, part, flag):
+    if flag.startswith("no "):
+        gone = flag.removeprefix("no ")
+        assert gone in refusal(own_parser, [w for w in part.split() if w != gone], without=gone)
+        return
+    if flag == "--yaml-cfg":  # Megatron reads the file while it parses
+        with pytest.raises(UsageError, match=flag):
+            own_parser.parse_args([flag, "file"])
+        return
+    takes_none = " " in flag or own_parser._option_string_actions[flag].nargs == 0
+    value = "" if takes_none else VALUES.get(flag, "1")
+    told = refusal(own_parser, [*part.split(), *flag.split(), *value.split()])
+    assert told.startswith(flag.split()[0]), told
+    assert (part.split() or [""])[0] in told
+
+
+# --- What is named, and what a later Megatron may bring -------------------------------------------
+
+
+def parsed(parser, words: str) -> argparse.Namespace:
+    return parser.parse_args([*TINY, *words.split()])
+
+
+def test_untested_and_idle_flags_are_named_in_a_line_each(own_parser):
+    assert remarks(parsed(own_parser, "--log-params-norm --adam-beta2 0.95 --no-rope-fusion")) == []
+    lines = remarks(parsed(own_parser, "--moe-router-topk 3 --deterministic-mode --img-h 7 --hysteresis 3"))
+    assert [line.partition(": given, but ")[2] for line in lines] == [
+        "in no test of this project (docs/support.md): --deterministic-mode, --hysteresis",
+        "nothing in this run reads it: --moe-router-topk, --img-h",
+    ]
+
+
+def test_an_unknown_flag_of_the_model_is_refused(own_parser, monkeypatch):
+    """As of a later Megatron: here one that the register forgot."""
+    forgotten = {module: names.replace("layernorm_epsilon", "") for module, names in CARRIED.items()}
+    monkeypatch.setattr(flag_register, "CARRIED", forgotten)
+    assert refusal(own_parser, ["--norm-epsilon", "1e-6"]).startswith("--norm-epsilon: it reaches the model")
+    monkeypatch.setattr(flag_register, "UNTESTED", UNTESTED.replace("align_grad_reduce", ""))
+    (line,) = remarks(parsed(own_parser, "--no-align-grad-reduce"))
+    assert "--no-align-grad-reduce" in line
