@@ -64,6 +64,7 @@ class GradientTally:
         self._key = key
         self._seen: set[tuple[int, str]] = set()
         self._entries: dict[int, tuple[Site, Tensor]] = {}
+        self._noted: set[int] = set()
         shape = len(self._rows), len(COLUMNS), 2, 2
         self.squares = torch.zeros(shape, dtype=torch.float64, device=device)
 
@@ -71,7 +72,8 @@ class GradientTally:
         """``x`` ``[s, b, h]`` enters a region that is recomputed from what ``saved`` keeps of it. The pass in
         which gradients flow sees that alone; the exact one is remembered for it."""
         number = saved.layer_number
-        if number in self._rows and number not in self._entries:
+        if number in self._rows and number not in self._noted:  # later micro-batches are not measured
+            self._noted.add(number)
             self._entries[number] = saved.site, x.detach()[:TOKENS, :1].clone()
 
     def capture(self, function: type, spec, needs: tuple[bool, ...], *inputs) -> Probe | None:
@@ -125,7 +127,7 @@ class Probe:
     spec: object
     needs: tuple[bool, ...]
     inputs: list
-    exact: Tensor
+    exact: Tensor | None
     rounded: list[Site]
     entry: Site | None
     name: str
@@ -148,7 +150,9 @@ class Probe:
             if self.detail and len(sites) > 1:
                 for site in sorted(sites, key=list(Site).index):
                     self._add(site.value, self._gradients(grad, {site}), exact)
+        # The autograd node that holds this lives as long as anybody holds the loss.
         self.inputs.clear()
+        self.exact = None
 
     def _gradients(self, grad: Tensor, sites: set[Site]) -> list[Tensor | None]:
         """Of input and weight, with these tensors rounded as the policy says and all others exact."""

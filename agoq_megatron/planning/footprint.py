@@ -25,6 +25,7 @@ from agoq_megatron.memory import ATTENTION_SITES, MLP_SITES, Plan
 from agoq_megatron.optimizer.settings import OptimizerSettings, optimizer_settings_from_args
 from agoq_megatron.planning.in_flight import Schedule
 from agoq_megatron.planning.parameters import Parameters, layers_of, parameters
+from agoq_megatron.planning.watched import Watched
 from agoq_megatron.policy.sites import Site
 
 MIB = 2**20
@@ -162,9 +163,7 @@ def _sizes(args, config) -> _Sizes:
     )  # fmt: skip
 
 
-def _momentary(
-    config, plan: Plan, sizes: _Sizes, chunks: list[list[int]], last: bool
-) -> tuple[float, float]:
+def _momentary(config, plan: Plan, sizes: _Sizes, chunks: list[list[int]], last: bool) -> tuple[float, float]:
     """Bytes of the larger of loss and layers: (logits, everything else).
 
     Args:
@@ -302,6 +301,23 @@ def _angles_bytes(args, config) -> float:
     return 4 * args.seq_length * config.kv_channels * args.rotary_percent
 
 
+def _watched_bytes(
+    config, watched: Watched, sizes: _Sizes, chunks: list[list[int]], momentary: float
+) -> float:
+    """What measuring gradients adds to a stage's peak, of which ``momentary`` lives for a moment without: the
+    inputs that it holds, and what a comparison takes more than that moment."""
+    numbers = [number for layers in chunks for number in layers]
+    beside = 0.0
+    if numbers and config.recompute_granularity == "full":
+        kept = Plan(_without_recomputation(config)).planned_bytes_per_token_layer * sizes.tokens
+        beside = config.recompute_num_layers * kept + 3 * sizes.u
+    elif numbers and config.recompute_granularity == "selective" and "mlp" in config.recompute_modules:
+        beside = _mlp_again(config, numbers, sizes)
+    fc1 = _fc1_states(config) * sizes.f / (getattr(config, "mlp_chunks_for_training", 1) or 1)
+    moments = (watched.moment(number, sizes.tokens, sizes.u, fc1, beside) for number in numbers)
+    return watched.held(numbers) + max(0.0, max(moments, default=0.0) - momentary)
+
+
 def footprints(args, config, plan: Plan | None = None) -> list[Footprint]:
     """Of every stage.
 
@@ -312,7 +328,7 @@ def footprints(args, config, plan: Plan | None = None) -> list[Footprint]:
     """
     plan = plan or Plan(config)
     schedule, sizes = schedule_of(args), _sizes(args, config)
-    found = []
+    watched, found = Watched(args, plan, workspace_of_attention), []
     for stage in range(schedule.stages):
         count = parameters(args, config, stage)
         last = stage == schedule.stages - 1
@@ -333,6 +349,7 @@ def footprints(args, config, plan: Plan | None = None) -> list[Footprint]:
             "inputs of stages": schedule.peak(stage, inputs) if schedule.stages > 1 else 0.0,
             "logits": logits,
             "transients": other + WORKSPACE + _angles_bytes(args, config),
+            "gradient check": _watched_bytes(config, watched, sizes, layers, logits + other),
             "reduction": reduction_bytes(args, count),
         }
         found.append(Footprint(stage, parts, schedule.counts(stage), count.total))

@@ -36,6 +36,9 @@ SELECTIVE = "--recompute-granularity selective --recompute-modules"
 PARTS = "--mlp-chunks-for-training 4"
 GELU = "GELU"
 """Takes --swiglu out of the model's flags."""
+CHECKED = "CHECKED --seq-length 2048 --train-iters 4"
+"""With the check of gradients, in the iteration that looks at the last layer, whose backward pass is first.
+Such short sequences it takes whole."""
 RUNS = {
     "off": "--agoq-activations off",
     "off, MLP in parts": f"--agoq-activations off {PARTS}",
@@ -60,6 +63,12 @@ RUNS = {
     "agoq, GELU": GELU,
     "agoq, GELU, MLP in parts": f"{GELU} {PARTS}",
     "agoq, GELU, full recomputation": f"{GELU} {FULL} 1",
+    "agoq, checked": CHECKED,
+    "agoq, checked, long sequence": CHECKED.replace("2048", "4096"),
+    "agoq, checked, full recomputation": f"{CHECKED} {FULL} 1",
+    "agoq, checked, MLP run again": f"{CHECKED} {SELECTIVE} mlp",
+    "agoq, checked, attention run again": f"{CHECKED} {SELECTIVE} core_attn",
+    "agoq, checked, GELU": f"{CHECKED} {GELU}",
 }
 ALWAYS = {
     "off", "agoq", "agoq, MLP in parts", "agoq, full recomputation, MLP in parts",
@@ -97,13 +106,14 @@ def measure(flags: str, out: Path) -> None:
     from agoq_megatron.transformer_config import transformer_config_from_args
 
     live, calls, stock = Live(), [], megatron.get_forward_backward_func
+    checked = "CHECKED" in flags
 
     def counted(*arguments, **named):
         run = stock(*arguments, **named)
 
         def passes(*arguments, **named):
             calls.append(None)
-            if len(calls) != 2:  # the first one's hooks are the project's own meter
+            if len(calls) != (4 if checked else 2):  # the first one's hooks are the project's own meter
                 return run(*arguments, **named)
             with live:
                 return run(*arguments, **named)
@@ -111,14 +121,16 @@ def measure(flags: str, out: Path) -> None:
         return passes
 
     megatron.get_forward_backward_func = counted
-    model = [flag for flag in MODEL if flag != "--swiglu" or GELU not in flags]
-    sys.argv = ["pretrain_gpt_agoq.py", *model, *flags.replace(GELU, "").split()]
+    without = {GELU: "--swiglu", "CHECKED": "--no-agoq-check-gradients"}
+    model = [flag for flag in MODEL if flag not in [out for word, out in without.items() if word in flags]]
+    sys.argv = ["pretrain_gpt_agoq.py", *model, *flags.replace(GELU, "").replace("CHECKED", "").split()]
     cpu.install()
     training.main(on_cpu=True)
     args = get_args()
     footprint.workspace_of_attention = lambda config, numel: 0.0  # a GPU's, which no tensor here holds
     (row,) = footprint.footprints(args, transformer_config_from_args(args))
-    parts = {name: row.parts[name] for name in ("saved activations", "logits", "transients")}
+    names = "saved activations", "logits", "transients", "gradient check"
+    parts = {name: row.parts[name] for name in names}
     out.write_text(json.dumps([live.peak, sum(parts.values()) - footprint.WORKSPACE]))
 
 

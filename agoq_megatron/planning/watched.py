@@ -1,0 +1,142 @@
+"""What measuring gradients holds beside a step: the check that is on by default, and probes.
+
+Counted as ``autograd/probing.py`` takes it. From its forward to its backward pass a layer that is looked at
+holds the inputs of its functions, of one sequence's first tokens; before its own backward pass each function
+runs again, exactly and then rounded. In the first iterations an eighth of the layers is looked at together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+from agoq_megatron.autograd.probing import ATTENTION, FUNCTIONS, PIECE, QKV, TOKENS
+from agoq_megatron.gradient_check import FIRST_ITERATIONS
+from agoq_megatron.memory import ATTENTION_SITES, MLP_SITES, Plan
+from agoq_megatron.policy.sites import Site
+from agoq_megatron.watching import probed_layers, quantizes
+
+FC1, FC2 = "mlp.linear_fc1", "mlp.linear_fc2"
+
+
+def looked_at(args, plan: Plan) -> Iterator[set[int]]:
+    """Layers (from 1) that an iteration measures: every combination that a new run has."""
+    layers = range(1, args.num_layers + 1)
+    if not quantizes(plan):
+        return
+    turns = range(min(FIRST_ITERATIONS, len(layers))) if args.agoq_check_gradients else ()
+    checked = [set(layers[turn::FIRST_ITERATIONS]) for turn in turns]
+    yield from checked
+    if interval := args.agoq_probe_interval:
+        at_a_time = args.agoq_probe_layers
+        for turn in range(math.ceil(len(layers) / at_a_time)):
+            probed = set(probed_layers(len(layers), at_a_time, turn))
+            yield probed.union(*checked[turn * interval : turn * interval + 1])
+
+
+class Watched:
+    """Bytes on a rank.
+
+    Args:
+        args: Megatron's validated arguments with our flags.
+        plan: of the run.
+        workspace: bytes that attention's kernel takes for the backward pass, by config and numbers of Q.
+    """
+
+    def __init__(self, args, plan: Plan, workspace: Callable[[object, float], float]):
+        config = plan.config
+        self._config, self._rule, self._plan = config, config.agoq.rule, plan
+        self._looked_at, self._itemsize = list(looked_at(args, plan)), config.params_dtype.itemsize
+        tp = config.tensor_model_parallel_size
+        split = tp if config.sequence_parallel else 1
+        self._tokens = min(TOKENS, args.seq_length)
+        h, f = config.hidden_size, config.ffn_hidden_size / tp
+        self._query = query = config.num_attention_heads * config.kv_channels / tp
+        qkv = query + 2 * config.num_query_groups * config.kv_channels / tp
+        fc1 = f * (2 if config.gated_linear_unit else 1)
+        # Of each function: features of its input and output, numbers of its weight, and features of all that
+        # lives at the worst moment of its second run: exact input gradient, output's gradient and its own.
+        gathered = 2 * h / split + 2 * h if split > 1 else 3 * h
+        self._sizes = {
+            QKV: (h / split, qkv, qkv * h, gathered + qkv),
+            ATTENTION: (qkv, h, query * h, 3 * qkv + h + 2 * query),
+            FC1: (h / split, fc1, fc1 * h, gathered + fc1),
+            FC2: (fc1, h, f * h, 2 * fc1 + h + f),
+        }
+        self._workspace = workspace(config, query * self._tokens)
+        self._entry = min(TOKENS, args.seq_length // split) * h * self._itemsize
+
+    def held(self, layers: list[int]) -> float:
+        """The most that layers (numbers from 1) of a stage hold from forward to backward in an iteration."""
+        mine = set(layers)
+        return max((sum(map(self._held_by, some & mine)) for some in self._looked_at), default=0.0)
+
+    def _held_by(self, number: int) -> float:
+        entry = self._entry if self._entry_site(number) is not None else 0.0
+        return entry + sum(self._input(name) for name in self.measured(number, again=False))
+
+    def _input(self, name: str) -> float:
+        return self._sizes[name][0] * self._tokens * self._itemsize
+
+    def _entry_site(self, number: int) -> Site | None:
+        """What a recomputed region of the layer starts from, if that is rounded."""
+        config = self._config
+        names = {row.name for row in self._plan.layers[number]}
+        if config.recompute_granularity == "selective" and "mlp" in config.recompute_modules:
+            site = Site.NORM2_INPUT
+        else:
+            site = Site.LAYER_INPUT
+        return site if site.value in names and self._rule(site, number).format is not None else None
+
+    def measured(self, number: int, again: bool) -> list[str]:
+        """Functions of a layer that are compared: those that run in the forward pass, or those that run again
+        with their layer or MLP. (Attention alone runs again within its own backward pass.)"""
+        names = {row.name for row in self._plan.layers[number]}
+        entry, found = self._entry_site(number), []
+        for name, sites in FUNCTIONS.items():
+            rounded = [s for s in sites if s is not Site.LAYER_INPUT and self._rule(s, number).format]
+            first = Site.FC1_OUTPUT if name in (FC1, FC2) else Site.QUERY
+            if (rounded or entry in sites) and (first.value in names) != again:
+                found.append(name)
+        return found
+
+    def comparison(self, number: int, name: str) -> float:
+        """While a function is compared, beside its input and the real gradients."""
+        i, _, weight, run = self._sizes[name]
+        codes = 0.0
+        for site in FUNCTIONS[name]:
+            fmt = self._rule(site, number).format
+            if fmt is not None and site is not Site.LAYER_INPUT:
+                width = {Site.QUERY: self._query, Site.ATTENTION_OUTPUT: self._query}.get(site, i)
+                if site in (Site.KEY, Site.VALUE):
+                    width = (i - self._query) / 2
+                codes += width * fmt.bits_per_element / 8
+        running = self._tokens * (run * self._itemsize + codes) + 2 * weight * self._itemsize
+        if name == ATTENTION:
+            running += self._workspace
+        piece = min(PIECE, max(self._tokens * i, weight)) * (8 if self._itemsize < 4 else 4)
+        return max(running, 2 * (self._tokens * i + weight) * self._itemsize + piece)
+
+    def moment(self, number: int, tokens: int, u: float, f: float, beside: float) -> float:
+        """Bytes beside what is kept, at the worst moment of a layer where it is looked at.
+
+        Args:
+            tokens: of a micro-batch.
+            u, f: a hidden state and FC1's output of all of them, as the gradients that flow are.
+            beside: what recomputation holds, where the layer, or its MLP, runs again.
+        """
+        if not any(number in some for some in self._looked_at):
+            return 0.0
+        mlp, attention = (self._kept(sites, number) * tokens for sites in (MLP_SITES, ATTENTION_SITES))
+        fc1 = self._plan.bytes_of(Site.FC1_OUTPUT, number) * tokens
+        # The gradients that flow, less what the layer has given back by then.
+        live = {FC2: u, FC1: f + u - fc1, ATTENTION: 2 * u - mlp, QKV: 2.5 * u - mlp - attention}
+        worst = 0.0
+        for again in (False, True):
+            names = self.measured(number, again)
+            more = sum(map(self._input, names)) + beside if again else 0.0
+            worst = max(worst, *(more + live[name] + self.comparison(number, name) for name in names), 0.0)
+        return worst
+
+    def _kept(self, sites: tuple[Site, ...], number: int) -> float:
+        return sum(self._plan.bytes_of(site, number) for site in sites)
