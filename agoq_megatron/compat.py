@@ -20,8 +20,11 @@ from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.managers import SyncManager
 from types import SimpleNamespace
 
+from agoq_megatron import seams
+
 MEGATRON_MINIMUM, MEGATRON_LIMIT = (0, 19), (0, 20)
 _REMEDY = 'pip install "megatron-core>=0.19,<0.20"'
+_TESTED = 'pip install "megatron-core==0.19.2"'
 
 
 class CompatibilityError(RuntimeError):
@@ -29,7 +32,9 @@ class CompatibilityError(RuntimeError):
 
 
 def check_megatron() -> None:
-    """Raise :class:`CompatibilityError` unless a supported megatron-core is installed."""
+    """Raise :class:`CompatibilityError` unless a supported megatron-core is installed, whose internals are
+    those that this project reaches for. Megatron must be imported by then, as it is at a run's start.
+    """
     try:
         installed = version("megatron-core")
     except PackageNotFoundError:
@@ -40,6 +45,17 @@ def check_megatron() -> None:
             f"megatron-core {installed} is installed, but its internals differ from version to "
             f"version and 0.19 is needed. Run: {_REMEDY}"
         )
+    if found := broken_seams():
+        raise CompatibilityError(
+            f"megatron-core {installed} differs in what this project reaches for, and a run could train "
+            f"wrongly: {'; '.join(found)}. Run: {_TESTED}"
+        )
+
+
+@functools.cache
+def broken_seams() -> tuple[str, ...]:
+    """What of ``seams.toml`` is not as it was. Once a process: what is bound here later is ours."""
+    return tuple(seams.problems(seams.all_seams()))
 
 
 def silence_missing_accelerators() -> None:

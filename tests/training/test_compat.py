@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib
+import inspect
+import linecache
+import textwrap
+import time
 from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
 
-from agoq_megatron import compat
+from agoq_megatron import compat, seams
 from agoq_megatron.autograd.linear import add_product
 
 
@@ -228,3 +234,90 @@ def test_the_scheduler_is_replaced_where_it_is_built(monkeypatch):
     with pytest.raises(AssertionError):
         compat.scheduler_of(args, ours)
     assert all(getattr(training, name) is function for name, function in before.items())
+
+
+# --- Seams ----------------------------------------------------------------------------------------
+
+
+def seam(name: str):
+    return next(s for s in seams.all_seams() if s.name == name)
+
+
+def test_this_megatron_is_the_one_that_was_looked_at():
+    assert seams.problems(seams.all_seams()) == []
+    start = time.process_time()
+    seams.problems(seams.all_seams())
+    assert time.process_time() - start < 0.2  # 0.04 s; the bar is 0.05, on a machine that does nothing else
+
+
+def changed(found):
+    """Something else in the place of a function, with its parameters; or of what is none."""
+    if isinstance(found, classmethod | staticmethod):
+        return type(found)(changed(found.__func__))
+    if isinstance(found, type):
+        return type(found.__name__, (), {})
+    parameters = inspect.signature(found)
+
+    def other(*args, **kwargs):
+        return None
+
+    other.__signature__ = parameters
+    return other
+
+
+@pytest.mark.parametrize("place", [f"{s.module}:{s.name}" for s in seams.all_seams()])
+def test_each_broken_seam_is_named(monkeypatch, place):
+    """Gone, with another parameter, or with another body: the message names it and what is wrong."""
+    module, name = place.split(":")
+    broken = seam(name)
+    *owners, last = name.split(".")
+    owner = importlib.import_module(module)
+    for part in owners:
+        owner = getattr(owner, part)
+    stock = inspect.getattr_static(owner, last)
+
+    with monkeypatch.context() as patch:
+        patch.delattr(owner, last)
+        (text,) = seams.problems([broken])
+        assert text.startswith(f"{module}.{name} is missing ") and broken.why in text
+    if not (broken.takes or broken.uses or broken.returns or broken.copied):
+        return
+    with monkeypatch.context() as patch:
+        other = changed(stock)
+        if broken.takes is not None and not (broken.uses or broken.returns or broken.copied):
+            other = lambda self, one, more: None  # noqa: E731
+        patch.setattr(owner, last, other)
+        (text,) = seams.problems([broken])
+        assert text.startswith(f"{module}.{name} ") and broken.why in text
+
+
+def test_other_results_of_a_step_are_named(monkeypatch):
+    import megatron.training.training as training
+
+    text = textwrap.dedent(inspect.getsource(inspect.unwrap(training.train_step)))
+    order = "should_exit, exit_code, grad_norm, num_zeros_in_grad"
+    assert order in text
+    text = text.replace(order, "should_exit, exit_code, num_tokens, grad_norm, num_zeros_in_grad")
+    linecache.cache["a patch release"] = len(text), None, text.splitlines(True), "a patch release"
+    exec(compile(text, "a patch release", "exec"), vars(training), patched := {})
+    monkeypatch.setattr(training, "train_step", patched["train_step"])
+    (found,) = seams.problems([seam("train_step")])
+    assert found.startswith("megatron.training.training.train_step returns num_tokens at position 5 instead")
+    monkeypatch.setattr(compat, "broken_seams", compat.broken_seams.__wrapped__)
+    with pytest.raises(
+        compat.CompatibilityError, match=r"train_step returns.*report\.py.*megatron-core==0\.19\.2"
+    ):
+        compat.check_megatron()
+
+
+def test_comments_and_what_is_ours_change_nothing(monkeypatch):
+    """What wraps a stock function shows it; a comment of a patch release's is none of its changes."""
+    import megatron.core.optimizer.clip_grads as clip_grads
+
+    stock = clip_grads.clip_grad_by_total_norm_fp32
+    monkeypatch.setattr(clip_grads, stock.__name__, functools.wraps(stock)(lambda *args: None))
+    assert seams.problems([seam("clip_grad_by_total_norm_fp32")]) == []
+    text = inspect.getsource(stock).replace('):\n    """', '):\n\n    # another comment\n    """', 1)
+    linecache.cache["commented"] = len(text), None, text.splitlines(True), "commented"
+    exec(compile(text, "commented", "exec"), vars(clip_grads), patched := {})
+    assert seams.checksum(patched[stock.__name__]) == seams.checksum(stock)
