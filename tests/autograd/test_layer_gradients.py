@@ -19,11 +19,13 @@ from agoq_kernels.ops import dequantize, quantize
 from agoq_megatron.autograd.activation_linear import ActivationLinear, ActivationLinearSpec
 from agoq_megatron.autograd.attention_linear import AttentionLinear, AttentionLinearSpec
 from agoq_megatron.autograd.norm_linear import NormLinear, NormLinearSpec
+from agoq_megatron.autograd.run import Run
 from agoq_megatron.autograd.saving import SavedTensor
 from agoq_megatron.policy.fitting import policy_for
 from agoq_megatron.policy.policy import Rule
 from agoq_megatron.policy.sites import Site
 
+EPSILON = 1e-3  # of the norms: not their default, and seen beside numbers near 1
 KEEP, RECOMPUTE = Rule(keep=True), Rule()
 INT4 = Rule(Format(bits=4, code="int", group=32, scale_bits=16))
 NF4 = Rule(Format(bits=4, code="nf4", group=32, scale_bits=8))
@@ -109,10 +111,10 @@ def oracle_layer(x, p, rules, shape, kind, act, ours):
 
     def norm_linear(x, w_norm, b_norm, w, bias, site_in, site_out):
         kept = kept_at(site_in, x)
-        y = through(lambda t: norm(t, w_norm, b_norm, 1e-5), [x], [kept])
+        y = through(lambda t: norm(t, w_norm, b_norm, EPSILON), [x], [kept])
         if rules[site_out].recompute:
             # The product sees the exact norm output; its weight gradient the recomputed one.
-            y_weight = norm(kept, w_norm, b_norm, 1e-5).detach()
+            y_weight = norm(kept, w_norm, b_norm, EPSILON).detach()
         else:
             y_weight = y.detach()
         return WeightAt.apply(y, y_weight, w) + (0 if bias is None else bias)
@@ -221,14 +223,15 @@ def turn(x, angles):
     return torch.cat((z.real, z.imag, x[..., 2 * half :]), -1)
 
 
-def our_layer(x, p, rules, shape, kind, act):
+def our_layer(x, p, rules, shape, kind, act, run=None, keep=True):
     heads, groups, d = shape
+    run = run or Run()
 
     def saved(site):
-        return SavedTensor(site, 1, rules[site])
+        return SavedTensor(site, 1, rules[site], run=run)
 
     def norm_spec(site_in, site_out):
-        return NormLinearSpec(saved(site_in), saved(site_out), kind, 1e-5, one_rank(), False)
+        return NormLinearSpec(saved(site_in), saved(site_out), kind, EPSILON, one_rank(), False)
 
     attention = AttentionLinearSpec(
         *(saved(s) for s in (Site.QUERY, Site.KEY, Site.VALUE, Site.ATTENTION_OUTPUT)),
@@ -237,15 +240,15 @@ def our_layer(x, p, rules, shape, kind, act):
     mlp = ActivationLinearSpec(saved(Site.FC1_OUTPUT), saved(Site.FC2_INPUT), act)
     qkv, x = NormLinear.apply(
         x, None, p["n1w"], p["n1b"], p["qkv"], p["qkv_b"],
-        norm_spec(Site.NORM1_INPUT, Site.NORM1_OUTPUT), True,
+        norm_spec(Site.NORM1_INPUT, Site.NORM1_OUTPUT), keep,
     )  # fmt: skip
-    attended = AttentionLinear.apply(qkv, p["angles"], p["proj"], attention, True)
+    attended = AttentionLinear.apply(qkv, p["angles"], p["proj"], attention, keep)
     h, x = NormLinear.apply(
         attended, x, p["n2w"], p["n2b"], p["fc1"], p["fc1_b"],
-        norm_spec(Site.NORM2_INPUT, Site.NORM2_OUTPUT), True,
+        norm_spec(Site.NORM2_INPUT, Site.NORM2_OUTPUT), keep,
     )  # fmt: skip
     nobody_keeps_it = rules[Site.NORM2_INPUT].format is not None
-    return ActivationLinear.apply(h, p["fc2"], x, nobody_keeps_it, mlp, True)
+    return ActivationLinear.apply(h, p["fc2"], x, nobody_keeps_it, mlp, keep)
 
 
 def parameters(rng, h, f, shape, kind, act, rotary, dtype):

@@ -24,7 +24,9 @@ from agoq_kernels.triton import launchers  # noqa: E402
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FMT = Format(code="int_asym", group=32)
 LAYOUTS = ("transposed", "sliced", "rows expanded", "expanded")
-KEPT = [*((None, layout) for layout in LAYOUTS), (FMT, "transposed"), (FMT, "expanded")]
+ROWS = (*LAYOUTS, "rows apart")
+"""The last at equal distances: kernels that know strides read such rows in place."""
+KEPT = [*((None, layout) for layout in ROWS), (FMT, "transposed"), (FMT, "expanded")]
 
 
 def laid(x: torch.Tensor, layout: str) -> torch.Tensor:
@@ -34,6 +36,8 @@ def laid(x: torch.Tensor, layout: str) -> torch.Tensor:
         return x.transpose(0, -1).contiguous().transpose(0, -1)
     if layout == "sliced":
         return torch.stack((x, torch.full_like(x, 77)), -1).flatten(-2)[..., ::2]
+    if layout == "rows apart":
+        return torch.cat((x, torch.full_like(x, 77)), -1)[..., : x.shape[-1]]
     first = x[:1] if layout == "rows expanded" else x.flatten()[0]
     return first.expand(x.shape)
 
@@ -60,7 +64,7 @@ def randn(rng):
     return lambda *shape: torch.randn(*shape, generator=rng)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ROWS)
 def test_codes(layout, randn):
     x = laid(randn(2, 2, 32), layout)
     packed = reference.quantize(plain(x), FMT, 7)
