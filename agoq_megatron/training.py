@@ -22,7 +22,6 @@ from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args, get_timers, pretrain
 from megatron.training.argument_utils import (
     ArgumentGroupFactory,
-    gpt_config_from_args,
     pretrain_cfg_container_from_args,
 )
 from megatron.training.arguments import parse_args, validate_args
@@ -41,8 +40,8 @@ from agoq_megatron.communicators import connect_first
 from agoq_megatron.config import AGoQConfig
 from agoq_megatron.data import datasets_provider, get_batch
 from agoq_megatron.finite import REMEDY, NotFiniteError, stop_unless_finite
-from agoq_megatron.flag_register import remarks
 from agoq_megatron.finite import STATUS as NOT_FINITE
+from agoq_megatron.flag_register import remarks
 from agoq_megatron.gradients.data_parallel import QuantizedGradientDDP, wrap_embedding_reduction
 from agoq_megatron.gradients.settings import LayoutError
 from agoq_megatron.memory import Plan, plan_from_args
@@ -64,6 +63,8 @@ from agoq_megatron.planning.policies import compute_policy
 from agoq_megatron.policy.policy import SOLVED, PolicyError
 from agoq_megatron.refusals import UsageError, refuse
 from agoq_megatron.report import LOSS, RunObserver
+from agoq_megatron.resuming import order
+from agoq_megatron.resuming.layouts import other_layout
 from agoq_megatron.resuming.loop import (
     DurableTracker,
     guarded_arguments,
@@ -96,12 +97,6 @@ DEFAULTS = {
 }
 """Megatron's argument names whose defaults differ here."""
 
-
-OTHER_BUCKETS = (
-    "--load: the optimizer's state in this checkpoint lies in other gradient buckets than this run's. Load "
-    "it with the --agoq-grad-bits, --overlap-grad-reduce and --ddp-bucket-size that it was written with, or "
-    "write it with --dist-ckpt-optim-fully-reshardable, which fits all of them."
-)
 
 REFUSALS = (
     AssertionError,
@@ -424,11 +419,13 @@ def main(on_cpu: bool) -> None:
     except RuntimeError as problem:
         if isinstance(problem, NotFiniteError) or "Unexpected result" in str(problem):
             observer.finish()
+        if said := other_layout(problem):
+            refuse(said)
             not_finite(problem)
         raise
     except CheckpointException as problem:  # torch's, around Megatron's; no Exception
-        if "Global shape mismatch" in str(problem) and "bucket_idx" in str(problem):
-            refuse(OTHER_BUCKETS)
+        if said := other_layout(problem):
+            refuse(said)
         raise
     observer.finish()
     torch.distributed.destroy_process_group()

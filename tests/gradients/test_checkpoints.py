@@ -59,3 +59,13 @@ def test_other_buckets_are_refused(launcher, whole, before, after):
     run = launcher.run(*train(*SHARDED, *after), *load, ranks=2)
     assert run.codes == [2, 2] and run.report is None
     assert "error: --load: the optimizer's state" in run.log and "-optim-fully-reshardable" in run.log
+
+
+def test_other_parallel_sizes_are_refused(launcher, whole):
+    """With the flag that helps; Megatron's own message names one that does not."""
+    _, checkpoints = whole(2, *BUCKETS)
+    flags = [*BUCKETS, "--tensor-model-parallel-size", "2", "--load", checkpoints, "--ckpt-step", MIDDLE]
+    run = launcher.run(*train(*flags), ranks=2)
+    assert run.codes == [2, 2] and run.report is None, run.log[-3000:]
+    assert "lies as at its run's --tensor-model-parallel-size 1 and" in run.log
+    assert "write it with --dist-ckpt-optim-fully-reshardable" in run.log and "Traceback" not in run.log
