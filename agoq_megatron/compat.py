@@ -257,6 +257,21 @@ def checkpoint_arguments(folder: str, args):
     return None if state is None else state.get("args")
 
 
+def samples_of(args) -> tuple[int | None, ...] | None:
+    """Samples that Megatron builds datasets for with these arguments, of a checkpoint: only its own function
+    knows, and takes them from a global. None where they lack something, as those of an older version.
+    """
+    import megatron.training.training as training
+
+    stock, training.get_args = training.get_args, lambda: args
+    try:
+        return tuple(training.get_train_valid_test_num_samples())
+    except (AssertionError, AttributeError, TypeError):
+        return None
+    finally:
+        training.get_args = stock
+
+
 def bind_scheduler(subclass: type) -> None:
     """The class of the learning rate's scheduler has no seam: the function that builds it looks it up."""
     import megatron.training.training as training

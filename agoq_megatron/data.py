@@ -6,12 +6,14 @@ Shapes: b is the micro-batch size, s the sequence length; a batch's tensors are 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from megatron.core import mpu
-from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets import gpt_dataset
+from megatron.core.datasets.blended_dataset import BlendedDataset
+from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from megatron.core.utils import get_batch_on_this_tp_rank
 from megatron.training import get_args, get_tokenizer
 from megatron.training.utils import (
@@ -19,6 +21,10 @@ from megatron.training.utils import (
     is_first_or_last_pipeline_stage,
     print_rank_0,
 )
+
+from agoq_megatron.batches import schedule_from_args
+from agoq_megatron.refusals import UsageError
+from agoq_megatron.resuming import order
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 
@@ -66,13 +72,58 @@ def get_batch(data_iterator, vp_stage: int | None) -> tuple[torch.Tensor | None,
     return tuple(batch[key] for key in BATCH_KEYS)
 
 
-def dataset_config(args) -> GPTDatasetConfig:
+@dataclass
+class DatasetConfig(GPTDatasetConfig):
+    """Megatron's config of a GPT dataset.
+
+    Attributes:
+        embeddings: rows of the model's embedding.
+    """
+
+    embeddings: int = 0
+
+
+class _OwnMasks:
+    """Mixed in before Megatron's dataset, of which a token for padding brings out two faults.
+
+    The masks of the first sample are kept for all others, and then edited for the padding in that sample: its
+    places are masked ever after. And padding is fed to the model as token 0, also where the model has an
+    embedding for it, as it has for every token that a corpus holds.
+    """
+
+    def _query_document_sample_shuffle_indices(self, idx: int):
+        found = super()._query_document_sample_shuffle_indices(idx)
+        self._text = found[0].copy()
+        return found
+
+    def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
+        was_cached = self.masks_and_position_ids_are_cached
+        sample = super().__getitem__(idx)
+        if self.masks_and_position_ids_are_cached and not was_cached:
+            self.cached_loss_mask = torch.ones_like(self.cached_loss_mask)  # the sample keeps its own
+        if 0 <= self._pad_token_id < self.config.embeddings:
+            tokens = torch.from_numpy(self._text[: len(sample["tokens"])])
+            sample["tokens"] = tokens.to(sample["tokens"].dtype)
+        return sample
+
+
+# Of Megatron's names: they are part of the names of cached indices.
+class GPTDataset(_OwnMasks, gpt_dataset.GPTDataset):
+    """Megatron's dataset of a corpus."""
+
+
+class MockGPTDataset(_OwnMasks, gpt_dataset.MockGPTDataset):
+    """Megatron's dataset of made-up samples."""
+
+
+def dataset_config(args) -> DatasetConfig:
     """Megatron's data flags as the dataset's config."""
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     sequences = None
     if args.per_dataset_sequences_path is not None:
         sequences = json.loads(Path(args.per_dataset_sequences_path).read_text())
-    return GPTDatasetConfig(
+    return DatasetConfig(
+        embeddings=args.padded_vocab_size,
         random_seed=args.seed,
         sequence_length=args.seq_length,
         blend=blend,
@@ -99,6 +150,33 @@ def dataset_config(args) -> GPTDatasetConfig:
     )
 
 
+def samples_to_read(args, wanted: int) -> int:
+    """Of the training set: ``wanted``, or more where the run goes on with another batch size, which makes the
+    iterations that are left read others than Megatron counted."""
+    resumed = getattr(args, "agoq_samples_drawn", None) is not None
+    if not resumed or args.phase_transition_iterations or not args.train_iters:
+        return wanted
+    schedule, left = schedule_from_args(args), max(args.train_iters - args.iteration, 0)
+    if schedule is None:
+        return max(wanted, args.consumed_train_samples + left * args.global_batch_size)
+    return max(wanted, schedule.samples_after(left, args.consumed_train_samples))
+
+
+def without_empty(datasets: list) -> list:
+    """Without blends that no sample is to be drawn from (--eval-iters 0): Megatron's loader fails on them."""
+    return [None if isinstance(d, BlendedDataset) and not len(d) else d for d in datasets]
+
+
+def check_length(length: int, wanted: int) -> None:
+    """Refuse what ends in a StopIteration: Megatron reads a blend without weights once."""
+    if length < wanted:
+        raise UsageError(
+            f"--data-path: the training set has {length:,} samples, but --train-iters or --train-samples "
+            f"needs {wanted:,}. Several corpora without weights are read once: name weights, as in "
+            "'--data-path 0.7 A 0.3 B', with which they are read as often as it takes; or train less."
+        )
+
+
 def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tuple:
     """Build the training, validation and test datasets for ``pretrain``.
 
@@ -116,7 +194,12 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tu
 
     kind = MockGPTDataset if args.mock_data else GPTDataset
     print_rank_0(f"> building {kind.__name__}s for training, validation and test")
-    return BlendedMegatronDatasetBuilder(kind, num_samples, reads_here, dataset_config(args)).build()
+    num_samples = [samples_to_read(args, num_samples[0]), *num_samples[1:]]
+    datasets = order.builder(kind, args, num_samples, reads_here, dataset_config(args)).build()
+    datasets = without_empty(datasets)
+    if datasets[0] is not None and not args.skip_train and args.dataloader_type == "single":
+        check_length(len(datasets[0]), num_samples[0])
+    return datasets
 
 
 # Every rank calls the provider: those that read nothing still take part in its barriers.

@@ -65,6 +65,7 @@ from agoq_megatron.refusals import UsageError, refuse
 from agoq_megatron.report import LOSS, RunObserver
 from agoq_megatron.resuming import order
 from agoq_megatron.resuming.layouts import other_layout
+from agoq_megatron.resuming import order
 from agoq_megatron.resuming.loop import (
     DurableTracker,
     guarded_arguments,
@@ -382,6 +383,7 @@ def main(on_cpu: bool) -> None:
     compat.bind_gradient_clipping()
     compat.bind_scheduler(ResumableScheduler)
     compat.bind_checking_checkpoint(wrap_checking_loaded(args))
+    compat.bind_checking_checkpoint(order.wrap_checking_loaded(args, compat.samples_of))
     compat.bind_checkpoint_results(bool(args.save) and args.async_save)
     checksums = args.agoq_checkpoint_checksums
     compat.bind_checkpoint_files(
