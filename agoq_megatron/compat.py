@@ -93,6 +93,7 @@ def bind_flag_docstrings() -> None:
 
     stock, known = ArgumentGroupFactory._get_field_docstrings, {}
 
+    @functools.wraps(stock)
     def docstrings(self, config_class: type) -> dict[str, str]:
         if config_class not in known:
             known[config_class] = stock(self, config_class)

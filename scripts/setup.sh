@@ -7,6 +7,9 @@
 #
 # AGOQ_VENV          where the environment lies (default: .venv in the repository)
 # AGOQ_BASE_PYTHON   the interpreter to make it from (default: searched for)
+# AGOQ_TORCH         the torch to install, such as 2.15.0. Default: the one that the interpreter has, where it is
+#                    2.11 or newer (as in NVIDIA's containers): that is used as it is; else 2.11, with which
+#                    everything was measured. pyproject.toml says what else works.
 
 AGOQ_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
@@ -63,13 +66,24 @@ agoq_find_python() {
     return 1
 }
 
+# Prints the version of the torch that interpreter "$1" has, if it is one that this project works with. A
+# container's 2.11.0a0+gitabc.nv26.02 is one, and no wheel of PyPI could take its place.
+_agoq_torch_of() {
+    "$1" -c '
+import importlib.metadata, re
+version = importlib.metadata.version("torch")
+if (2, 11) <= tuple(map(int, re.match(r"(\d+)\.(\d+)", version).groups())) < (3,):
+    print(version)
+' 2>/dev/null || true
+}
+
 # An environment at "$2" made from interpreter "$1", by uv where the interpreter cannot do it itself
-# (Debian ships ensurepip apart).
+# (Debian ships ensurepip apart). More arguments go to either.
 _agoq_make_venv() {
     if "$1" -c 'import ensurepip, venv' >/dev/null 2>&1; then
-        "$1" -m venv --clear "$2"
+        "$1" -m venv --clear "${@:3}" "$2"
     elif command -v uv >/dev/null; then
-        uv venv --quiet --clear --seed --python "$1" "$2"
+        uv venv --quiet --clear --seed --python "$1" "${@:3}" "$2"
     else
         _agoq_say "error: $1 lacks the modules venv and ensurepip." \
             $'\nInstall them (Debian, Ubuntu: sudo apt install python3-venv), or install uv.'
@@ -79,13 +93,13 @@ _agoq_make_venv() {
 
 # What the environment depends on. An environment whose stamp says the same is complete.
 _agoq_stamp() {
-    printf '%s\n' "$AGOQ_ROOT"
+    printf '%s\n' "$AGOQ_ROOT" "torch ${AGOQ_TORCH:-}"
     cksum <"$AGOQ_ROOT/pyproject.toml"
     grep -i '^version' "$1/pyvenv.cfg"
 }
 
 agoq_setup() {
-    local venv="${AGOQ_VENV:-$AGOQ_ROOT/.venv}" base
+    local venv="${AGOQ_VENV:-$AGOQ_ROOT/.venv}" base torch="${AGOQ_TORCH:-}" options=()
     export AGOQ_PYTHON="$venv/bin/python"
     if [ -f "$venv/agoq-stamp" ] && "$AGOQ_PYTHON" -c '' 2>/dev/null &&
         [ "$(_agoq_stamp "$venv")" = "$(cat "$venv/agoq-stamp")" ]; then
@@ -99,11 +113,19 @@ agoq_setup() {
     if ! _agoq_fit "$AGOQ_PYTHON"; then
         base="$(agoq_find_python)" || return 1
         _agoq_say "Making $venv from $base ($("$base" -V 2>&1))"
-        _agoq_make_venv "$base" "$venv" || return 1
+        if [ -z "$torch" ] && [ -n "$(_agoq_torch_of "$base")" ]; then
+            options=(--system-site-packages)
+        fi
+        _agoq_make_venv "$base" "$venv" "${options[@]}" || return 1
     fi
-    _agoq_say "Installing AGoQ-Megatron and what it needs (PyTorch is large: minutes, the first time)"
+    if [ -z "$torch" ]; then
+        torch="$(_agoq_torch_of "$AGOQ_PYTHON")"
+    fi
+    printf 'torch==%s\n' "${torch:-2.11.*}" >"$venv/agoq-torch.txt"
+    _agoq_say "Installing AGoQ-Megatron and what it needs, with $(cat "$venv/agoq-torch.txt")" \
+        "(PyTorch is large: minutes, the first time)"
     if ! "$AGOQ_PYTHON" -m pip install --disable-pip-version-check \
-        --editable "$AGOQ_ROOT[test]" >&2; then
+        --constraint "$venv/agoq-torch.txt" --editable "$AGOQ_ROOT[test]" >&2; then
         _agoq_say "error: the installation into $venv failed; pip's own words stand above." \
             "Run the same command again once that is resolved."
         return 1

@@ -7,9 +7,11 @@ import shutil
 import stat
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -163,3 +165,56 @@ def test_scripts_parse():
     for script in [*ROOT.glob("scripts/*.sh"), ROOT / ".ci" / "run"]:
         subprocess.run(["bash", "-n", script], check=True)
         assert os.access(script, os.X_OK), script
+
+
+# The same, with a torch of this version: what the version check of torch prints.
+WITH_TORCH = FAKE_PYTHON.replace("    -V)", '    *importlib.metadata*) echo "{torch}" ;;\n    -V)')
+
+
+def test_a_containers_torch_is_used_and_not_replaced(machine):
+    """The environment sees the interpreter's packages, and pip may not take another torch."""
+    text = WITH_TORCH.replace("venv $target", "venv $*").replace('pip ${{!#}}"', 'pip $*"')
+    python = machine.python(machine.bin / "python3.12")
+    python.write_text(text.format(bash=machine.bash, status=0, torch="2.11.0a0+eb65b36914.nv26.02"))
+    assert machine.run("agoq_setup").returncode == 0
+    venv, pip = machine.calls.read_text().splitlines()
+    assert "--system-site-packages" in venv and "--constraint" in pip
+    kept = (machine.folder / "venv" / "agoq-torch.txt").read_text()
+    assert kept == "torch==2.11.0a0+eb65b36914.nv26.02\n"
+
+
+def test_a_torch_that_is_asked_for_comes_from_pypi(machine):
+    python = machine.python(machine.bin / "python3.12")
+    text = WITH_TORCH.replace("venv $target", "venv $*")
+    python.write_text(text.format(bash=machine.bash, status=0, torch="2.12.0"))
+    assert machine.run("agoq_setup", AGOQ_TORCH="2.15.0").returncode == 0
+    assert "--system-site-packages" not in machine.calls.read_text()
+    assert (machine.folder / "venv" / "agoq-torch.txt").read_text() == "torch==2.15.0\n"
+    assert machine.run("agoq_setup", AGOQ_TORCH="2.14.1").returncode == 0  # another one: installed anew
+    assert machine.calls.read_text().count("pip") == 2
+
+
+def test_without_a_torch_the_oldest_is_installed(machine):
+    machine.python(machine.bin / "python3.12")
+    assert machine.run("agoq_setup").returncode == 0
+    assert (machine.folder / "venv" / "agoq-torch.txt").read_text() == "torch==2.11.*\n"
+
+
+@pytest.mark.parametrize(
+    "version, fits",
+    [
+        ("2.11.0a0+eb65b36914.nv26.02", True), ("2.11.0", True), ("2.15.0+cpu", True), ("2.10.1", False),
+        ("3.0.0", False),
+    ],
+)  # fmt: skip
+def test_which_torch_of_an_interpreter_fits(machine, version, fits):
+    """What the real check says of an interpreter with such a torch, and pip of the range in pyproject."""
+    site = machine.folder / "site"
+    info = site / f"torch-{version}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
+    code = f"PYTHONPATH={site} _agoq_torch_of {sys.executable}"
+    assert machine.run(code).stdout.strip() == (version if fits else "")
+    ours = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    torch = next(Requirement(text) for text in ours if text.startswith("torch"))
+    assert torch.specifier.contains(version, prereleases=True) == fits  # pip counts what is installed so
