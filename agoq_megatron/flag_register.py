@@ -338,12 +338,19 @@ def check_register(args: Namespace) -> None:
             )
 
 
-def remarks(args: Namespace) -> list[str]:
-    """What a run says at start of flags that it lets pass: a line of untested ones, a line of idle ones."""
+def remarks(args: Namespace, words: list[str]) -> list[str]:
+    """What a run says at start of flags that it lets pass: a line of untested ones, a line of idle ones.
+
+    Args:
+        args: Megatron's arguments, validated or not.
+        words: the command line's. (Validation sets many other arguments, too.)
+    """
+    options = {word.partition("=")[0] for word in words}
     named: dict[str, list[str]] = {"untested": [], "idle": []}
     for flag in given(args):
-        kind = standing(flag)
-        named.get("untested" if kind == "unknown" else kind, []).append(flag.option)
+        if not options.isdisjoint(flag.options):
+            kind = standing(flag)
+            named.get("untested" if kind == "unknown" else kind, []).append(flag.option)
     lines = {
         "untested": "AGoQ: given, but in no test of this project (docs/support.md): {}",
         "idle": "AGoQ: given, but nothing in this run reads it: {}",

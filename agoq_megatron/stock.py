@@ -15,19 +15,20 @@ import argparse
 import functools
 import os
 import shlex
+import sys
 from argparse import Namespace
 
 import torch
-from megatron.core import mpu
 from megatron.training import get_args
 from megatron.training.argument_utils import ArgumentGroupFactory
 from megatron.training.models import GPTModelConfig
 
 from agoq_megatron import compat
 from agoq_megatron.agreement import compare, decisions
-from agoq_megatron.autograd import rounding
+from agoq_megatron.autograd.clock import follow_megatron
 from agoq_megatron.autograd.linear import add_product
 from agoq_megatron.autograd.recompute import quantized_checkpoint
+from agoq_megatron.autograd.run import Run
 from agoq_megatron.config import AGoQConfig
 from agoq_megatron.flag_register import remarks
 from agoq_megatron.memory import Plan
@@ -105,12 +106,14 @@ def prepare_stock(model: GPTModelConfig) -> None:
         refuse(str(problem))
     if args.rank == 0:
         print("AGoQ: activations only; gradients, optimizer, loss and logs are Megatron's.", flush=True)
-        for line in remarks(args):
+        for line in remarks(args, sys.argv[1:]):
             print(line, flush=True)
         plan.print()
     if not enter_loop.cache_info().currsize:
         compare(decisions(args, plan), refuse)  # AGOQ_FLAGS may not have been passed on to every node
     enter_loop()
+    config.agoq_run = Run()
+    follow_megatron(config.agoq_run, args)
 
 
 def arguments() -> Namespace:
@@ -134,14 +137,7 @@ def arguments() -> Namespace:
 
 @functools.cache  # a second model (for inference, say) is in the same loop
 def enter_loop() -> None:
-    """Once a process: recomputation keeps its input packed, products add to gradient buffers, and stochastic
-    rounding is drawn by Megatron's iteration, as under our entry point. (The loop notes the iteration before
-    each step, a resumed run's first one included.)
-    """
-    args = arguments()
+    """Once a process: recomputation keeps its input packed, and products add to gradient buffers."""
     compat.bind_checkpoint(quantized_checkpoint)
     if torch.cuda.is_available():
         compat.bind_weight_gradient_product(add_product)
-    seed = args.seed if args.agoq_seed is None else args.agoq_seed
-    rounding.counter.seed(seed, mpu.get_data_parallel_rank())
-    rounding.counter.follow(lambda: get_args().curr_iteration)

@@ -306,7 +306,7 @@ def prepare(on_cpu: bool) -> tuple[argparse.Namespace, Plan]:
         plan = plan_from_args(args)
         check_watched(args, plan)
         if args.rank == 0:
-            for line in remarks(args):
+            for line in remarks(args, sys.argv[1:]):
                 print(line, flush=True)
             plan.print()
         if args.agoq_dry_run:

@@ -11,9 +11,9 @@ _BUCKETS = (
 )
 _SIZES = (
     "--load: the optimizer's state in this checkpoint lies as at its run's --tensor-model-parallel-size {} "
-    "and --pipeline-model-parallel-size {}. Load it at those, load the weights alone with --no-load-optim, or "
-    "write it with --dist-ckpt-optim-fully-reshardable, which fits all sizes. (--ckpt-fully-parallel-save, "
-    "which Megatron names, does not help.)"
+    "and --pipeline-model-parallel-size {}. Load it at those, load the weights alone with --no-load-optim, "
+    "or write it with --dist-ckpt-optim-fully-reshardable, which fits all sizes. "
+    "(--ckpt-fully-parallel-save, which Megatron names, does not help.)"
 )
 
 

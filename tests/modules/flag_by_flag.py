@@ -4,7 +4,7 @@ Run as a script by the tests: the CPU facade changes a process for good. FLAGS_R
 
 - "configs": {attribute: fields of Megatron's configs that another value of the flag changes, or the error},
   of every flag of Megatron's that concerns the model;
-- "models": {flags: {"stock" and "ours": [loss, norm of all gradients, parameters]}};
+- "models": {flags: {"stock" and "ours": [loss, norm of all gradients, parameters], "remarks": lines}};
 - "frequencies": {way of building the model: its rotary frequencies}, of LLAMA_32.
 """
 
@@ -158,8 +158,9 @@ def models(cases: list[str], seed: int) -> dict[str, dict]:
     for case in cases:
         words = case.split()
         base = GPT if words[0] == "GPT" else [*BASE, *UNFUSED]
-        args = settled(own.parse_args([*base, *(w for w in words if w not in ("GPT", "LLaMA"))]))
-        found[case] = {}
+        line = [*base, *words[1:]]
+        args = settled(own.parse_args(line))
+        found[case] = {"remarks": flag_register.remarks(args, line)}
         for kind in ("stock", "ours"):
             config = model_config_from_args(args)
             if kind == "stock":

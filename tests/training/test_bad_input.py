@@ -337,10 +337,12 @@ def test_help_lists_all_flags(launcher):
 
 def test_dry_run_prints_the_plan_and_stops(launcher, tmp_path):
     run = launcher.run(
-        "--train-iters", "2", "--agoq-dry-run", "--save-interval", "1",
-        "--save", tmp_path / "checkpoint",
+        "--train-iters", "2", "--agoq-dry-run", "--save-interval", "1", "--hysteresis", "3",
+        "--save", tmp_path / "checkpoint", "--moe-router-topk", "3",
     )  # fmt: skip
     assert run.codes == [0], run.log[-3000:]
+    assert "in no test of this project (docs/support.md): --hysteresis\n" in run.log
+    assert "nothing in this run reads it: --moe-router-topk\n" in run.log
     assert "core_attention.query" in run.log and "not quantized" in run.log
     assert not STARTED.search(run.log) and not (tmp_path / "checkpoint").exists()
     assert run.report is None

@@ -98,13 +98,14 @@ def test_refused_by_its_own_name(own_parser, part, flag):
 # --- What is named, and what a later Megatron may bring -------------------------------------------
 
 
-def parsed(parser, words: str) -> argparse.Namespace:
-    return parser.parse_args([*TINY, *words.split()])
+def said(parser, words: str) -> list[str]:
+    words = [*TINY, *words.split()]
+    return remarks(parser.parse_args(words), words)
 
 
 def test_untested_and_idle_flags_are_named_in_a_line_each(own_parser):
-    assert remarks(parsed(own_parser, "--log-params-norm --adam-beta2 0.95 --no-rope-fusion")) == []
-    lines = remarks(parsed(own_parser, "--moe-router-topk 3 --deterministic-mode --img-h 7 --hysteresis 3"))
+    assert said(own_parser, "--log-params-norm --adam-beta2 0.95 --no-rope-fusion") == []
+    lines = said(own_parser, "--moe-router-topk 3 --deterministic-mode --img-h 7 --hysteresis 3")
     assert [line.partition(": given, but ")[2] for line in lines] == [
         "in no test of this project (docs/support.md): --deterministic-mode, --hysteresis",
         "nothing in this run reads it: --moe-router-topk, --img-h",
@@ -117,5 +118,5 @@ def test_an_unknown_flag_of_the_model_is_refused(own_parser, monkeypatch):
     monkeypatch.setattr(flag_register, "CARRIED", forgotten)
     assert refusal(own_parser, ["--norm-epsilon", "1e-6"]).startswith("--norm-epsilon: it reaches the model")
     monkeypatch.setattr(flag_register, "UNTESTED", UNTESTED.replace("align_grad_reduce", ""))
-    (line,) = remarks(parsed(own_parser, "--no-align-grad-reduce"))
+    (line,) = said(own_parser, "--no-align-grad-reduce")
     assert "--no-align-grad-reduce" in line

@@ -72,6 +72,7 @@ def test_trains_as_our_entry_point_does(launcher, stock, tmp_path, seed, case):
     for iteration, norm in reference.grad_norms().items():
         assert history[iteration][1] == pytest.approx(norm, rel=1e-5)
     assert_same_tensors(theirs, here, STEPS)
+    assert "AGoQ: given" not in run.log + reference.log
     # The plan is printed, and it is the entry point's.
     plan = reference.log[reference.log.index("AGoQ: saved activations") :].split("not quantized")[0]
     assert plan in run.log
