@@ -176,12 +176,14 @@ def paragraphs(iteration: int, findings: Iterable[Finding], bound: float, widens
         else:
             fmt = fmt or WIDER[new]
             config = f"{{bits: {new}, code: {fmt.code}, group: {fmt.group}, scale_bits: {fmt.scale_bits}"
-            config += ", outliers: 1}" if fmt.outliers else "}"
+            config += ", outliers: 1" if fmt.outliers else ""
+            config += ", rounding: stochastic}" if fmt.rounding == "stochastic" else "}"
             why = ""
-        by_itself = "" if widens else f", or --agoq-probe-interval 100 --agoq-max-error {bound:g}, by itself"
+        limit = min(bound, 0.9)  # that flag takes less than 1
+        by_itself = "" if widens else f", or --agoq-probe-interval 100 --agoq-max-error {limit:g}, by itself"
         yield (
             f"AGoQ: WARNING: iteration {iteration}: rounding {tensor.value} puts a relative error above "
             f"--agoq-check-bound {bound:g} into gradients, measured on this run's data against the same with "
             f"nothing rounded; layer (error): {where}. Remedy: in a policy file the config {config} for the "
-            f'pattern "*.{remedy.value}"{why}{by_itself}. (--no-agoq-check-gradients leaves this check out.)'
+            f'pattern "{remedy.pattern}"{why}{by_itself}. (--no-agoq-check-gradients leaves this check out.)'
         )

@@ -29,6 +29,12 @@ class Site(Enum):
         return f"decoder.layers.{layer_number - 1}.{self.value}"
 
     @property
+    def pattern(self) -> str:
+        """A glob that in a policy file stands for it in all layers, and for nothing else. (The path of a layer's
+        input ends as that of FC2's.)"""
+        return "*[!c][0-9].input" if self is Site.LAYER_INPUT else f"*.{self.value}"
+
+    @property
     def recomputable(self) -> bool:
         """Whether it can be rebuilt from other saved tensors of the same layer."""
         return self is Site.ATTENTION_OUTPUT or self.free

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
 from agoq_kernels.formats import Format
 
 from agoq_megatron import gradient_check
-from agoq_megatron.autograd.probing import ATTENTION, QKV, TOKENS
+from agoq_megatron.autograd.probing import ATTENTION, FUNCTIONS, QKV, TOKENS
 from agoq_megatron.gradient_check import Finding, Schedule, interval_of, over, paragraphs
-from agoq_megatron.policy.policy import Rule, load_policy
+from agoq_megatron.policy.policy import PRESETS, Rule, load_policy
 from agoq_megatron.policy.raised import RECOMPUTED, next_width
 from agoq_megatron.policy.sites import Site
 
@@ -131,6 +132,32 @@ def test_a_paragraph_a_tensor_and_remedy():
     assert "{bits: 5, code: cubic, group: 64, scale_bits: 8}" in second and "{bits: 16}" in third
     assert not any("\n" in text for text in (first, second, third))
     assert "--agoq-max-error" not in next(iter(paragraphs(7, findings, 0.25, widens=True)))
+    assert "--agoq-max-error 0.9" in next(iter(paragraphs(7, findings, 2.0, widens=False)))
+    drawn = Finding(5, V, 0.3, V, 8, 12, Format(12, "int", 64, 8, "stochastic"))
+    assert "rounding: stochastic}" in next(iter(paragraphs(7, [drawn], 0.25, widens=False)))
+
+
+@pytest.mark.parametrize(
+    "tensor", [it for site in FUNCTIONS.values() for it in site], ids=lambda it: it.value
+)
+def test_the_remedy_is_a_policy_file(tmp_path, tensor):
+    """Put first in a file it gives the tensor its new width in every layer, and no other one another rule."""
+    (said,) = paragraphs(7, [Finding(2, tensor, 0.3, tensor, 5, 6)], 0.25, widens=False)
+    config, pattern = re.search(r'the config (\{.*?\}) for the pattern (".*?")', said).groups()
+    stock = (PRESETS / "agoq.yaml").read_text()
+    path = tmp_path / "mended.yaml"
+    mended = stock.replace("configs:\n", f"configs:\n  mended: {config}\n")
+    path.write_text(
+        mended.replace(
+            "matchers:\n",
+            f"matchers:\n  mended: {{config: mended, type: glob, pattern: {pattern}, enabled: true}}\n",
+        )
+    )
+    policy, before = load_policy(str(path)), load_policy("agoq")
+    policy.check_patterns(25)
+    for number in (1, 9, 10, 25):
+        assert policy.rule(tensor, number).format.bits == 6
+        assert all(policy.rule(s, number) == before.rule(s, number) for s in Site if s is not tensor)
 
 
 # --- Runs -----------------------------------------------------------------------------------------
