@@ -30,8 +30,8 @@ class Site(Enum):
 
     @property
     def pattern(self) -> str:
-        """A glob that in a policy file stands for it in all layers, and for nothing else. (The path of a layer's
-        input ends as that of FC2's.)"""
+        """A glob that in a policy file stands for it in all layers, and for nothing else. (The path of FC2's
+        input ends as that of the layer's.)"""
         return "*[!c][0-9].input" if self is Site.LAYER_INPUT else f"*.{self.value}"
 
     @property
