@@ -1,7 +1,7 @@
 """What a run did, as numbers: the observer of Megatron's loop, and the JSON file at its end.
 
-``RunObserver.watch`` wraps three functions of the loop, which offers no callbacks. Nothing that the
-loop computes is changed.
+``RunObserver.watch`` wraps functions of the loop, which offers no callbacks. Nothing that the loop computes
+is changed, but that its second printed loss is none of two iterations.
 """
 
 from __future__ import annotations
@@ -31,6 +31,19 @@ WARM_UP_ITERATIONS = 3
 
 
 class RunObserver:
+def first_line_by_itself(stock, args):
+    """Around Megatron's ``training_log``, which prints a line after the first iteration in any case and does
+    not start the means anew there: where every iteration has a line, the second is a mean of two."""
+
+    @functools.wraps(stock)
+    def training_log(*positional, is_first_iteration: bool = False, **kwargs):
+        iteration = positional[3] if len(positional) > 3 else kwargs["iteration"]
+        between = is_first_iteration and iteration % args.log_interval != 0
+        return stock(*positional, is_first_iteration=between, **kwargs)
+
+    return training_log
+
+
     """Collects losses, gradient norms, step times and saved bytes of one run.
 
     Args:
@@ -59,6 +72,7 @@ class RunObserver:
         compat.bind_training_loop("train_step", self._wrap_train_step)
         compat.bind_training_loop("evaluate", self._wrap_evaluate)
         compat.bind_training_loop("evaluate_and_print_results", self._wrap_evaluate_and_print)
+        compat.bind_training_loop("training_log", functools.partial(first_line_by_itself, args=self._args))
 
     def _wrap_train_step(self, stock):
         @functools.wraps(stock)

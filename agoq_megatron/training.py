@@ -33,7 +33,6 @@ from agoq_megatron import compat
 from agoq_megatron.agreement import agree_first, decisions
 from agoq_megatron.autograd.cross_entropy import vocab_parallel_cross_entropy
 from agoq_megatron.autograd.linear import add_product
-from agoq_megatron.autograd.linear_cross_entropy import LinearCrossEntropy, LinearCrossEntropySpec
 from agoq_megatron.autograd.recompute import quantized_checkpoint
 from agoq_megatron.batches import count_by_samples, schedule_from_args
 from agoq_megatron.communicators import connect_first
@@ -44,6 +43,7 @@ from agoq_megatron.finite import STATUS as NOT_FINITE
 from agoq_megatron.flag_register import remarks
 from agoq_megatron.gradients.data_parallel import QuantizedGradientDDP, wrap_embedding_reduction
 from agoq_megatron.gradients.settings import LayoutError
+from agoq_megatron.loss_in_parts import loss_in_parts
 from agoq_megatron.memory import Plan, plan_from_args
 from agoq_megatron.optimizer.quantized_gradients import (
     QuantizedDistributedOptimizer,
@@ -65,7 +65,6 @@ from agoq_megatron.refusals import UsageError, refuse
 from agoq_megatron.report import LOSS, RunObserver
 from agoq_megatron.resuming import order
 from agoq_megatron.resuming.layouts import other_layout
-from agoq_megatron.resuming import order
 from agoq_megatron.resuming.loop import (
     DurableTracker,
     guarded_arguments,
@@ -154,20 +153,6 @@ def loss_func(
     count = tokens.float().clamp(min=torch.finfo(torch.float32).tiny)
     logged = torch.stack([loss.detach(), count])
     return loss, tokens, {LOSS: logged}
-
-
-def loss_in_parts(hidden_states, output_layer, output_weight, labels, **_) -> torch.Tensor:
-    """Token losses [b, s] of the decoder's output, for ``GPTModel``'s output_processor."""
-    target = labels.transpose(0, 1).contiguous()
-    parts = get_args().agoq_loss_chunks
-
-    def product(input, weight, gradient_accumulation_fusion, sequence_parallel, tp_group, **_):
-        spec = LinearCrossEntropySpec(parts, tp_group, sequence_parallel, gradient_accumulation_fusion)
-        return LinearCrossEntropy.apply(input, weight, target, spec)
-
-    with compat.other_product(output_layer, product):
-        losses, _ = output_layer(hidden_states, weight=output_weight)
-    return losses.transpose(0, 1).contiguous()
 
 
 def forward_step(data_iterator, model):
@@ -318,8 +303,6 @@ def prepare(on_cpu: bool) -> tuple[argparse.Namespace, Plan]:
     return args, plan
 
 
-
-
 def not_finite(problem: RuntimeError) -> NoReturn:
     """Leave for a NaN: the norm's, which all ranks have, or one that Megatron's check of losses and gradients
     found on this rank."""
@@ -421,9 +404,9 @@ def main(on_cpu: bool) -> None:
     except RuntimeError as problem:
         if isinstance(problem, NotFiniteError) or "Unexpected result" in str(problem):
             observer.finish()
+            not_finite(problem)
         if said := other_layout(problem):
             refuse(said)
-            not_finite(problem)
         raise
     except CheckpointException as problem:  # torch's, around Megatron's; no Exception
         if said := other_layout(problem):

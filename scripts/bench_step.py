@@ -190,6 +190,9 @@ def build_command(args: argparse.Namespace, name: str, label: str, shape: dict, 
     """The command that trains configuration ``name``; ``label`` names the files it writes."""
     more = [*args.runs[name], *args.megatron_flags]
     sizes = dict(re.findall(r"--(tensor|pipeline)-model-parallel-size[ =](\d+)", " ".join(more)))
+    # What is said among Megatron's flags counts, in what follows from it as well.
+    said = dict(re.findall(rf"--({'|'.join(SHAPE)})[ =](\d+)", " ".join(more)))
+    shape = shape | {name: int(value) for name, value in said.items()}
     replicas = args.nproc_per_node // math.prod(map(int, sizes.values()))
     values = shape | {
         "max-position-embeddings": shape["seq-length"],

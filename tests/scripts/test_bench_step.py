@@ -240,6 +240,17 @@ def test_the_command_of_a_model():
     assert "--profile" not in flags
 
 
+@pytest.mark.parametrize(
+    "form", ["--micro-batch-size 3 --seq-length 96", "--micro-batch-size=3 --seq-length=96"]
+)
+def test_what_follows_from_megatrons_flags_follows_from_those_given(form):
+    """A global batch that the micro-batch divides, and positions for every token."""
+    flags = flags_of(parse("--micro-batches", "5", "--", *form.split()), "off")
+    assert flags["--global-batch-size"] == "15" and flags["--max-position-embeddings"] == "96"
+    flags = flags_of(parse("--run", "two=--micro-batch-size 2"), "two")
+    assert flags["--micro-batch-size"] == "2" and flags["--global-batch-size"] == "4"
+
+
 def test_what_the_user_says_comes_last():
     args = parse(
         "--model", "llama2-7b", "--layers", "2", "--seq-length", "32768", "--micro-batch-size", "1",

@@ -35,6 +35,8 @@ def assert_continues(resumed, whole, first: int):
     # Megatron's second line after any start gives the mean of two iterations.
     printed, before = resumed.printed(), whole.printed()
     for iteration in range(first + 2, ITERATIONS + 1):
+        # Of this iteration alone, the second after any start too.
+        assert float(printed[iteration][0]) == pytest.approx(whole.losses()[iteration], rel=1e-6)
         assert printed[iteration] == before[iteration]
 
 
