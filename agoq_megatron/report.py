@@ -30,7 +30,6 @@ WARM_UP_ITERATIONS = 3
 """Iterations after a start that the step time leaves out."""
 
 
-class RunObserver:
 def first_line_by_itself(stock, args):
     """Around Megatron's ``training_log``, which prints a line after the first iteration in any case and does
     not start the means anew there: where every iteration has a line, the second is a mean of two."""
@@ -44,6 +43,7 @@ def first_line_by_itself(stock, args):
     return training_log
 
 
+class RunObserver:
     """Collects losses, gradient norms, step times and saved bytes of one run.
 
     Args:
