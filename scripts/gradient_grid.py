@@ -346,8 +346,11 @@ def load_dumps(folder: Path, ranks: int) -> list[Dump]:
     return [Dump(*torch.load(folder / f"rank{rank}.pt")) for rank in range(ranks)]
 
 
-def run(configuration: Configuration, folder: Path) -> dict:
+def run(configuration: Configuration, folder: Path, known: dict) -> dict:
     """Train both ways and compare; the ranks' files go to ``folder``.
+
+    Args:
+        known: stock runs by their flags, of which each is made once.
 
     Returns:
         Name, comparison, bound, seconds of both runs, and under "faults" what is wrong.
@@ -358,10 +361,13 @@ def run(configuration: Configuration, folder: Path) -> dict:
     try:
         dumps = []
         for bits in (32, 8):
-            place = folder / str(bits)
-            task = functools.partial(train_rank, configuration.flags(bits), place)
-            fork_ranks(configuration.ranks, task, place)
-            dumps.append(load_dumps(place, configuration.ranks))
+            flags = configuration.flags(bits)
+            made = configuration.ranks, *flags
+            if made not in known:
+                place = folder / str(bits)
+                fork_ranks(configuration.ranks, functools.partial(train_rank, flags, place), place)
+                known[made] = load_dumps(place, configuration.ranks)
+            dumps.append(known[made] if bits == 32 else known.pop(made))
         found = compare(*dumps)
         row |= asdict(found) | {"faults": faults(found, limit, WORST[configuration.adam])}
     except (RunFailed, ValueError) as problem:
@@ -388,9 +394,10 @@ def faults(found: Comparison, limit: float, worst: float) -> list[str]:
 def run_all(chosen: list[Configuration]) -> Iterator[dict]:
     """Run configurations one after the other, and print a line of each."""
     print(f"{'configuration':60}{'error':>8}{'bound':>8}{'worst':>8}{'norms':>8}  identical  seconds")
+    known: dict = {}
     for configuration in chosen:
         with tempfile.TemporaryDirectory() as folder:
-            row = run(configuration, Path(folder))
+            row = run(configuration, Path(folder), known)
         numbers = "".join(f"{row.get(key, math.nan):8.4f}" for key in ("error", "bound", "worst", "norms"))
         same = {True: "yes", False: "NO", None: "?"}[row.get("identical")]
         print(f"{row['name']:60}{numbers}  {same:9}{row['seconds']:9.1f}", flush=True)

@@ -7,9 +7,7 @@ changes a process for good.)
 
 from __future__ import annotations
 
-import argparse
 import functools
-import itertools
 import json
 import os
 import sys
@@ -23,9 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 from forked_ranks import RunFailed, fork_ranks, import_megatron
-from launch import run_planner
-
-from agoq_megatron.sizes import parse_size
+from launch import covering
 
 # In FP32: nothing but the quantizer changes the gradients. No update, so that a second step has the same
 # weights; the project's own meter takes the hooks of the first.
@@ -44,7 +40,6 @@ TRAINED = 40
 PP4 = "--pipeline-model-parallel-size 4"
 VIRTUAL = "--num-layers-per-virtual-pipeline-stage"
 INTERLEAVED = f"{PP4} {VIRTUAL} 1 --global-batch-size 8"
-PLANNED = f"--gpus 4 {PP4} {VIRTUAL} 4 --global-batch-size 8"
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 
 
@@ -76,6 +71,8 @@ REAL = {
     ),
     "auto, shipped": Real(4, f"{INTERLEAVED} --agoq-activations auto --agoq-activation-memory {{budget}}B"),
 }  # fmt: skip
+RARE = {"PP2", "PP4", "stage"}
+"""With --exhaustive only: uneven stages and interleaved ones hold the same chunks of layers."""
 TWO_RANKS = "--pipeline-model-parallel-size 2 --global-batch-size 4 --agoq-activations auto"
 
 
@@ -207,8 +204,8 @@ def predict(ranks: int, flags: list[str], out: Path) -> None:
     out.write_text(json.dumps([row.parts["saved activations"] for row in rows]))
 
 
-def collect(folder: Path) -> None:
-    """All runs of this file."""
+def collect(folder: Path, names: list[str]) -> None:
+    """The runs of this file that are named."""
     import_megatron()
     import agoq_megatron.calibrate
     import agoq_megatron.plan  # noqa: F401
@@ -234,7 +231,7 @@ def collect(folder: Path) -> None:
     base = f"--train-iters {STEPS} --lr 0 --min-lr 0".split()
     start = ["--load", weights, "--finetune", "--no-load-optim", "--no-load-rng"]
     found, budget = {}, 0
-    for name, real in REAL.items():
+    for name, real in ((name, REAL[name]) for name in names):
         flags = [*base, *real.flags.format(budget=budget, folder=folder).split()]
         place = folder / f"predict {name}.json"
         run(1, f"predict {name}", predict, real.ranks, flags, place)
@@ -258,10 +255,12 @@ def collect(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(launcher, tmp_path_factory) -> Path:
+def folder(launcher, tmp_path_factory, request) -> Path:
     """What all the runs have written."""
     folder = tmp_path_factory.mktemp("auto")
-    launcher.script(__file__, folder, timeout=590)
+    everything = request.config.getoption("--exhaustive")
+    names = [name for name in REAL if everything or name not in RARE]
+    launcher.script(__file__, folder, *names, timeout=590)
     return folder
 
 
@@ -276,7 +275,7 @@ def whole_runs(test):
 
 
 @whole_runs
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("name", covering(REAL, set(REAL) - RARE))
 def test_bytes_in_flight(found, name):
     """On each rank, all that autograd keeps within the layers, against the planner: within 1%."""
     run = found[name]
@@ -304,7 +303,7 @@ def gradient_errors(folder: Path, name: str) -> tuple[float, list[float]]:
 def test_gradients_of_auto_lie_nearer_to_the_exact_ones(folder, found):
     """At uniform4's peak, on four stages of two chunks: from the same weights, on the same batch."""
     errors = {}
-    for name in ("uniform4", "stage", "auto", "auto, shipped"):
+    for name in [name for name in ("uniform4", "stage", "auto", "auto, shipped") if name in found]:
         errors[name], each = gradient_errors(folder, name)
         print(f"{name}: {errors[name]:.4f}, by rank {' '.join(f'{e:.4f}' for e in each)}; bytes in flight "
               f"{found[name]['measured']}")  # fmt: skip
@@ -336,127 +335,38 @@ def test_what_is_printed_and_reported(found):
 
 
 @whole_runs
+def test_sums_of_sensitivities(folder, found):
+    """Of the solver's widths and of 4 bits everywhere: what the file says of each layer, added up here. The
+    model is as deep as the measured one, so that each layer has its own numbers."""
+    layers = json.loads((folder / "sensitivities.json").read_text())["layers"]
+    solver = found["auto"]["report"]["solver"]
+
+    def cost(tensor: str, width: str, number: int) -> float:
+        entry = layers[str(number)][tensor].get(width) or {"own": 0.0, "flowing": 0.0}  # 16 bits
+        return entry["own"] ** 2 + entry["flowing"] ** 2
+
+    def members(ranges: str) -> list[int]:
+        ends = [list(map(int, part.split("-"))) for part in ranges.split(", ")]
+        return [number for pair in ends for number in range(pair[0], pair[-1] + 1)]
+
+    chosen = [
+        cost(tensor, width, number)
+        for tensor, widths in solver["widths"].items()
+        for width, numbers in widths.items()
+        for number in members(numbers)
+    ]
+    four = [cost(tensor, "4", number) for tensor in solver["widths"] for number in range(1, 9)]
+    assert len(chosen) == len(four) == 8 * 6 and len(set(four)) > 24
+    assert sum(chosen) == pytest.approx(solver["cost"], rel=1e-6)
+    assert sum(four) == pytest.approx(solver["cost_of_uniform4"], rel=1e-6)
+
+
+@whole_runs
 def test_ranks_that_disagree_are_refused(found):
     text = found["other widths"]
     assert "--agoq-activations auto: ranks 1 chose other widths than rank 0" in text
     assert "Traceback" not in text and "training ..." not in text.splitlines()
 
 
-# --- By the planner alone -------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("preset", ["llama3-8b", "llama2-7b"])
-def test_four_stages_of_two_chunks(tmp_path, launcher, preset):
-    """11, 9, 7 and 5 in flight: beside 4 bits everywhere, and the paper's bits for all tensors."""
-    out = tmp_path / "plan.json"
-    run = launcher.plan("--preset", preset, *PLANNED.split(), "--plan-json", out)
-    assert run.ok, run.log[-3000:]
-    print(run.log[run.log.index("Saved activations at each stage's peak") :])
-    report = json.loads(out.read_text())
-    assert [s["in_flight"] for s in report["kinds"]["these flags"]["stages"]] == [11, 9, 7, 5]
-    rows = {row["name"]: row for row in report["widths"]}
-    four, paper = rows["uniform4"], rows["paper's rule, all tensors"]
-    assert paper["peaks"][0] < four["peaks"][0]  # which keeps attention's output, too
-    # 5 bits (and their scales) of 9 micro-batches are more than 4 of 11: the paper's list is over.
-    assert min(paper["peaks"][:2]) > 0.99 * max(paper["peaks"][:2]) > max(paper["peaks"][2:])
-    # The shipped files' small models bear 4 bits of Q and K, which the solver may not give them: by their
-    # numbers it is not the better one beside policies that do, and may find no room at all.
-    for other in (four, paper):
-        assert not other["solved_peaks"] or max(other["solved_peaks"]) <= other["peaks"][0]
-    for name in ("agoq", "stage"):
-        other = rows[name]
-        assert max(other["solved_peaks"]) <= other["peaks"][0] and other["solved_cost"] < other["cost"]
-    cost, layers = rows["agoq"]["recomputing"]
-    assert cost <= rows["agoq"]["solved_cost"] and isinstance(layers, list)
-
-
-@pytest.mark.slow
-def test_a_gpus_memory(tmp_path, launcher):
-    """What everything else leaves of it, and nothing more, is what the widths may take. Another process finds
-    the same widths."""
-    report = {}
-    for memory in ("50GiB", "60GiB", "4096GiB", "51200MiB"):
-        flags = f"--preset llama3-8b {PLANNED} --agoq-gpu-memory {memory} --agoq-activations auto".split()
-        flags += ["--plan-json", str(tmp_path / memory)]
-        if memory == "51200MiB":
-            run = run_planner(*flags)
-            assert run.returncode == 0, run.stderr[-3000:]
-        else:
-            run = launcher.plan(*flags)
-            assert run.ok, run.log[-3000:]
-        report[memory] = json.loads((tmp_path / memory).read_text())
-    for memory in ("50GiB", "60GiB"):
-        stages = report[memory]["kinds"]["these flags"]["stages"]
-        assert max(s["needed"] for s in stages) <= parse_size(memory), memory
-        assert max(s["needed"] for s in stages) >= 0.99 * parse_size(memory)
-        for stage, row in zip(stages, report[memory]["solver"]["stages"], strict=True):
-            assert stage["parts"]["saved activations"] == pytest.approx(row["peak_bytes"])
-    assert report.pop("51200MiB")["solver"] == report["50GiB"]["solver"]
-    costs = [report[memory]["solver"]["cost"] for memory in report]
-    assert costs[0] > 2 * costs[1] > 0 and costs[2] == 0  # with room for everything nothing is quantized
-
-
-@pytest.mark.slow
-def test_kept_inputs_get_widths_too(launcher):
-    """Of layers that the flags recompute the input is kept, and that alone."""
-    flags = "--num-layers 4 --recompute-granularity full --recompute-method block --recompute-num-layers 2"
-    flags += " --agoq-activations auto --agoq-activation-memory 130KiB --train-iters 2"
-    run = launcher.run(*flags.split())
-    assert run.ok, run.log[-4000:]
-    solver, report = run.report["solver"], run.report
-    of_width = {tensor: set(widths.values()) for tensor, widths in solver["widths"].items()}
-    assert of_width.pop("input") in ({"1-2"}, {"1", "2"}) and len(of_width) == 6
-    assert all(layers in ({"3-4"}, {"3", "4"}) for layers in of_width.values()), of_width
-    (stage,) = solver["stages"]
-    assert 0.9 * stage["budget_bytes"] < stage["peak_bytes"] <= stage["budget_bytes"] == 130 * 1024
-    measured = report["saved_bytes_per_token_layer"]
-    assert measured == pytest.approx(report["planned_bytes_per_token_layer"], rel=0.01)
-    assert measured * 64 * 4 == pytest.approx(stage["peak_bytes"], rel=0.01)
-
-
-def test_shipped_files():
-    """They are there, whole, of calibrate, and the nearest is taken."""
-    from agoq_megatron.planning.sensitivity import BEST_FORMATS, SITES, load_sensitivities
-    from agoq_megatron.planning.shipped import FOLDER, nearest
-    from agoq_megatron.policy.sites import Site
-
-    files = sorted(FOLDER.glob("*.json"))
-    assert [path.stem for path in files] == ["gpt", "llama-gqa", "llama-mha"]
-    for path in files:
-        file = load_sensitivities(path)
-        assert file.data["checkpoint"] == file.data["made"]["iterations"] >= 120
-        assert file.data["command"].startswith("python -m agoq_megatron.calibrate")
-        for number in range(1, 9):
-            for site in (*SITES, Site.LAYER_INPUT):
-                costs = [file.cost(number, site, width) for width in file.widths(number, site)]
-                assert file.widths(number, site) == tuple(BEST_FORMATS), (path, number, site)
-                # 4 bits in groups of 64 may be no better than 3 in groups of 32; all else is in order.
-                pairs = list(itertools.pairwise(costs))
-                assert pairs[1][1] < 1.3 * pairs[1][0], (path, number, site)
-                assert all(more < fewer for fewer, more in (pairs[0], *pairs[2:])), (path, number, site)
-
-    def stem(**model) -> str:
-        args = argparse.Namespace(
-            swiglu=True, normalization="RMSNorm", group_query_attention=False, num_query_groups=1,
-            num_attention_heads=32, ffn_hidden_size=11008, hidden_size=4096,
-        )  # fmt: skip
-        vars(args).update(model)
-        return nearest(args).path.stem
-
-    assert stem() == "llama-mha"
-    assert stem(group_query_attention=True, num_query_groups=8, ffn_hidden_size=14336) == "llama-gqa"
-    assert stem(swiglu=False, normalization="LayerNorm", ffn_hidden_size=16384) == "gpt"
-
-
-def test_sizes():
-    assert parse_size("80GiB") == parse_size("80g") == 80 * 2**30 and parse_size(" 80 GB ") == 80 * 10**9
-    assert parse_size("1.5MiB") == 3 * 2**19 and parse_size("24576 MiB") == 24 * 2**30
-    assert parse_size("568833B") == 568833
-    for words in ("", "80", "GiB", "-1GiB", "1.2.3GiB", "0GiB", "0.1B", "eightyGiB", "80GiBs"):
-        with pytest.raises(ValueError, match="such as 80GiB"):
-            parse_size(words)
-
-
 if __name__ == "__main__":
-    collect(Path(sys.argv[1]))
+    collect(Path(sys.argv[1]), sys.argv[2:])

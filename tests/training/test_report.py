@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from agoq_kernels.gradients import BLOCK, segment_bytes
+from launch import covering
 from wandb_file import read_run
 
 pytestmark = pytest.mark.slow
@@ -23,15 +24,17 @@ def series(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 @pytest.mark.supports("TensorBoard", "W&B", "BF16")
-def test_under_torchrun_with_every_writer(launcher, tmp_path):
-    """The command that a user types, on two ranks; then resumed: one W&B run, series continued."""
+@pytest.mark.parametrize("started", covering(["forked", "torchrun"], {"forked"}))
+def test_with_every_writer(launcher, tmp_path, started):
+    """On two ranks; then resumed: one W&B run, series continued. By torchrun, as a user types it, runs also
+    start in tests/scripts."""
     flags = [
         *("--train-iters", 6, "--save", tmp_path / "ckpt", "--load", tmp_path / "ckpt"),
         *("--save-interval", 100, "--use-distributed-optimizer", "--log-throughput"),
         *("--tensorboard-dir", tmp_path / "tb", "--wandb-project", "test", "--wandb-exp-name", "x"),
         *("--num-workers", 1, *VALIDATION),
     ]
-    first = launcher.run(*flags, "--exit-interval", 4, ranks=2, torchrun=True)
+    first = launcher.run(*flags, "--exit-interval", 4, ranks=2, torchrun=started == "torchrun")
     assert first.ok, first.log[-4000:]
     assert "no GPU found; training on the CPU" in first.log
     assert first.log.count("AGoQ: saved activations, policy agoq") == 1
@@ -103,16 +106,20 @@ def test_8_bit_gradients_are_measured(launcher, tmp_path, distributed):
     assert tags["agoq/gradient-bytes-sent"][-1] == (3, report["gradient_bytes_sent"])
 
 
-@pytest.mark.parametrize("flags, matrices, others", [
-    ((), 12, 12),
-    (("--agoq-master-weights", "split"), 10, 10),
-    (("--agoq-optimizer-bits", "8"), 4.0625, 10),
-    (("--agoq-optimizer-bits", "8", "--agoq-master-weights", "fp32"), 6.0625, 12),
-])  # fmt: skip
-def test_optimizer_states_are_measured(launcher, tmp_path, flags, matrices, others):
-    """To the byte: of weight matrices; and embedding and norms."""
+STATES = {  # flags: bytes of a parameter of the weight matrices; of embedding and norms
+    "": (12, 12),
+    "--agoq-master-weights split": (10, 10),
+    "--agoq-optimizer-bits 8": (4.0625, 10),
+    "--agoq-optimizer-bits 8 --agoq-master-weights fp32": (6.0625, 12),
+}
+
+
+@pytest.mark.parametrize("flags", covering(STATES, {"", "--agoq-optimizer-bits 8"}))
+def test_optimizer_states_are_measured(launcher, tmp_path, flags):
+    """To the byte."""
+    matrices, others = STATES[flags]
     more = ["--train-iters", 2, "--tensorboard-dir", tmp_path / "tb", "--use-distributed-optimizer"]
-    run = launcher.run(*more, *flags)
+    run = launcher.run(*more, *flags.split())
     assert run.ok, run.log[-4000:]
     layer = 512 * 128 + 128 * 256 + 512 * 128 + 128 * 256
     expected = matrices * (2 * layer + 128 * 128) + others * (128 * 128 + 5 * 128)
