@@ -52,11 +52,6 @@ REFUSED: tuple[Check, ...] = (
         refused=lambda n: n > 1,
     ),
     _no("--hybrid-context-parallel", "context parallelism is not carried yet"),
-    _no(
-        "--tensor-parallel-num-weight-shards",
-        "weights sharded within tensor parallelism are not carried yet",
-        refused=lambda n: n > 1,
-    ),
     _no("--cuda-graph-impl", "CUDA graphs are not carried yet", refused=lambda v: v != "none"),
     _no("--enable-cuda-graph", "CUDA graphs are not carried yet"),
     _no("--external-cuda-graph", "CUDA graphs are not carried yet"),
@@ -195,6 +190,7 @@ CARRIED = {
 }
 
 UNTESTED = """
+    tensor_parallel_num_weight_shards
     fp16 loss_scale initial_loss_scale min_loss_scale loss_scale_window hysteresis
     perform_initialization deterministic_mode disable_bf16_reduced_precision_matmul
     mup_* cross_entropy_fusion_impl defer_embedding_wgrad_compute wgrad_deferral_limit

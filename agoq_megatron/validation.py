@@ -119,6 +119,12 @@ def _check_shapes(args: Namespace) -> None:
         if value is None or value < 1:
             raise UsageError(f"--{name.replace('_', '-')} {value}: give a positive number.")
     tp = args.tensor_model_parallel_size
+    shards = getattr(args, "tensor_parallel_num_weight_shards", None)
+    if shards not in (None, tp):
+        raise UsageError(
+            f"--tensor-parallel-num-weight-shards {shards}: weights in more pieces than the {tp} of "
+            "--tensor-model-parallel-size are not carried yet; leave it out."
+        )
     groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
     if args.group_query_attention and (not groups or args.num_attention_heads % groups):
         raise UsageError(

@@ -72,8 +72,8 @@ def convert(options: argparse.Namespace) -> list[str]:
     print(
         f"{options.output}: {sum(w.numel for w in weights):,} parameters in {sources[0].dtype}. Flags of the "
         f"model, in {options.output / FLAGS}:\n{shlex.join(flags)}\n"
-        "(--use-checkpoint-args reads most of them from the checkpoint, but neither --norm-epsilon nor "
-        "--use-rope-scaling: pass the flags.)"
+        "(--use-checkpoint-args reads them from the checkpoint; Megatron's own scripts leave out "
+        "--norm-epsilon and --use-rope-scaling: there, pass the flags.)"
     )
     return flags
 

@@ -267,9 +267,21 @@ def peeked_state(read, args) -> dict | None:
         args.ckpt_step = given
 
 
+OF_THE_MODEL_TOO = """
+    layernorm_epsilon layernorm_zero_centered_gamma use_rope_scaling rope_scaling_factor no_rope_freq
+    rotary_seq_len_interpolation_factor use_mup mup_base_hidden_size mup_embedding_mult mup_output_mult
+    mup_base_head_dim mup_attn_scale_power
+    qk_layernorm qk_l2_norm window_size softmax_type attention_output_gate glu_linear_offset quick_geglu
+    activation_func_clamp_value multi_latent_attention experimental_attention_variant
+    apply_residual_connection_post_layernorm
+""".split()
+"""What --use-checkpoint-args leaves out in Megatron 0.19, though the weights mean nothing without it. (The
+last three lines are refused here, then by their names: Megatron would load the rest and say nothing.)"""
+
+
 def guarded_load_args(stock, args, load_arg: str = "load") -> None:
     """``load_args_from_checkpoint`` from the checkpoint that will be loaded, before the ranks know each
-    other.
+    other; and what that leaves out.
 
     Files are looked for, not read through: every rank would read all of them.
 
@@ -282,7 +294,10 @@ def guarded_load_args(stock, args, load_arg: str = "load") -> None:
         if name is not None and name != "release":
             args.ckpt_step = int(name.removeprefix("iter_"))
     try:
-        stock(args, load_arg=load_arg)
+        found = stock(args, load_arg=load_arg)  # with the checkpoint's own, where there are any
+        for name in OF_THE_MODEL_TOO if isinstance(found, tuple) else ():
+            if getattr(found[1], name, None) is not None:
+                setattr(args, name, getattr(found[1], name))
     except (SystemExit, Exception, CheckpointException) as problem:
         text = " ".join(str(problem).split())[:300]
         raise CheckpointError(

@@ -24,7 +24,14 @@ def main():
         torch.save(logits, os.environ["LOGITS_OUTPUT"])
         raise SystemExit(0)
 
-    loop.train = write_logits
+    prepare = training.prepare
+
+    def prepare_and_bind(on_cpu):  # after it has looked at what it will call
+        prepared = prepare(on_cpu)
+        loop.train = write_logits
+        return prepared
+
+    training.prepare = prepare_and_bind
     training.main(on_cpu=True)
 
 

@@ -42,8 +42,8 @@ SAME_CONFIG = {
 }
 """Flags of the model that change no field of its config, and why that is right."""
 MORE_RANKS = {
-    "tensor_model_parallel_size", "pipeline_model_parallel_size", "overlap_p2p_comm_warmup_flush",
-    "defer_embedding_wgrad_compute",
+    "tensor_model_parallel_size", "tensor_parallel_num_weight_shards", "pipeline_model_parallel_size",
+    "overlap_p2p_comm_warmup_flush", "defer_embedding_wgrad_compute",
 }  # fmt: skip
 """Cannot be set on one rank."""
 

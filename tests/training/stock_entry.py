@@ -7,7 +7,7 @@ Writes ``{"iteration": [loss, gradient norm]}`` to the file that STOCK_REPORT na
 
 import json
 import os
-from functools import partial
+from functools import partial, wraps
 
 
 def main():
@@ -40,6 +40,7 @@ def main():
     history = {}
     train_step = loop.train_step
 
+    @wraps(train_step)
     def recording_train_step(*args, iteration, **kwargs):
         result = train_step(*args, iteration=iteration, **kwargs)
         if "lm loss" in result[0]:  # the last pipeline stage holds it

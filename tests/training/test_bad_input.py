@@ -162,6 +162,9 @@ CASES = {
     ),
     "mixture of experts": ("--num-experts 4", ["--num-experts"]),
     "multi-latent attention": ("--multi-latent-attention", ["--multi-latent-attention"]),
+    "weights in pieces": (
+        "--tensor-parallel-num-weight-shards 2", ["--tensor-parallel-num-weight-shards 2", "pieces"],
+    ),
     "context parallelism": ("--context-parallel-size 2", ["--context-parallel-size"]),
     "CUDA graphs": ("--cuda-graph-impl local", ["--cuda-graph-impl"]),
     "FP8 layers": ("--fp8-format hybrid", ["--fp8-format"]),

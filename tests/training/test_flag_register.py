@@ -45,7 +45,7 @@ PARTS = {"": REFUSED}
 PARTS["--agoq-grad-bits 8"] = state_validation._NOT_WITH_8_BIT_GRADIENTS
 PARTS["--agoq-optimizer-bits 8 --use-distributed-optimizer"] = state_validation._NOT_WITH_OUR_STATES
 VALUES = {
-    "--context-parallel-size": "2", "--tensor-parallel-num-weight-shards": "2", "--cuda-graph-impl": "local",
+    "--context-parallel-size": "2", "--cuda-graph-impl": "local",
     "--fp8-format": "hybrid", "--fp4-format": "e2m1", "--experimental-attention-variant": "dsa",
     "--linear-attention-freq": "2", "--window-size": "8,0", "--softmax-type": "learnable",
     "--attention-backend": "unfused", "--optimizer": "muon", "--rampup-batch-size": "1 1 8",
@@ -93,6 +93,42 @@ def test_refused_by_its_own_name(own_parser, part, flag):
     told = refusal(own_parser, [*part.split(), *flag.split(), *value.split()])
     assert told.startswith(flag.split()[0]), told
     assert (part.split() or [""])[0] in told
+
+
+# --- What a checkpoint knows of its model ---------------------------------------------------------
+
+NOT_OF_THE_MODEL = """
+    recompute_granularity recompute_modules recompute_method recompute_num_layers gradient_accumulation_fusion
+    attention_softmax_in_fp32 masked_softmax_fusion apply_rope_fusion bias_swiglu_fusion bias_gelu_fusion
+    bias_dropout_fusion no_persist_layer_norm sequence_parallel tensor_model_parallel_size init_method_std
+    use_cpu_initialization mlp_chunks_for_training transformer_impl bf16 seed make_vocab_size_divisible_by
+    embedding_init_method_std clone_scatter_output_in_embedding cross_entropy_loss_fusion vocab_size
+""".split()
+"""Of the flags that the layers and the model around them obey: how they run, and how they begin."""
+
+
+def test_checkpoint_args_are_the_whole_model(tmp_path, monkeypatch):
+    """What decides what the weights compute comes with ``--use-checkpoint-args``."""
+    import megatron.training.checkpointing as checkpointing
+
+    from agoq_megatron.resuming.loop import guarded_load_args
+
+    names = {
+        n
+        for where, names in CARRIED.items()
+        if "modules/" in where or "around" in where
+        for n in names.split()
+    }
+    names = names - set(NOT_OF_THE_MODEL) | {"qk_layernorm", "window_size"}  # refused, but not lost
+    saved = argparse.Namespace(**{name: f"saved {name}" for name in names})
+    monkeypatch.setattr(
+        checkpointing, "_load_base_checkpoint",
+        lambda *args, **kwargs: ({"args": saved, "iteration": 3, "checkpoint_version": 3}, "", False, None),
+    )  # fmt: skip
+    args = argparse.Namespace(**{name: None for name in names}, load=str(tmp_path), ckpt_step=None)
+    args.use_tokenizer_model_from_checkpoint_args = args.use_mp_args_from_checkpoint_args = False
+    guarded_load_args(checkpointing.load_args_from_checkpoint, args)
+    assert {name: getattr(args, name) for name in names} == {name: f"saved {name}" for name in names}
 
 
 # --- What is named, and what a later Megatron may bring -------------------------------------------
