@@ -93,7 +93,7 @@ def test_shipped_files():
     assert [path.stem for path in files] == ["gpt", "llama-gqa", "llama-mha"]
     for path in files:
         file = load_sensitivities(path)
-        assert file.data["checkpoint"] == file.data["made"]["iterations"] >= 120
+        assert file.data["checkpoint"] == file.data["made"]["iterations"] > 300
         assert file.data["command"].startswith("python -m agoq_megatron.calibrate")
         for number in range(1, 9):
             for site in (*SITES, Site.LAYER_INPUT):
