@@ -13,7 +13,6 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from agoq_megatron.autograd import accounting
 from agoq_megatron.memory import DROPOUT, Plan
 
 OTHER = "other (kept by operations that AGoQ does not own)"
@@ -34,7 +33,7 @@ class Meter:
         self._due: set[int] = set()
         self._decoders: list[torch.nn.Module] = []
         self._storages: dict[int, tuple[str, int]] = {}
-        self._hooks = None
+        self._hooks = self._run = None
         self._bytes: dict[int, dict[str, float]] = {}
 
     def attach(self, model_chunks: Iterable[torch.nn.Module]) -> None:
@@ -85,7 +84,8 @@ class Meter:
             note(DROPOUT if self._plan.config.hidden_dropout > 0 else OTHER, x)
             return x
 
-        accounting.listen(listener)
+        self._run = decoder.config.agoq_run
+        self._run.listener = listener
         self._hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
         self._hooks.__enter__()
 
@@ -93,7 +93,7 @@ class Meter:
         if self._hooks is not None:
             self._hooks.__exit__(None, None, None)
             self._hooks = None
-            accounting.listen(None)
+            self._run.listener = None
 
     def _stop(self, index: int, output: Tensor) -> None:
         if index not in self._due or not torch.is_grad_enabled():

@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 from megatron.core import mpu
 from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.utils import get_model_config
 
 from agoq_megatron import compat, telemetry
-from agoq_megatron.autograd import rounding
+from agoq_megatron.autograd.clock import follow_megatron
 from agoq_megatron.gradients.telemetry import GradientMeter
 from agoq_megatron.meter import Meter
 from agoq_megatron.optimizer.telemetry import state_bytes, stepped_parameters
@@ -71,8 +72,8 @@ class RunObserver:
         """Enter Megatron's loop; call once, before ``pretrain``."""
         compat.bind_training_loop("train_step", self._wrap_train_step)
         compat.bind_training_loop("evaluate", self._wrap_evaluate)
-        compat.bind_training_loop("evaluate_and_print_results", self._wrap_evaluate_and_print)
         compat.bind_training_loop("training_log", functools.partial(first_line_by_itself, args=self._args))
+        compat.bind_training_loop("evaluate_and_print_results", self._wrap_evaluate_and_print)
 
     def _wrap_train_step(self, stock):
         @functools.wraps(stock)
@@ -103,9 +104,7 @@ class RunObserver:
             self.meter.attach(model)
             self.gradients.attach(model)
             self.watcher.attach(model)
-            seed = self._args.agoq_seed
-            rounding.counter.seed(self._args.seed if seed is None else seed, mpu.get_data_parallel_rank())
-        rounding.counter.begin_iteration(iteration)
+            follow_megatron(get_model_config(model[0]).agoq_run, self._args)
         self.meter.begin_iteration(iteration)
         if self.watcher.begin_iteration(iteration):
             self.meter.measure_again()

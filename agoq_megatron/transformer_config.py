@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.models import GPTModelConfig
 
+from agoq_megatron.autograd.run import Run
 from agoq_megatron.gradients.settings import GradientSettings, settings_from_args
 from agoq_megatron.optimizer.settings import OptimizerSettings, optimizer_settings_from_args
 from agoq_megatron.policy.fitting import policy_for
@@ -19,12 +20,13 @@ from agoq_megatron.policy.raised import RaisedPolicy
 @dataclass
 class AGoQTransformerConfig(TransformerConfig):
     """Megatron's transformer config, the policy of saved activations, how gradients and the optimizer's
-    states are kept (None: as Megatron does), and the tokens of a sequence."""
+    states are kept (None: as Megatron does), a sequence's tokens, and what its training has of its own."""
 
     agoq: ActivationPolicy | None = None
     agoq_gradients: GradientSettings | None = None
     agoq_optimizer: OptimizerSettings | None = None
     agoq_sequence: int = 0
+    agoq_run: Run = field(default_factory=Run, compare=False, repr=False)
 
 
 def transformer_config_from_args(args) -> AGoQTransformerConfig:

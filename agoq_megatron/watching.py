@@ -28,6 +28,7 @@ import torch.distributed as dist
 from torch import nn
 
 from agoq_megatron.autograd import probing
+from agoq_megatron.autograd.run import Run
 from agoq_megatron.gradient_check import Finding, Schedule, errors_of, interval_of, over, paragraphs
 from agoq_megatron.memory import Plan
 from agoq_megatron.policy.policy import KEEP_BITS, SOLVED
@@ -90,6 +91,7 @@ class Watcher:
         self._layers: list[nn.Module] = []
         self._device: torch.device | None = None
         self._tally: probing.GradientTally | None = None
+        self._run: Run | None = None
         self._looked_at: dict[int, bool] = {}
         self._probed: list[int] = []
         self._schedule: Schedule | None = None
@@ -107,6 +109,7 @@ class Watcher:
                 chunk = chunk.module
             self._layers += chunk.decoder.layers
             self._device = next(chunk.parameters()).device
+            self._run = chunk.config.agoq_run
 
     def due(self, iteration: int) -> bool:
         """Whether an iteration, counted from 0, is probed: every N-th, of a new run the first."""
@@ -132,7 +135,7 @@ class Watcher:
             self._looked_at |= dict.fromkeys(self._probed, True)
         if self._looked_at:
             self._tally = probing.GradientTally(self._looked_at, self._device, iteration << 20)
-            probing.probe(self._tally)
+            self._run.tally = self._tally
         return changed is not None
 
     def end_iteration(self, iteration: int) -> None:
@@ -140,7 +143,7 @@ class Watcher:
         if self._tally is None:
             return
         squares, self._tally = self._tally.squares, None
-        probing.probe(None)
+        self._run.tally = None
         dist.all_reduce(squares)
         layers = zip(self._looked_at, squares.tolist(), strict=True)
         found = {number: errors_of(of_layer) for number, of_layer in layers}

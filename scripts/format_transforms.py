@@ -18,7 +18,6 @@ import torch
 from agoq_kernels.formats import Format
 from torch import Tensor
 
-from agoq_megatron.autograd import accounting
 from agoq_megatron.autograd.saving import SavedTensor
 from agoq_megatron.policy.policy import Rule
 from agoq_megatron.policy.sites import Site
@@ -101,7 +100,7 @@ class TransformedTensor(SavedTensor):
         if self._removes_mean:
             means = (y.mean(0, keepdim=True),)
             y = y - means[0]
-            accounting.announce(self.layer_number, self.site.value, means)
+            self.run.announce(self.layer_number, self.site.value, means)
         if self.transform.rotate:
             y = rotate_heads(y, self.head_dim)
         return *self.inner.pack(y), *means
@@ -120,7 +119,8 @@ class TransformedTensor(SavedTensor):
 
 def transformed(saved: SavedTensor, transform: Transform, head_dim: int) -> TransformedTensor:
     """``saved`` (Q or K) with ``transform`` around its format."""
-    return TransformedTensor(saved.site, saved.layer_number, Rule(keep=True), saved, transform, head_dim)
+    own = saved.site, saved.layer_number, Rule(keep=True)
+    return TransformedTensor(*own, saved, transform, head_dim, run=saved.run, in_parts=saved.in_parts)
 
 
 def transform_attention(core, transform: Transform) -> None:

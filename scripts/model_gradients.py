@@ -10,8 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from agoq_megatron.autograd.rounding import counter
-
 GROUPS = {
     "embedding": ("embedding.",),
     "norms": ("layer_norm_weight", "layer_norm_bias", "final_layernorm."),
@@ -51,6 +49,7 @@ class GradientMeter:
         self._model = model
         self._names = {p: name for name, p in model.named_parameters() if p.requires_grad}
         self._sums: dict[str, Tensor] = {}
+        self._calls = 0
         for parameter in self._names:
             parameter.register_post_accumulate_grad_hook(self._take)
 
@@ -72,8 +71,8 @@ class GradientMeter:
         """
         for layer in self._model.decoder.layers:
             layer.set_policy(policy)
-        counter.begin_iteration(-1)
-        counter.begin_iteration(0)
+        self._calls += 1
+        self._model.config.agoq_run.counter.begin_iteration(0, attempt=self._calls)
         self._sums, total = {}, 0.0
         for tokens in sequences:
             tokens = tokens.cuda()[None]

@@ -62,7 +62,9 @@ class ActivationLinear(torch.autograd.Function):
         """
         saved = spec.pre_activation
         if keep:
-            ctx.probe = probing.capture(ActivationLinear, spec, ctx.needs_input_grad, x, weight, None, False)
+            ctx.probe = probing.capture(
+                saved.run, ActivationLinear, spec, ctx.needs_input_grad, x, weight, None, False
+            )
         fmt, key = (saved.rule.format, saved.next_key()) if keep else (None, 0)
         # Nobody reads x again but who keeps it, or the output, as they are.
         free = x.is_contiguous() and (not keep or (fmt is not None and spec.output.rule.recompute))

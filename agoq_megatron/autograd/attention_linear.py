@@ -77,7 +77,9 @@ class AttentionLinear(torch.autograd.Function):
         """
         s, b, _ = qkv.shape
         if keep:
-            ctx.probe = probing.capture(AttentionLinear, spec, ctx.needs_input_grad, qkv, angles, weight)
+            ctx.probe = probing.capture(
+                spec.query.run, AttentionLinear, spec, ctx.needs_input_grad, qkv, angles, weight
+            )
         tables = None if angles is None else rotary_tables(angles)
         sites = spec.query, spec.key, spec.value
         formats = tuple(saved.rule.format if keep else None for saved in sites)
@@ -95,11 +97,11 @@ class AttentionLinear(torch.autograd.Function):
                 shelf.put(saved, part.view(s, b, -1), its_packed)
             if not spec.again:
                 shelf.put(spec.output, flat)
-                shelf.put_exact(LSE, spec.output.layer_number, lse)
+                shelf.put_exact(LSE, spec.output, lse)
             if common is not None:
                 heads = q.shape[2], v.shape[2]
                 shared = common[:, : heads[0]], common[:, -heads[1] :]
-                shelf.put_exact(COMMON, spec.query.layer_number, torch.cat(shared, 1).flatten(1))
+                shelf.put_exact(COMMON, spec.query, torch.cat(shared, 1).flatten(1))
             shelf.save(ctx, weight)
             # The angles are one constant table of the model, shared by all layers and steps.
             ctx.spec, ctx.dtype, ctx.angles, ctx.common = spec, qkv.dtype, angles, common is not None

@@ -87,7 +87,7 @@ class NormLinear(torch.autograd.Function):
         total, handle = gather_sequence(y, spec.group) if spec.sequence_parallel else (y, Done())
         if keep:
             inputs = x, None, norm_weight, norm_bias, weight, bias
-            ctx.probe = probing.capture(NormLinear, spec, ctx.needs_input_grad, *inputs)
+            ctx.probe = probing.capture(saved.run, NormLinear, spec, ctx.needs_input_grad, *inputs)
             ctx.set_materialize_grads(False)  # no gradient of the sum: nothing to add, rather than zeros
             shelf = Shelf()
             shelf.put(saved, x, packed)

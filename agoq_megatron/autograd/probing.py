@@ -7,7 +7,7 @@ again: once with every tensor kept as it is, once with the tensors rounded that 
 second's input and weight gradients are off is added up here; in detail also with each tensor rounded alone.
 
 The call itself stays what it is bit for bit: the others see copies, add to no gradient buffer and draw no key
-of stochastic rounding. Where nobody has set a tally nothing is compared, and a call pays one ``is None``.
+of stochastic rounding. Where the run has no tally nothing is compared, and a call pays one ``is None``.
 
 Of a micro-batch only the first sequence is taken, of it the first :data:`TOKENS` tokens. That bounds time and
 memory: a layer holds its functions' inputs from forward to backward (10.5 hidden states of those tokens
@@ -18,12 +18,12 @@ its input's gradient twice and its weight's twice.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
 
+from agoq_megatron.autograd.run import Run
 from agoq_megatron.autograd.saving import SavedTensor
 from agoq_megatron.policy.policy import Rule
 from agoq_megatron.policy.sites import Site
@@ -72,7 +72,7 @@ class GradientTally:
         """``x`` ``[s, b, h]`` enters a region that is recomputed from what ``saved`` keeps of it. The pass in
         which gradients flow sees that alone; the exact one is remembered for it."""
         number = saved.layer_number
-        if number in self._rows and number not in self._noted:  # later micro-batches are not measured
+        if number in self._rows and number not in self._entries:  # later micro-batches are not measured
             self._noted.add(number)
             self._entries[number] = saved.site, x.detach()[:TOKENS, :1].clone()
 
@@ -144,26 +144,24 @@ class Probe:
         grad = _cut(grad, TOKENS, self.parts)
         sites = {*self.rounded, *([self.entry] if self.entry else [])}
         column = sites.copy().pop().value if len(sites) == 1 else self.name
-        with _nobody_listens():
-            exact = self._gradients(grad, set())
-            self._add(column, self._gradients(grad, sites), exact)
-            if self.detail and len(sites) > 1:
-                for site in sorted(sites, key=list(Site).index):
-                    self._add(site.value, self._gradients(grad, {site}), exact)
+        exact = self._gradients(grad, set())
+        self._add(column, self._gradients(grad, sites), exact)
+        if self.detail and len(sites) > 1:
+            for site in sorted(sites, key=list(Site).index):
+                self._add(site.value, self._gradients(grad, {site}), exact)
         # The autograd node that holds this lives as long as anybody holds the loss.
         self.inputs.clear()
-        self.exact = None
 
     def _gradients(self, grad: Tensor, sites: set[Site]) -> list[Tensor | None]:
         """Of input and weight, with these tensors rounded as the policy says and all others exact."""
         changed = {"fuse_weight_gradient": False}
-        for field in _tensors(self.spec):
-            saved = getattr(self.spec, field.name)
+        for its in _tensors(self.spec):
+            saved = getattr(self.spec, its.name)
             rule = saved.rule
             # Attention's output that is made again is so whatever it is made of.
             if rule.format is not None and saved.site not in sites:
                 rule = Rule(keep=True)
-            changed[field.name] = _Copy(saved.site, saved.layer_number, rule, self.key)
+            changed[its.name] = _Copy(saved.site, saved.layer_number, rule, key=self.key)
         first = self.inputs[0] if self.entry in sites else self.exact
         call = _Call(self.needs)
         spec = replace(self.spec, **changed)
@@ -180,9 +178,10 @@ class Probe:
 
 @dataclass(frozen=True)
 class _Copy(SavedTensor):
-    """A tensor of a call that is run again: it draws with a key of its own."""
+    """A tensor of a call that is run again: it draws with a key of its own. So is its run, where nobody
+    listens."""
 
-    key: int = 0
+    key: int = field(default=0, kw_only=True)
 
     def next_key(self) -> int:
         return self.key
@@ -216,7 +215,7 @@ def add_squares(sums: Tensor, held: Tensor, exact: Tensor) -> None:
 
 def _tensors(spec) -> list:
     """The fields of a function's spec that say how a tensor is kept."""
-    return [field for field in fields(spec) if isinstance(getattr(spec, field.name), SavedTensor)]
+    return [its for its in fields(spec) if isinstance(getattr(spec, its.name), SavedTensor)]
 
 
 def _cut(x, tokens: int, parts: int = 1):
@@ -229,31 +228,12 @@ def _cut(x, tokens: int, parts: int = 1):
     return pieces[:, : tokens // parts, :1].flatten(0, 1)
 
 
-_tally: GradientTally | None = None
-
-
-def probe(tally: GradientTally | None) -> None:
-    """Set or clear who gets to see the calls."""
-    global _tally
-    _tally = tally
-
-
-@contextmanager
-def _nobody_listens():
-    global _tally
-    tally, _tally = _tally, None
-    try:
-        yield
-    finally:
-        _tally = tally
-
-
-def capture(function: type, spec, needs: tuple[bool, ...], *inputs) -> Probe | None:
+def capture(run: Run, function: type, spec, needs: tuple[bool, ...], *inputs) -> Probe | None:
     """Report a call in which gradients will flow; see :meth:`GradientTally.capture`."""
-    return None if _tally is None else _tally.capture(function, spec, needs, *inputs)
+    return None if run.tally is None else run.tally.capture(function, spec, needs, *inputs)
 
 
 def note_entry(saved: SavedTensor, x: Tensor) -> None:
     """Report what enters a recomputed region; see :meth:`GradientTally.note_entry`."""
-    if _tally is not None:
-        _tally.note_entry(saved, x)
+    if saved.run.tally is not None:
+        saved.run.tally.note_entry(saved, x)

@@ -8,15 +8,14 @@ checks (in-place changes, freeing) and ``saved_tensors_hooks`` keep working.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from agoq_kernels.fused import Kept, kept_as_is
 from agoq_kernels.ops import dequantize, quantize
 from torch import Tensor
 
-from agoq_megatron.autograd import accounting
-from agoq_megatron.autograd.rounding import counter
+from agoq_megatron.autograd.run import Run
 from agoq_megatron.policy.policy import ActivationPolicy, Rule
 from agoq_megatron.policy.sites import Site
 
@@ -29,18 +28,22 @@ class SavedTensor:
         site: which tensor.
         layer_number: of which layer, from 1.
         rule: how it is kept.
+        run: whose counter it draws from, and whom it tells what it keeps; of its own where none is given.
+        in_parts: tensor-parallel ranks hold other parts of it.
     """
 
     site: Site
     layer_number: int
     rule: Rule
+    run: Run = field(default_factory=Run, kw_only=True, compare=False, repr=False)
+    in_parts: bool = field(default=False, kw_only=True)
 
     def next_key(self) -> int:
         """Key of the random numbers for packing the tensor once more; 0 where none are drawn."""
         fmt = self.rule.format
         if fmt is None or fmt.rounding != "stochastic":
             return 0
-        return counter.key(self.layer_number, self.site.value)
+        return self.run.counter.key(self.layer_number, self.site.value, self.in_parts)
 
     def pack(self, x: Tensor, packed: Kept | None = None) -> tuple[Tensor, ...]:
         """The tensors to keep for ``x`` ``[..., n]``: none, ``x`` itself, or codes and scales.
@@ -56,7 +59,7 @@ class SavedTensor:
         else:
             codes, scale, zero = packed or quantize(x, fmt, self.next_key())
             kept = (codes, scale, zero) if zero.numel() else (codes, scale)
-        accounting.announce(self.layer_number, self.site.value, kept)
+        self.run.announce(self.layer_number, self.site.value, kept)
         return kept
 
     def kept(self, tensors: tuple[Tensor, ...]) -> Kept:
@@ -76,9 +79,17 @@ class SavedTensor:
         return dequantize(*self.kept(kept), fmt, dtype, shift)
 
 
-def saved_tensor(policy: ActivationPolicy, site: Site, layer_number: int) -> SavedTensor:
-    """The tensor at ``site`` of a layer, kept as ``policy`` says."""
-    return SavedTensor(site, layer_number, policy.rule(site, layer_number))
+BETWEEN_LAYERS = (
+    Site.LAYER_INPUT, Site.NORM1_INPUT, Site.NORM1_OUTPUT, Site.NORM2_INPUT, Site.NORM2_OUTPUT,
+)  # fmt: skip
+"""Tensors that tensor-parallel ranks hold in common, or, with sequence parallelism, in parts."""
+
+
+def saved_tensor(policy: ActivationPolicy, site: Site, layer_number: int, config) -> SavedTensor:
+    """The tensor at ``site`` of a layer, kept as ``policy`` says, in a model with this transformer config."""
+    in_parts = config.sequence_parallel or site not in BETWEEN_LAYERS
+    rule = policy.rule(site, layer_number)
+    return SavedTensor(site, layer_number, rule, run=config.agoq_run, in_parts=in_parts)
 
 
 class Shelf:
@@ -94,9 +105,9 @@ class Shelf:
         self._tensors.extend(saved.pack(x, packed))
         self._spans[saved.site] = saved, start, len(self._tensors)
 
-    def put_exact(self, name: str, layer_number: int, x: Tensor) -> None:
-        """Keep ``x`` as it is, counted under ``name`` (log-sum-exp)."""
-        accounting.announce(layer_number, name, (x,))
+    def put_exact(self, name: str, beside: SavedTensor, x: Tensor) -> None:
+        """Keep ``x`` (log-sum-exp) as it is, counted under ``name`` in the layer of another tensor."""
+        beside.run.announce(beside.layer_number, name, (x,))
         self._tensors.append(x)
 
     def save(self, ctx, *others: Tensor | None) -> None:

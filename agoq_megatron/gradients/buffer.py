@@ -21,7 +21,8 @@ from megatron.core.distributed.param_and_grad_buffer import (
 from megatron.core.optimizer.param_layout import PerBufferParamLayout
 from torch import Tensor
 
-from agoq_megatron.autograd.rounding import counter
+from agoq_megatron.autograd.rounding import held_in_parts, parameter_names
+from agoq_megatron.autograd.run import Run
 from agoq_megatron.gradients.bucket import GradientBucket
 from agoq_megatron.gradients.probe import Probe
 from agoq_megatron.gradients.reduction import lane_of
@@ -34,17 +35,18 @@ class QuantizedGradient:
     Args:
         bucket: of Megatron's, with our ``codes``.
         start: first number in the bucket.
-        shape: the parameter's.
-        name: of the parameter, for random numbers.
+        param: the parameter.
+        name: of the parameter in the whole model, for random numbers.
+        run: whose counter they come from.
         number: of the bucket's parameters in codes, counted by where they lie. Between two that follow one
             another nothing but zeros lies there.
     """
 
     dtype = torch.float32  # what it is read in
 
-    def __init__(self, bucket, start: int, shape: torch.Size, name: str, number: int):
-        self.bucket, self.start, self.shape, self.number = bucket, start, shape, number
-        self._name = name
+    def __init__(self, bucket, start: int, param: torch.nn.Parameter, name: str, run: Run, number: int):
+        self.bucket, self.start, self.shape, self.number = bucket, start, param.shape, number
+        self._site, self._in_parts, self._run = f"gradient {name}", held_in_parts(param), run
 
     def numel(self) -> int:
         return self.shape.numel()
@@ -52,7 +54,9 @@ class QuantizedGradient:
     def add_(self, grad: Tensor) -> QuantizedGradient:
         """Add a micro-batch's gradient, of the parameter's shape."""
         codes: GradientBucket = self.bucket.codes
-        key = counter.paired_key(0, f"gradient {self._name}") if codes.format.rounding == "stochastic" else 0
+        key = 0
+        if codes.format.rounding == "stochastic":
+            key = self._run.counter.paired_key(0, self._site, self._in_parts)
         self.bucket.probe.add(self.start, grad)
         codes.add(self.start, grad, key)
         return self
@@ -147,12 +151,13 @@ def layout_of(params: list, bucket_size: int, ranks: int, param_indices: list[in
 
 
 class QuantizedBuffer(_ParamAndGradBuffer):
-    """Takes the place of ``_ParamAndGradBuffer``; same arguments, and the settings."""
+    """Takes the place of ``_ParamAndGradBuffer``; same arguments, the settings, the run that it belongs to,
+    and the parameters' names in the whole model."""
 
     def __init__(
         self, ddp_config, param_dtype, grad_dtype, params_with_names, data_parallel_group, bucket_size,
         param_to_name, gradient_scaling_factor, param_indices, nccl_ub, pg_collection=None,
-        param_layout=None, *, settings: GradientSettings,
+        param_layout=None, *, settings: GradientSettings, run: Run, names: dict,
     ):  # fmt: skip
         # Not the stock constructor, which allocates the full buffer. What follows is what others read.
         self.ddp_config = ddp_config
@@ -178,7 +183,7 @@ class QuantizedBuffer(_ParamAndGradBuffer):
             self.param_data = torch.zeros(self.numel, dtype=param_dtype, device=device)
             self._move_params()
 
-        hops, names = hops_for(data_parallel_group, settings), dict(params_with_names)
+        hops = hops_for(data_parallel_group, settings, run.hops)
         for number, (start, end) in enumerate(self.bucket_indices):
             members = [p for p in reversed(self.params) if self.param_index_map[p][2] == number]
             unpadded = param_layout.per_bucket_numel_unpadded[number]
@@ -187,7 +192,7 @@ class QuantizedBuffer(_ParamAndGradBuffer):
             bucket.grad_data = _BucketData(bucket, grad_dtype, ddp_config.check_for_large_grads)
             small = sum(p.numel() for p in members if stays_fp32(p))
             bucket.side = torch.zeros(small, dtype=torch.float32, device=device)
-            self._give_main_grads(bucket, names)
+            self._give_main_grads(bucket, names, run)
             bucket.probe = Probe(bucket, [p for p in members if not stays_fp32(p)])
             self.buckets.append(bucket)
 
@@ -201,7 +206,7 @@ class QuantizedBuffer(_ParamAndGradBuffer):
             param.data = place
 
     @staticmethod
-    def _give_main_grads(bucket, names: dict) -> None:
+    def _give_main_grads(bucket, names: dict, run: Run) -> None:
         place = number = 0
         for param in bucket.params_list:  # in the order in which they lie
             if stays_fp32(param):
@@ -209,7 +214,7 @@ class QuantizedBuffer(_ParamAndGradBuffer):
                 place += param.numel()
             else:
                 start = bucket.param_to_index[param][0]
-                param.main_grad = QuantizedGradient(bucket, start, param.shape, names[param], number)
+                param.main_grad = QuantizedGradient(bucket, start, param, names[param], run, number)
                 number += 1
 
     def reset(self) -> None:
@@ -236,8 +241,9 @@ class QuantizedBuffer(_ParamAndGradBuffer):
 class QuantizedBucketGroup(_ParamAndGradBucketGroup):
     """One bucket of codes: the stock schedule of when to reduce, our reduction."""
 
-    def __init__(self, bucket, ddp_config, group: dist.ProcessGroup):
+    def __init__(self, bucket, ddp_config, group: dist.ProcessGroup, run: Run):
         super().__init__([bucket], ddp_config, group, group.size())
+        self._lanes = run.lanes
         self._group = group
         self._side_work = None
         self._factor = bucket.gradient_scaling_factor  # of the sum over the ranks
@@ -257,7 +263,7 @@ class QuantizedBucketGroup(_ParamAndGradBucketGroup):
         bucket.codes.scale(self._factor)
         bucket.side.mul_(self._factor)
         share = not self.ddp_config.use_distributed_optimizer
-        lane = lane_of(bucket.side.device) if async_op else None
+        lane = lane_of(self._lanes, bucket.side.device) if async_op else None
         self.grad_reduce_handle = bucket.codes.reduce(share, lane)
         # After it, which may first go on with older ones: they need not wait for this bucket.
         if bucket.side.numel() and self._group.size() > 1:
@@ -304,18 +310,19 @@ def check_kept_norms(groups: Iterable[QuantizedBucketGroup]) -> None:
             group.buckets[0].grad_data.kept_norm = None
 
 
-def bucket_groups(buffers: Iterable[QuantizedBuffer], **_) -> list[QuantizedBucketGroup]:
+def bucket_groups(buffers: Iterable[QuantizedBuffer], *, run: Run, **_) -> list[QuantizedBucketGroup]:
     """Takes the place of ``partition_buckets``: one group a bucket, always."""
     return [
-        QuantizedBucketGroup(bucket, buffer.ddp_config, buffer.data_parallel_group)
+        QuantizedBucketGroup(bucket, buffer.ddp_config, buffer.data_parallel_group, run)
         for buffer in buffers
         for bucket in buffer.buckets
     ]
 
 
-def replaced_classes(settings: GradientSettings) -> dict:
-    """Names in Megatron's DDP module and what stands for them while a model is wrapped."""
+def replaced_classes(settings: GradientSettings, run: Run, module: torch.nn.Module) -> dict:
+    """Names in Megatron's DDP module and what stands for them while ``module`` is wrapped."""
+    names = parameter_names(module)
     return {
-        "_ParamAndGradBuffer": functools.partial(QuantizedBuffer, settings=settings),
-        "partition_buckets": bucket_groups,
+        "_ParamAndGradBuffer": functools.partial(QuantizedBuffer, settings=settings, run=run, names=names),
+        "partition_buckets": functools.partial(bucket_groups, run=run),
     }

@@ -32,9 +32,10 @@ def _say(note: str) -> None:
 class QuantizedGradientDDP(DistributedDataParallel):
     """The stock class over :class:`~agoq_megatron.gradients.buffer.QuantizedBuffer`.
 
-    ``config.agoq_gradients`` says how gradients are kept. Arguments are the stock ones. The layout of the
-    parameters is computed here whatever is given: it is in buckets without overlap and on later pipeline
-    stages too, since a bucket's size is what bounds the memory of its reduction.
+    ``config.agoq_gradients`` says how gradients are kept, ``config.agoq_run`` whose they are. Arguments are
+    the stock ones. The layout of the parameters is computed here whatever is given: it is in buckets without
+    overlap and on later pipeline stages too, since a bucket's size is what bounds the memory of its
+    reduction.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class QuantizedGradientDDP(DistributedDataParallel):
         groups = ProcessGroupCollection.setup_process_groups_for_ddp(pg_collection, config, ddp_config)
         group = groups["intra_dp_cp_group"]
         ranks = group.size()
-        hops_for(group, config.agoq_gradients)  # all ranks make them, those without parameters too
+        hops_for(group, config.agoq_gradients, config.agoq_run.hops)  # on ranks without parameters too
         params = [p for p in module.parameters() if p.requires_grad]
         bucket_size = ddp_config.bucket_size or config.agoq_gradients.bucket_size
         if not bucket_size and ddp_config.num_buckets:
@@ -53,7 +54,8 @@ class QuantizedGradientDDP(DistributedDataParallel):
         layouts = {
             key: layout_of(members, bucket_size, ranks, indices) for key, (members, indices) in by_key.items()
         }
-        with compat.replaced_in_data_parallel(replaced_classes(config.agoq_gradients)):
+        replaced = replaced_classes(config.agoq_gradients, config.agoq_run, module)
+        with compat.replaced_in_data_parallel(replaced):
             super().__init__(
                 config, ddp_config, module, disable_bucketing, pg_collection, FullParamLayout(layouts)
             )

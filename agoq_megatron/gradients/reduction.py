@@ -12,7 +12,6 @@ by then the collective has had the time between two buckets to end.
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 from collections.abc import Hashable, Iterator
@@ -78,7 +77,7 @@ class Workspace:
 
 
 class Lane(Workspace):
-    """A stream for reductions that overlap with the backward pass. One serves all buckets of a device.
+    """A stream for reductions that overlap with the backward pass. One serves a run's buckets on a device.
 
     With several hardware queues all of a reduction is queued at once. With few only its first collective is,
     and one more step of all that are under way, the oldest first, is queued before another begins. Either way
@@ -196,8 +195,9 @@ class LaneReduction(Reduction):
             self._asked = True
 
 
-@functools.cache
-def lane_of(device: torch.device) -> Lane:
-    """The lane of a device."""
-    connections = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS")
-    return Lane(device, device.type == "cuda" and connections not in FEW_CONNECTIONS)
+def lane_of(lanes: dict[torch.device, Lane], device: torch.device) -> Lane:
+    """The lane of a device among a run's, made where there is none yet."""
+    if device not in lanes:
+        connections = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS")
+        lanes[device] = Lane(device, device.type == "cuda" and connections not in FEW_CONNECTIONS)
+    return lanes[device]

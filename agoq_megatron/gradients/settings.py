@@ -140,20 +140,21 @@ def waits_in_one_queue(overlap: bool, ranks: int, connections: str | None) -> st
     )
 
 
-_hops: dict[tuple[int, ...], Hops | None] = {}
-
-
-def hops_for(group: dist.ProcessGroup, settings: GradientSettings) -> Hops | None:
+def hops_for(group: dist.ProcessGroup, settings: GradientSettings, known: dict | None = None) -> Hops | None:
     """Process groups for the two hops within ``group``; None where one hop is taken.
 
     Every rank of the world must call it at the same time, each with its own group: new process groups
     are made by all.
+
+    Args:
+        known: of the run, by the ranks of their group: those in it are not made again.
     """
+    known = {} if known is None else known
     if settings.reduce == "flat":
         return None
     mine = tuple(dist.get_process_group_ranks(group))
-    if mine in _hops:
-        return _hops[mine]
+    if mine in known:
+        return known[mine]
     everyone: list = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, (mine, settings.node_size or launched_on_a_node()))
     # What each rank sees of its own node may differ: all decide by what all have seen.
@@ -188,5 +189,5 @@ def hops_for(group: dist.ProcessGroup, settings: GradientSettings) -> Hops | Non
             hops = Hops(within[place // each], between[place % each])
     if hops is not None:
         connect((hops.within, hops.between))
-    _hops[mine] = hops
+    known[mine] = hops
     return hops

@@ -42,10 +42,10 @@ class CoreAttention(MegatronModule):
         config, number = self.config, self.layer_number
         selective = config.recompute_granularity == "selective"
         self.spec = AttentionLinearSpec(
-            query=saved_tensor(policy, Site.QUERY, number),
-            key=saved_tensor(policy, Site.KEY, number),
-            value=saved_tensor(policy, Site.VALUE, number),
-            output=saved_tensor(policy, Site.ATTENTION_OUTPUT, number),
+            query=saved_tensor(policy, Site.QUERY, number, self.config),
+            key=saved_tensor(policy, Site.KEY, number, self.config),
+            value=saved_tensor(policy, Site.VALUE, number, self.config),
+            output=saved_tensor(policy, Site.ATTENTION_OUTPUT, number, self.config),
             groups=self.groups,
             head_dim=config.kv_channels,
             scale=self.scale,
@@ -70,8 +70,8 @@ class SelfAttention(MegatronSelfAttention):
         """Keep this module's tensors from the next call on as ``policy`` says."""
         self.core_attention.set_policy(policy)
         self.linear_qkv.set_saved(
-            saved_tensor(policy, Site.NORM1_INPUT, self.layer_number),
-            saved_tensor(policy, Site.NORM1_OUTPUT, self.layer_number),
+            saved_tensor(policy, Site.NORM1_INPUT, self.layer_number, self.config),
+            saved_tensor(policy, Site.NORM1_OUTPUT, self.layer_number, self.config),
         )
 
     def forward(

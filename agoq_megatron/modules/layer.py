@@ -24,7 +24,7 @@ class TransformerLayer(MegatronTransformerLayer):
 
     def set_policy(self, policy: ActivationPolicy) -> None:
         """Keep the layer's tensors from the next call on as ``policy`` says."""
-        self._input = saved_tensor(policy, Site.LAYER_INPUT, self.layer_number)
+        self._input = saved_tensor(policy, Site.LAYER_INPUT, self.layer_number, self.config)
         self.self_attention.set_policy(policy)
         self.mlp.set_policy(policy)
 

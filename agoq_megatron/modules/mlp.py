@@ -41,8 +41,8 @@ class MLP(MegatronMLP):
         """Keep this module's tensors from the next call on as ``policy`` says."""
         number = self.layer_number
         self.linear_fc1.set_saved(
-            saved_tensor(policy, Site.NORM2_INPUT, number),
-            saved_tensor(policy, Site.NORM2_OUTPUT, number),
+            saved_tensor(policy, Site.NORM2_INPUT, number, self.config),
+            saved_tensor(policy, Site.NORM2_OUTPUT, number, self.config),
         )
         if self.config.gated_linear_unit:
             kind = "swiglu"
@@ -50,8 +50,8 @@ class MLP(MegatronMLP):
             # Megatron's fused bias + GELU is the tanh form, its unfused one the exact form.
             kind = "gelu_tanh" if self.config.bias_activation_fusion else "gelu"
         self.spec = ActivationLinearSpec(
-            pre_activation=saved_tensor(policy, Site.FC1_OUTPUT, number),
-            output=saved_tensor(policy, Site.FC2_INPUT, number),
+            pre_activation=saved_tensor(policy, Site.FC1_OUTPUT, number, self.config),
+            output=saved_tensor(policy, Site.FC2_INPUT, number, self.config),
             kind=kind,
             fuse_weight_gradient=self.config.gradient_accumulation_fusion,
         )

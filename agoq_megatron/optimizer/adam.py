@@ -9,7 +9,7 @@ from agoq_kernels.adam import AdamSettings, corrections
 from agoq_kernels.states import AdamStates
 from torch import Tensor
 
-from agoq_megatron.autograd.rounding import counter
+from agoq_megatron.autograd.rounding import RoundingCounter
 from agoq_megatron.optimizer.settings import OptimizerSettings
 from agoq_megatron.optimizer.shard import PIECE_NUMEL, shard_of
 
@@ -28,17 +28,22 @@ class QuantizedAdam(torch.optim.Optimizer):
         groups: parameter groups as torch's Adam has them.
         settings: how states are kept.
         decoupled: weight decay of AdamW, not of Adam.
+
+    Attributes:
+        counter: of stochastic rounding; its own until it is given that of a run.
     """
 
     def __init__(self, groups: list[dict], settings: OptimizerSettings, decoupled: bool):
         super().__init__(groups, {})
         self._settings, self._decoupled = settings, decoupled
-        self._names: dict[Tensor, str] = {}
+        self.counter = RoundingCounter()
+        self._sites: dict[Tensor, tuple[str, bool]] = {}
         self._bits: dict[Tensor, int] = {}
 
-    def describe(self, param: Tensor, name: str, bits: int) -> None:
-        """Say what a parameter is called, and in how many bits its moments are kept."""
-        self._names[param], self._bits[param] = name, bits
+    def describe(self, param: Tensor, name: str, bits: int, in_parts: bool = False) -> None:
+        """Say what a parameter is called in the whole model, in how many bits its moments are kept, and
+        whether model-parallel ranks hold other parts of it."""
+        self._sites[param], self._bits[param] = (f"optimizer {name}", in_parts), bits
 
     @property
     def parameters(self) -> Iterator[Tensor]:
@@ -98,7 +103,7 @@ class QuantizedAdam(torch.optim.Optimizer):
     def _key(self, param: Tensor) -> int | None:
         if self._bits[param] == 32 or not self._settings.stochastic:
             return None
-        return counter.key(0, f"optimizer {self._names[param]}")
+        return self.counter.key(0, *self._sites[param])
 
     # ------------------------------------------------------------ checkpoints
 

@@ -7,8 +7,11 @@ checkpoints the states are FP32, under the names and in the places of the stock 
 
 from __future__ import annotations
 
+import copy
+
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from agoq_megatron.autograd.rounding import held_in_parts, parameter_names
 from agoq_megatron.optimizer.adam import QuantizedAdam
 from agoq_megatron.optimizer.resumable import ResumableDistributedOptimizer
 from agoq_megatron.optimizer.settings import OptimizerSettings
@@ -23,16 +26,18 @@ class QuantizedStateOptimizer(ReadsShards, ResumableDistributedOptimizer):
     """Of a subclass: :func:`optimizer_of` makes one."""
 
     def __init__(self, optimizer, config, *args, **kwargs):
+        # A value that Megatron derives from flags for Transformer Engine's Adam. Others may hold this config.
+        config = copy.copy(config)
+        config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = True
         if optimizer is not None:
-            # A value that Megatron derives from flags for Transformer Engine's Adam.
-            config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = True
             optimizer = QuantizedAdam(optimizer.param_groups, self.settings, config.decoupled_weight_decay)
         super().__init__(optimizer, config, *args, **kwargs)
         if optimizer is not None:
             self._describe_parameters()
 
     def _describe_parameters(self) -> None:
-        names = {p: name for chunk in self.model_chunks for name, p in chunk.named_parameters()}
+        names = {p: name for chunk in self.model_chunks for p, name in parameter_names(chunk).items()}
+        self.optimizer.counter = self.model_chunks[0].config.agoq_run.counter
         self._inner = dict(self._pairs())
         for param in names:
             # Where Megatron looks for an FP32 copy to log the norm of: there is none.
@@ -41,7 +46,8 @@ class QuantizedStateOptimizer(ReadsShards, ResumableDistributedOptimizer):
                     delattr(param, attribute)
         for model_param, param in self._inner.items():
             name = names[model_param]
-            self.optimizer.describe(param, name, self.settings.bits_of(name, model_param))
+            bits = self.settings.bits_of(name, model_param)
+            self.optimizer.describe(param, name, bits, held_in_parts(model_param))
 
     def _pairs(self):
         """Parameters of the model, and what the inner optimizer steps of each: this rank's part."""

@@ -16,7 +16,7 @@ import torch
 from agoq_megatron.autograd.activation_linear import ActivationLinear, ActivationLinearSpec
 from agoq_megatron.autograd.attention_linear import AttentionLinear, AttentionLinearSpec
 from agoq_megatron.autograd.norm_linear import NormLinear, NormLinearSpec
-from agoq_megatron.autograd.saving import SavedTensor, saved_tensor
+from agoq_megatron.autograd.saving import SavedTensor
 from agoq_megatron.policy.policy import load_policy
 from agoq_megatron.policy.sites import Site
 
@@ -49,7 +49,7 @@ def errors(function, x, weight, rng) -> tuple[float, ...]:
 def attention(groups: int, head_dim: int, angles: torch.Tensor | None):
     def run(policy, qkv, weight):
         sites = Site.QUERY, Site.KEY, Site.VALUE, Site.ATTENTION_OUTPUT
-        saved = (saved_tensor(policy, site, 1) for site in sites)
+        saved = (SavedTensor(site, 1, policy.rule(site, 1)) for site in sites)
         spec = AttentionLinearSpec(
             *saved, groups=groups, head_dim=head_dim, scale=head_dim**-0.5, interleaved=False, recompute=False
         )

@@ -7,6 +7,7 @@ import torch
 
 from agoq_megatron.autograd import probing
 from agoq_megatron.autograd.cross_entropy import vocab_parallel_cross_entropy
+from agoq_megatron.autograd.run import Run
 from agoq_megatron.gradient_check import errors_of
 from tests.autograd.test_layer_gradients import MIXED, OFF, our_layer, parameters
 
@@ -48,11 +49,9 @@ def test_a_probed_layer(rng, no_sync):
         here, flowing = x.to(device).requires_grad_(), grad.to(device)
         for _ in range(2 if device == "cuda" else 1):  # the first compiles
             tally = probing.GradientTally({1: True}, here.device)
-            probing.probe(tally)
-            try:
-                our_layer(here, mine, MIXED, (6, 2, 64), "RMSNorm", "swiglu").backward(flowing)
-            finally:
-                probing.probe(None)
+            run = Run()
+            run.tally = tally
+            our_layer(here, mine, MIXED, (6, 2, 64), "RMSNorm", "swiglu", run).backward(flowing)
             if device == "cuda":
                 torch.cuda.synchronize()
                 no_sync()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +18,7 @@ from agoq_megatron.autograd.activation_linear import ActivationLinear, Activatio
 from agoq_megatron.autograd.attention_linear import AttentionLinear, AttentionLinearSpec
 from agoq_megatron.autograd.norm_linear import NormLinear, NormLinearSpec
 from agoq_megatron.autograd.recompute import note_entry, quantized_checkpoint
-from agoq_megatron.autograd.rounding import counter
+from agoq_megatron.autograd.run import Run
 from agoq_megatron.autograd.saving import SavedTensor
 from agoq_megatron.gradient_check import errors_of
 from agoq_megatron.policy.policy import Rule
@@ -39,6 +40,7 @@ SHAPE = HEADS, GROUPS, DIM = 6, 2, 64
 NF4 = Rule(Format(4, "nf4", 64, 8))
 INT8 = Rule(Format(8, "int", 64, 16))
 DICE = Rule(Format(5, "int", 64, 8, "stochastic"))
+RUN = Run()
 ATTENTION_SITES = (Site.QUERY, Site.KEY, Site.VALUE, Site.ATTENTION_OUTPUT)
 
 
@@ -48,11 +50,11 @@ def probed():
 
     def start(layers: dict[int, bool]) -> probing.GradientTally:
         tally = probing.GradientTally(layers, torch.device("cpu"))
-        probing.probe(tally)
+        RUN.tally = tally
         return tally
 
     yield start
-    probing.probe(None)
+    RUN.tally = None
 
 
 def sums(tally: probing.GradientTally, name: str, row: int = 0) -> list[float]:
@@ -86,7 +88,7 @@ class Case:
 
     def ours(self, x, weight, rules, layer=3, tokens=slice(None), **more):
         def saved(site, rule=AGAIN):
-            return SavedTensor(site, layer, rules.get(site, rule))
+            return SavedTensor(site, layer, rules.get(site, rule), run=RUN)
 
         if self.kind == "norm":
             spec = NormLinearSpec(
@@ -141,7 +143,7 @@ def test_errors_are_those_of_the_gradients(rng, probed, name, detail):
     rounded = [site for site in case.sites if rules.get(site, AGAIN).format is not None]
     tally = probed({7: False, 3: detail})
     case.gradients(case.ours, rules)
-    probing.probe(None)
+    RUN.tally = None
 
     first = {"columns": slice(0, 1)}
     exact = case.gradients(case.plain, **first)
@@ -167,7 +169,7 @@ def test_long_sequences_are_cut(rng, probed, monkeypatch, kind):
     rules = RULES[kind]
     tally = probed({3: False})
     case.gradients(case.ours, rules)
-    probing.probe(None)
+    RUN.tally = None
     part = {"rows": slice(0, 5), "columns": slice(0, 1)}
     found = case.gradients(case.ours, rules, 3, slice(0, 5), **part)
     expected = differences(found, case.gradients(case.plain, **part))
@@ -185,12 +187,12 @@ def test_the_call_stays_what_it_is(rng, probed, dtype):
     grad = torch.randn(11, 3, 64, generator=rng).to(dtype)
     found = []
     for layers in (None, {1: True}):
-        counter.begin_iteration(-1)
-        counter.begin_iteration(5)
+        RUN.counter.begin_iteration(-1)
+        RUN.counter.begin_iteration(5)
         tally = probed(layers) if layers else None
         results = []
         for _ in range(2):  # two micro-batches; the second is not measured
-            y = our_layer(x, p, rules, SHAPE, "RMSNorm", "swiglu")
+            y = our_layer(x, p, rules, SHAPE, "RMSNorm", "swiglu", RUN)
             results += [y, *torch.autograd.grad(y, [x, p["qkv"], p["proj"], p["fc1"], p["fc2"]], grad)]
         found.append(results)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
@@ -249,7 +251,7 @@ def test_the_input_of_a_recomputed_region(rng, probed):
     """The pass in which gradients flow starts from what was kept of it; the error is of both."""
     case = Case("norm", rng, torch.float32)
     for entry in (Site.NORM1_INPUT, Site.LAYER_INPUT):
-        saved = SavedTensor(entry, 3, NF4)
+        saved = SavedTensor(entry, 3, NF4, run=RUN)
         rules = {Site.NORM1_INPUT: INT8 if entry is Site.LAYER_INPUT else NF4}
 
         def region(x, weight, saved=saved, rules=rules):
@@ -264,7 +266,7 @@ def test_the_input_of_a_recomputed_region(rng, probed):
         tally = probed({3: True})
         x, weight = case.x.clone().requires_grad_(), case.weight.detach().clone().requires_grad_()
         quantized_checkpoint(checkpoint)(region, False, x, weight).backward(case.grad)
-        probing.probe(None)
+        RUN.tally = None
 
         def at(x, rules):
             part = SimpleNamespace(x=x, weight=case.weight, grad=case.grad)
@@ -284,6 +286,23 @@ def test_the_input_of_a_recomputed_region(rng, probed):
             for site, expected in alone.items():
                 assert sums(tally, site.value) == pytest.approx(expected, rel=1e-3)
         assert 0.05 < max(together) < 0.2
+
+
+def test_what_a_call_holds_goes_with_its_backward_pass(rng, probed):
+    """Not with the loss, which a loop may hold on to; and a later micro-batch, which is not measured, holds
+    nothing."""
+    case = Case("norm", rng, torch.bfloat16)
+    tally = probed({3: True})
+    entry = SimpleNamespace(layer_number=3, site=Site.LAYER_INPUT)
+    tally.note_entry(entry, case.x)
+    out = case.ours(case.x.clone().requires_grad_(), case.weight, {Site.NORM1_INPUT: NF4})
+    probe = out.grad_fn.probe
+    held = [weakref.ref(probe.exact), weakref.ref(probe.inputs[0])]
+    assert all(ref() is not None for ref in held)
+    out.backward(case.grad)
+    assert out.grad_fn is not None and not any(ref() is not None for ref in held)
+    tally.note_entry(entry, case.x)
+    assert not tally._entries
 
 
 # --- What it costs, and odd numbers ---------------------------------------------------------------
@@ -310,7 +329,7 @@ def test_what_is_not_probed_costs_nothing(rng, probed, rules):
         if layers is not None:
             probed(layers)
         with Operations() as operations:
-            y = our_layer(x, p, rules, SHAPE, "RMSNorm", "swiglu")
+            y = our_layer(x, p, rules, SHAPE, "RMSNorm", "swiglu", RUN)
             torch.autograd.grad(y, [x, p["qkv"], p["proj"], p["fc1"], p["fc2"]], y.detach())
         seen.append(operations.names)
     assert seen[0] == seen[1] and seen[0]

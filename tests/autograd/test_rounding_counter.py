@@ -1,10 +1,30 @@
-"""The counter of stochastic rounding in a loop that does not tell it the iteration, and without any."""
+"""The counter of stochastic rounding: no two tensors draw the same, an iteration that is run again does; in a
+loop that does not tell it the iteration, and without any."""
 
 from __future__ import annotations
 
-import pytest
+import itertools
+import random
 
-from agoq_megatron.autograd.rounding import RoundingCounter
+import pytest
+import torch
+from agoq_kernels.formats import Format
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from agoq_megatron.autograd.recompute import note_entry, quantized_checkpoint
+from agoq_megatron.autograd.rounding import RoundingCounter, held_in_parts, parameter_names
+from agoq_megatron.autograd.run import Run
+from agoq_megatron.autograd.saving import SavedTensor, saved_tensor
+from agoq_megatron.policy.policy import Rule, load_policy
+from agoq_megatron.policy.sites import Site
+from tests.autograd.test_layer_gradients import OFF, our_layer, parameters
+
+WEIGHTS = (
+    "self_attention.linear_qkv.weight", "self_attention.linear_proj.weight", "mlp.linear_fc1.weight",
+    "mlp.linear_fc2.weight", "mlp.router.weight",
+    *(f"mlp.experts.local_experts.{e}.linear_fc{i}.weight" for e in range(16) for i in (1, 2)),
+)  # fmt: skip
 
 
 def test_it_follows_the_clock_of_a_foreign_loop(seed):
@@ -13,7 +33,7 @@ def test_it_follows_the_clock_of_a_foreign_loop(seed):
     told, follows = RoundingCounter(), RoundingCounter()
     for counter in (told, follows):
         counter.seed(seed, 1)
-    follows.follow(lambda: now)
+    follows.follow(lambda: (now, 0))
     keys = []
     for now in (3, 3, 4, 9):
         told.begin_iteration(now)
@@ -22,6 +42,130 @@ def test_it_follows_the_clock_of_a_foreign_loop(seed):
             assert key == told.key(layer, site)
             keys.append(key)
     assert len(set(keys)) == len(keys)
+
+
+def test_names_that_differ_have_keys_that_differ(seed):
+    """Of 100 layers' weights, gradients and states, in words that only change places, and over ranks."""
+    names = [f"{what} module.decoder.layers.{n}.{weight}"
+             for what in ("gradient", "optimizer") for n in range(100) for weight in WEIGHTS]  # fmt: skip
+    words = [f"{random.Random(seed + i).getrandbits(64):016x}"[:8] for i in range(5)]
+    names += [" ".join(w + "  " for w in order) for order in itertools.permutations(words)]
+    keys = []
+    for rank, part in itertools.product(range(3), range(2)):
+        counter = RoundingCounter()
+        counter.seed(seed, rank, part)
+        counter.begin_iteration(7)
+        keys += [counter.paired_key(0, name, in_parts=True) for name in names]
+        keys += [counter.key(layer, site.value, True) for layer in range(1, 101) for site in Site]
+    assert len(set(keys)) == len(keys)
+    assert len({key & 0xFFFFFFFF for key in keys}) > 0.999 * len(keys)
+
+
+def test_parts_of_a_tensor(seed):
+    """Ranks that hold other parts of a tensor draw differently; of one that they hold in common, the same."""
+    counters = []
+    for part in range(4):
+        counters.append(RoundingCounter())
+        counters[-1].seed(seed, 1, part)
+    assert len({counter.key(1, "a") for counter in counters}) == 1
+    assert len({counter.key(1, "a", in_parts=True) for counter in counters}) == 4
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_which_tensors_are_in_parts(sequence_parallel):
+    from types import SimpleNamespace
+
+    policy = load_policy("agoq")
+    config = SimpleNamespace(sequence_parallel=sequence_parallel, agoq_run=Run())
+    whole = {site for site in Site if not saved_tensor(policy, site, 1, config).in_parts}
+    between = {Site.LAYER_INPUT, Site.NORM1_INPUT, Site.NORM1_OUTPUT, Site.NORM2_INPUT, Site.NORM2_OUTPUT}
+    assert whole == (set() if sequence_parallel else between)
+    assert saved_tensor(policy, Site.KEY, 1, config).run is config.agoq_run
+
+
+class Layer(nn.Module):
+    def __init__(self, number: int):
+        super().__init__()
+        self.layer_number, self.fc = number, nn.Linear(2, 2)
+
+
+class Stage(nn.Module):
+    """As Megatron numbers a stage's layers, from the one of number ``first`` on, in wrappers."""
+
+    def __init__(self, first: int, layers: int):
+        super().__init__()
+        self.module = nn.Module()
+        self.module.decoder = nn.Module()
+        self.module.decoder.layers = nn.ModuleList(Layer(first + i) for i in range(layers))
+        self.module.output_layer = nn.Linear(2, 2)
+
+
+def test_stages_have_names_of_their_own():
+    """None of a layer is another stage's, nor another chunk's of the same stage."""
+    named = [parameter_names(Stage(*place)) for place in ((1, 12), (13, 12), (25, 3))]
+    layers = [[name for name in names.values() if "output_layer" not in name] for names in named]
+    assert all(len(names) == 2 * n for names, n in zip(layers, (12, 12, 3), strict=True))
+    assert len(set(itertools.chain(*layers))) == 2 * 27
+    assert layers[1][0] == "module.decoder.layers.layer 13.fc.weight"
+    stage = Stage(1, 1)
+    assert parameter_names(stage)[stage.module.output_layer.weight] == "module.output_layer.weight"
+
+
+def test_which_parameters_are_in_parts():
+    plain, split, expert = (nn.Parameter(torch.zeros(1)) for _ in range(3))
+    split.tensor_model_parallel, expert.allreduce = True, False
+    assert [held_in_parts(p) for p in (plain, split, expert)] == [False, True, True]
+
+
+def test_an_iteration_that_is_run_again_draws_the_same(seed):
+    """As Megatron's rerun machine does: before, after and between other iterations."""
+    counter, clock = RoundingCounter(), [4, "initial run"]
+    counter.seed(seed, 2, 3)
+    counter.follow(lambda: tuple(clock))
+
+    def draw():
+        return [[counter.key(1, "a", True), counter.paired_key(0, "b")] for _ in range(5)]
+
+    first = draw()
+    clock[1] = "rerunning in place"
+    assert draw() == first
+    clock[:] = 5, "initial run"
+    other = draw()
+    assert not {*itertools.chain(*other)} & {*itertools.chain(*first)}
+    assert all(b - a in (0, 1) for (_, a), (_, b) in zip(other[::2], other[1::2], strict=False))
+
+
+@pytest.mark.parametrize("micro_batches", [3])
+def test_recomputation_draws_the_same(rng, seed, micro_batches):
+    """Gradients are those of the same layer kept from its first pass, micro-batch by micro-batch, whose
+    backward passes come later and, as in a pipeline, in the same order."""
+    dice = Rule(Format(5, "int", 32, 8, rounding="stochastic"))
+    shape = 4, 2, 32
+    rules = OFF | dict.fromkeys((Site.NORM1_INPUT, Site.QUERY, Site.VALUE, Site.FC1_OUTPUT), dice)
+    rules |= {Site.NORM1_OUTPUT: Rule(), Site.FC2_INPUT: Rule(), Site.ATTENTION_OUTPUT: Rule()}
+    p = parameters(rng, 64, 96, shape, "RMSNorm", "swiglu", True, torch.float32)
+    xs = torch.randn(micro_batches, 11, 2, 64, generator=rng)
+    grad = torch.randn(11, 2, 64, generator=rng)
+    found = []
+    for again in (False, True):
+        run = Run()
+        run.counter.seed(seed)
+        entry = SavedTensor(Site.LAYER_INPUT, 1, Rule(keep=True), run=run)
+
+        def layer(x, run=run, entry=entry):
+            note_entry(entry)
+            return our_layer(x, p, rules, shape, "RMSNorm", "swiglu", run, keep=torch.is_grad_enabled())
+
+        def recomputed(x, layer=layer):
+            stock = lambda function, _, *args: checkpoint(function, *args, use_reentrant=True)  # noqa: E731
+            return quantized_checkpoint(stock)(layer, False, x)
+
+        inputs = [x.clone().requires_grad_() for x in xs]
+        outputs = [(recomputed if again else layer)(x) for x in inputs]
+        for out in outputs:
+            out.backward(grad)
+        found.append([x.grad for x in inputs])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_keys_in_pairs(seed):

@@ -42,6 +42,7 @@ class Pair:
         from megatron.core.optimizer import OptimizerConfig
         from megatron.core.transformer import TransformerConfig
 
+        from agoq_megatron.autograd.run import Run
         from agoq_megatron.gradients.data_parallel import QuantizedGradientDDP
         from agoq_megatron.gradients.settings import GradientFormat, GradientSettings
         from agoq_megatron.optimizer import quantized_gradients as ours
@@ -55,7 +56,7 @@ class Pair:
             "FP32Optimizer": ours.QuantizedFP32Optimizer,
         }
         config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
-        config.agoq_gradients = GradientSettings(GradientFormat())
+        config.agoq_gradients, config.agoq_run = GradientSettings(GradientFormat()), Run()
         options = {
             "optimizer": "adam", "lr": LR, "decoupled_lr": DECOUPLED_LR, "weight_decay": WEIGHT_DECAY,
             "clip_grad": 0.0, "log_num_zeros_in_grad": True, **options,

@@ -25,7 +25,6 @@ from format_transforms import (
     transformed,
 )
 
-from agoq_megatron.autograd import accounting
 from agoq_megatron.autograd.attention_linear import AttentionLinear, AttentionLinearSpec
 from agoq_megatron.autograd.saving import SavedTensor
 from agoq_megatron.policy.policy import Rule
@@ -91,11 +90,9 @@ def test_pack_and_unpack(rng, rule, transform, dtype):
 def test_a_mean_is_taken_per_batch_element_and_counted(rng):
     x = torch.randn(SEQUENCE, BATCH, GROUPS * HEAD_DIM, generator=rng)
     counted = []
-    accounting.listen(lambda number, name, tensors: counted.extend((number, name, t) for t in tensors))
-    try:
-        kept = transformed(SavedTensor(Site.KEY, 3, NF4), BOTH, HEAD_DIM).pack(x)
-    finally:
-        accounting.listen(None)
+    saved = SavedTensor(Site.KEY, 3, NF4)
+    saved.run.listener = lambda number, name, tensors: counted.extend((number, name, t) for t in tensors)
+    kept = transformed(saved, BOTH, HEAD_DIM).pack(x)
     torch.testing.assert_close(kept[-1][0], x.mean(0))
     assert {(number, name) for number, name, _ in counted} == {(3, Site.KEY.value)}
     bits = 8 * sum(t.numel() * t.element_size() for *_, t in counted) / x.numel()
