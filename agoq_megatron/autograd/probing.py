@@ -72,7 +72,7 @@ class GradientTally:
         """``x`` ``[s, b, h]`` enters a region that is recomputed from what ``saved`` keeps of it. The pass in
         which gradients flow sees that alone; the exact one is remembered for it."""
         number = saved.layer_number
-        if number in self._rows and number not in self._entries:  # later micro-batches are not measured
+        if number in self._rows and number not in self._noted:  # later micro-batches are not measured
             self._noted.add(number)
             self._entries[number] = saved.site, x.detach()[:TOKENS, :1].clone()
 
@@ -151,6 +151,7 @@ class Probe:
                 self._add(site.value, self._gradients(grad, {site}), exact)
         # The autograd node that holds this lives as long as anybody holds the loss.
         self.inputs.clear()
+        self.exact = None
 
     def _gradients(self, grad: Tensor, sites: set[Site]) -> list[Tensor | None]:
         """Of input and weight, with these tensors rounded as the policy says and all others exact."""
