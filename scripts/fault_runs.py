@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -106,6 +107,7 @@ def to(folder: Path, iterations: int = ITERATIONS, every: int = SAVE_EVERY) -> l
 
 def _record(path: Path) -> Callable:
     def wrap(stock):
+        @functools.wraps(stock)  # a run checks what its functions take
         def train_step(*args, iteration, **kwargs):
             result = stock(*args, iteration=iteration, **kwargs)
             loss = result[0].get("lm loss")

@@ -25,6 +25,7 @@ from pathlib import Path
 
 import fault_disks as disks
 import fault_numbers as numbers
+import fault_resumes as resumes
 import fault_stops as stops
 from fault_bench import Bench, Row
 from fault_runs import MODES, WORLDS
@@ -59,6 +60,10 @@ def faults() -> dict[str, tuple[Fault, str, str]]:
         "damaged-step": (disks.damaged_step, "1 rank", plain),
         "kill-overwriting": (disks.kill_while_overwriting, "DP2", eight),
         "unchecked": (disks.unchecked, "1 rank", eight),
+        "other-rate": (resumes.other_rate, "DP2", eight),
+        "other-rate-plain": (resumes.other_rate, "1 rank", plain),
+        "longer": (resumes.longer, "DP2", eight),
+        "longer-grid": (resumes.longer, "TP2 x PP2", plain),
     }
     for number, (iteration, always) in enumerate(((5, True), (5, False), (1, True), (7, True))):
         throw = partial(numbers.nan_in_data, iteration=iteration, always=always)
