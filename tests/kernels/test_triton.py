@@ -102,8 +102,9 @@ def test_dequantize_with_a_shift(fmt, draw):
 def test_quantize_strided_rows(dtype, draw):
     """Rows at equal distances, which are read in place, and at others, which are copied."""
     whole = draw(13, 5, 320, dtype=dtype)
-    for x in (whole[..., 64:256], whole[:, 1:4, 64:256]):
-        for fmt in (f for f in FORMATS if f):
+    formats = [fmt for fmt in FORMATS if fmt]
+    for x, some in ((whole[..., 64:256], formats), (whole[:, 1:4, 64:256], formats[:1])):
+        for fmt in some:
             same(launchers.quantize(x.to(DEVICE), fmt, 5), reference.quantize(x, fmt, 5))
 
 

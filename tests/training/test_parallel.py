@@ -77,7 +77,7 @@ def worst_difference(losses: dict, reference: dict) -> float:
     "overlapped parameter gather", "FP32", "Adam",
 )  # fmt: skip
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("layout", covering(LAYOUTS, set(LAYOUTS) - {"TP2", "PP2", "TP2 x PP2"}))
+@pytest.mark.parametrize("layout", covering(LAYOUTS, {"TP2 SP", "TP2 SP x PP2 interleaved x DP2, all"}))
 def test_layout_matches_one_rank(train, one_rank, layout, policy):
     ranks, flags = LAYOUTS[layout]
     run = train(policy, *flags.split(), ranks=ranks)
