@@ -20,7 +20,7 @@ from agoq_kernels.formats import Format
 from agoq_kernels.triton.codec import load_packed, quantize_store, unpack
 from agoq_kernels.triton.constants import constants
 from agoq_kernels.triton.launch import Kernel, cdiv
-from agoq_kernels.triton.numbers import INTERPRET, cast, widen
+from agoq_kernels.triton.numbers import INTERPRET, cast, mask_if, widen
 from agoq_kernels.triton.quantize import (
     Packed,
     as_rows,
@@ -37,7 +37,7 @@ def _load_raw(ptr, columns, n, exists, FMT: tl.constexpr):
     xs = ()
     for i in tl.static_range(tl.constexpr(FMT.lanes)):
         column = columns + i * (FMT.group // FMT.lanes)
-        xs = xs + (tl.load(ptr + column, mask=(column < n) & exists, other=0.0),)
+        xs = xs + (tl.load(ptr + column, mask=mask_if(exists, column < n), other=0.0),)
     return xs
 
 
@@ -149,7 +149,7 @@ def _load_kept(
     """A row as it was kept, packed or not, for _unpack_kept(); 0 where it does not exist."""
     if QUANTIZED:
         groups_per_row = n // FMT.group
-        mask = (group < groups_per_row) & exists
+        mask = mask_if(exists, group < groups_per_row)
         return load_packed(row * groups_per_row + group, mask, x_ptr, scale_ptr, zero_ptr, FMT)
     else:
         return _load_raw(x_ptr + row * n, columns, n, exists, FMT)

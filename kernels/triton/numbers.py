@@ -24,6 +24,15 @@ MAGIC_BITS = tl.constexpr(0x4B000000)
 
 
 @triton.jit
+def mask_if(condition, mask):
+    """A block's mask where a condition holds, which is one for the whole block; else nothing."""
+    if INTERPRET:
+        return (mask & condition) != 0  # both together are integers there, which Triton 3.9 takes for no mask
+    else:
+        return mask & condition
+
+
+@triton.jit
 def _nan_max(a, b):
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 

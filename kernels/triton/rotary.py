@@ -16,7 +16,7 @@ from agoq_kernels.rotary import sampled_tokens
 from agoq_kernels.triton.codec import quantize_store
 from agoq_kernels.triton.constants import constants
 from agoq_kernels.triton.launch import Kernel, cdiv
-from agoq_kernels.triton.numbers import cast, widen
+from agoq_kernels.triton.numbers import cast, mask_if, widen
 from agoq_kernels.triton.quantize import Packed, empty_packed, packed_arguments, signed_key
 from torch import Tensor
 
@@ -122,7 +122,7 @@ def _common_kernel(
         row = source + token * batch * width
         x = widen(tl.load(row + feature, mask=mask, other=0.0))
         if ROT > 0:
-            turned = mask & (feature < ROT) & turns
+            turned = mask_if(turns, mask & (feature < ROT))
             if INTERLEAVED:
                 partner = feature ^ 1
                 lower = feature % 2 == 0
