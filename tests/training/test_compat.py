@@ -80,10 +80,11 @@ def test_ddps_buffer_is_replaced_while_it_is_made():
     import megatron.core.distributed.distributed_data_parallel as ddp
     from megatron.core.distributed import param_and_grad_buffer as origin
 
+    from agoq_megatron.autograd.run import Run
     from agoq_megatron.gradients.buffer import replaced_classes
     from agoq_megatron.gradients.settings import GradientFormat, GradientSettings
 
-    names = replaced_classes(GradientSettings(GradientFormat()))
+    names = replaced_classes(GradientSettings(GradientFormat()), Run(), torch.nn.Module())
     looked_up = ddp.DistributedDataParallel.__init__.__code__.co_names
     assert set(names) == {"_ParamAndGradBuffer", "partition_buckets"} and set(names) <= set(looked_up)
     with compat.replaced_in_data_parallel(names):
