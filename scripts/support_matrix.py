@@ -331,8 +331,9 @@ def page() -> str:
         *features_text(found, tables),
         *refused_text(tables),
         "",
-        "Combinations of flags that cannot go together are refused too, with the flag's name: see",
-        "`agoq_megatron/validation.py`; `tests/training/test_bad_input.py` has a case of each.",
+        "`tests/training/test_flag_register.py` gives each of these to the parser and the checks. Flags that",
+        "cannot go together are refused too, by name: see `agoq_megatron/validation.py`;",
+        "`tests/training/test_bad_input.py` has a case of each.",
         *flags_text(standings(words_of_tests(ROOT / "tests"))),
     ]
     return "\n".join(lines) + "\n"

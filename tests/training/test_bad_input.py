@@ -1,4 +1,5 @@
-"""Bad input: one paragraph that names the flag, a non-zero exit, and nothing started."""
+"""Bad input: one paragraph that names the flag, a non-zero exit, and nothing started. (Each flag that is
+refused altogether, or with 8-bit gradients or states: ``test_flag_register.py``, without a run.)"""
 
 import re
 
@@ -19,7 +20,6 @@ matchers:
 
 WITHOUT = {
     "{real}": "--mock-data",
-    "{gelu}": "--swiglu",
     "{fp32}": "--bf16",
     "{bias}": "--disable-bias-linear",
 }
@@ -102,14 +102,11 @@ CASES = {
     "no corpus": ("{real}", ["--data-path", "--mock-data"]),
     "width that is no whole number": ("--agoq-activations {fraction}", ["whole number", "4.0"]),
     "matcher neither on nor off": ("--agoq-activations {maybe}", ["enabled true or false"]),
-    "layout by string": ("--pipeline-model-parallel-layout Et|tL", ["--pipeline-model-parallel-layout"]),
-    "frozen layers": ("--freeze-all-layers", ["--freeze-all-layers"]),
     "unfused attention": ("--attention-backend unfused", ["--attention-backend"]),
     "missing tokenizer": (
         "--tokenizer-type HuggingFaceTokenizer --tokenizer-model /no/tokenizer {real}",
         ["--tokenizer-model"],
     ),
-    "SwiGLU option with GELU": ("{gelu} --glu-linear-offset 1.0", ["--glu-linear-offset", "GELU"]),
     "FP16 on a CPU": ("{fp32} --fp16", ["--fp16", "--bf16"]),
     "recomputed MLP with biases": (
         "{bias} --recompute-granularity selective --recompute-modules mlp",
@@ -123,19 +120,7 @@ CASES = {
         "--agoq-grad-bits 8 --agoq-grad-reduce two-hop --agoq-grad-node-size 1",
         ["--agoq-grad-node-size 1", "2 or more"],
     ),
-    "padded buckets": (
-        "--agoq-grad-bits 8 --use-distributed-optimizer --ddp-pad-buckets-for-high-nccl-busbw",
-        ["--ddp-pad-buckets-for-high-nccl-busbw with"],
-    ),
     "no buckets": ("--agoq-grad-bits 8 --ddp-bucket-size 0", ["--ddp-bucket-size 0"]),
-    "8-bit states of another optimizer": (
-        "--agoq-optimizer-bits 8 --optimizer sgd",
-        ["--optimizer sgd with --agoq-optimizer-bits 8", "Adam"],
-    ),
-    "8-bit states in FP32": (
-        "{fp32} --agoq-optimizer-bits 8 --use-distributed-optimizer",
-        ["--agoq-optimizer-bits 8", "add --bf16"],
-    ),
     "8-bit states without distributed optimizer": (
         "--agoq-optimizer-bits 8",
         ["--agoq-optimizer-bits 8", "add --use-distributed-optimizer"],
@@ -149,10 +134,6 @@ CASES = {
         "--agoq-master-weights split --use-distributed-optimizer --agoq-optimizer-rounding nearest",
         ["--agoq-optimizer-bits 8"],
     ),
-    "8-bit states on the host": (
-        "--agoq-optimizer-bits 8 --use-distributed-optimizer --optimizer-cpu-offload",
-        ["--optimizer-cpu-offload with"],
-    ),
     "a flag that Megatron ignores": (
         "--rampup-batch-size 1 1 8", ["--rampup-batch-size", "--step-batch-size-schedule"],
     ),
@@ -161,17 +142,9 @@ CASES = {
         ["--agoq-activations stage with --step-batch-size-schedule"],
     ),
     "mixture of experts": ("--num-experts 4", ["--num-experts"]),
-    "multi-latent attention": ("--multi-latent-attention", ["--multi-latent-attention"]),
     "weights in pieces": (
         "--tensor-parallel-num-weight-shards 2", ["--tensor-parallel-num-weight-shards 2", "pieces"],
     ),
-    "context parallelism": ("--context-parallel-size 2", ["--context-parallel-size"]),
-    "CUDA graphs": ("--cuda-graph-impl local", ["--cuda-graph-impl"]),
-    "FP8 layers": ("--fp8-format hybrid", ["--fp8-format"]),
-    "norms on query and key": ("--qk-layernorm", ["--qk-layernorm"]),
-    "attention dropout": ("--attention-dropout 0.1", ["--attention-dropout 0"]),
-    "Megatron's FSDP": ("--use-megatron-fsdp", ["--use-distributed-optimizer"]),
-    "attention mask by document": ("--reset-attention-mask", ["--reset-attention-mask"]),
     "recomputing a foreign module": (
         "--recompute-granularity selective --recompute-modules moe",
         ["--recompute-modules moe", "core_attn"],
@@ -236,44 +209,6 @@ CASES = {
     "nodes of no ranks": ("{eight} --agoq-grad-node-size 0", ["--agoq-grad-node-size 0"]),
     "negative probe interval": ("{eight} --agoq-grad-probe-interval -1", ["--agoq-grad-probe-interval -1"]),
     "8 and 16 bits": ("{eight} --grad-reduce-in-bf16", ["--grad-reduce-in-bf16", "--agoq-grad-bits 8"]),
-    "8 and 32 bits": (
-        "{eight} --accumulate-allreduce-grads-in-fp32",
-        ["--accumulate-allreduce-grads-in-fp32", "--agoq-grad-bits 8"],
-    ),
-    "8-bit gradients and several optimizer instances": (
-        "{eight} --use-distributed-optimizer --num-distributed-optimizer-instances 2",
-        ["--num-distributed-optimizer-instances", "--agoq-grad-bits 8"],
-    ),
-    "8-bit gradients of a captured step": (
-        "{eight} --optimizer-cuda-graph", ["--optimizer-cuda-graph", "--agoq-grad-bits 8"],
-    ),
-    "8-bit gradients of a late product": (
-        "{eight} --defer-embedding-wgrad-compute", ["--defer-embedding-wgrad-compute", "--agoq-grad-bits 8"],
-    ),
-    "8-bit gradients in FP32 locally": (
-        "{eight} --ddp-param-name-patterns-for-fp32-local-accumulation all",
-        ["--ddp-param-name-patterns-for-fp32-local-accumulation", "--agoq-grad-bits 8"],
-    ),
-    "8-bit gradients by FP32 reduce-scatter": (
-        "{eight} --ddp-reduce-scatter-with-fp32-accumulation",
-        ["--ddp-reduce-scatter-with-fp32-accumulation", "--agoq-grad-bits 8"],
-    ),
-    "8-bit gradients for a foreign optimizer": (
-        "{eight} --use-distributed-optimizer --use-precision-aware-optimizer",
-        ["--use-precision-aware-optimizer", "--agoq-grad-bits 8"],
-    ),
-    "8-bit gradients for an optimizer on the CPU": (
-        "{eight} --optimizer-cpu-offload", ["--optimizer-cpu-offload", "--agoq-grad-bits 8"],
-    ),
-    "8-bit gradients for Muon": ("{eight} --optimizer muon", ["--optimizer", "adam and sgd"]),
-    "8-bit gradients in NCCL's buffers": ("{eight} --use-nccl-ub", ["--use-nccl-ub", "--agoq-grad-bits 8"]),
-    "8-bit gradients to be saved": (
-        "{eight} --save-wgrads-interval 5", ["--save-wgrads-interval", "--agoq-grad-bits 8"],
-    ),
-    "8-bit gradients and gathering in the step": (
-        "{eight} --overlap-param-gather-with-optimizer-step",
-        ["--overlap-param-gather-with-optimizer-step", "--agoq-grad-bits 8"],
-    ),
     "W&B without TensorBoard": ("--wandb-project p --wandb-exp-name n", ["--tensorboard-dir"]),
 }  # fmt: skip
 
