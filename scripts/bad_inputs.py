@@ -208,7 +208,10 @@ _NOT_CARRIED = (
     "--tp-comm-overlap", "--delay-wgrad-compute", "--use-kitchen-attention", "--yaml-cfg x.yaml",
     "--transformer-impl inference_optimized", "--position-embedding-type yarn",
     "--position-embedding-type mrope", "--glu-linear-offset 1.0", "--inprocess-restart",
-    "--spec local x",
+    "--spec local x", "--log-max-attention-logit", "--save-activations-interval 2", "--save-dgrads-interval 2",
+    "--openai-gelu", "--onnx-safe", "--decoder-num-layers 2", "--init-method-xavier-uniform",
+    "--tensor-parallel-num-weight-shards 2", "--use-te-activation-func", "--flash-attention-version 3",
+    "--symmetric-ar-type two_shot", "--perform-rl-step",
 )  # fmt: skip
 
 
