@@ -272,8 +272,12 @@ def check_batches(args: argparse.Namespace, saved: dict | None) -> None:
         schedule.check(args.micro_batch_size * args.data_parallel_size, consumed)
 
 
-def prepare(on_cpu: bool) -> tuple[argparse.Namespace, Plan]:
+def prepare(on_cpu: bool, trains: bool = True) -> tuple[argparse.Namespace, Plan]:
     """Everything that can refuse a run, before anything of it exists; prints the plan on rank 0.
+
+    Args:
+        on_cpu: there is no GPU.
+        trains: there will be an optimizer; a study has none, nor learning rates.
 
     Raises:
         SystemExit: with one paragraph on what is wrong, on the first rank of each node; or with
@@ -284,7 +288,7 @@ def prepare(on_cpu: bool) -> tuple[argparse.Namespace, Plan]:
         args = parse_arguments(on_cpu)
         compute_policy(args)
         restore_widths(args, partial(guarded_arguments, compat.checkpoint_arguments))
-        if not args.skip_train:
+        if trains and not args.skip_train:
             saved = peeked_state(compat.checkpoint_state, args)
             check_batches(args, saved)
             check_rates(args, saved, partial(compat.scheduler_of, scheduler_class=ResumableScheduler))

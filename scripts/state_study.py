@@ -140,7 +140,7 @@ def endless(args, count: int):
 
 def main() -> None:
     flags = study_arguments()
-    args, _ = training.prepare(on_cpu=not torch.cuda.is_available())
+    args, _ = training.prepare(on_cpu=not torch.cuda.is_available(), trains=False)
     compat.skip_compiling_helpers()
     initialize_megatron(allow_no_cuda=not torch.cuda.is_available())
     result = {}

@@ -185,6 +185,8 @@ def check_rates(
         UsageError: they differ, and no flag says which one holds.
         AssertionError: Megatron's, where the schedule cannot be.
     """
+    if args.lr is None:
+        raise UsageError("--lr: give the learning rate.")
     scheduler = build(args)
     if saved is None or args.finetune or args.no_load_optim or "opt_param_scheduler" not in saved:
         return
