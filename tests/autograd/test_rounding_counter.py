@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -73,8 +74,6 @@ def test_parts_of_a_tensor(seed):
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_which_tensors_are_in_parts(sequence_parallel):
-    from types import SimpleNamespace
-
     policy = load_policy("agoq")
     config = SimpleNamespace(sequence_parallel=sequence_parallel, agoq_run=Run())
     whole = {site for site in Site if not saved_tensor(policy, site, 1, config).in_parts}
@@ -133,6 +132,31 @@ def test_an_iteration_that_is_run_again_draws_the_same(seed):
     other = draw()
     assert not {*itertools.chain(*other)} & {*itertools.chain(*first)}
     assert all(b - a in (0, 1) for (_, a), (_, b) in zip(other[::2], other[1::2], strict=False))
+
+
+def test_megatrons_loop_is_followed(monkeypatch, seed):
+    """Its iteration, and the state of its rerun machine; the ranks are those of the process groups."""
+    from agoq_megatron.autograd import clock
+
+    args = SimpleNamespace(curr_iteration=4, seed=seed, agoq_seed=None)
+    machine = SimpleNamespace(state="initial run")
+    ranks = SimpleNamespace(
+        get_tensor_model_parallel_rank=lambda: 1, get_tensor_model_parallel_world_size=lambda: 2,
+        get_expert_model_parallel_rank=lambda: 3, get_expert_model_parallel_world_size=lambda: 4,
+        get_data_parallel_rank=lambda with_context_parallel: 5 if with_context_parallel else 2,
+    )  # fmt: skip
+    monkeypatch.setattr(clock, "mpu", ranks)
+    monkeypatch.setattr(clock, "get_args", lambda: args)
+    monkeypatch.setattr(clock, "get_rerun_state_machine", lambda: machine)
+    run, told = Run(), RoundingCounter()
+    clock.follow_megatron(run, args)
+    told.seed(seed, 5, 7)
+    told.begin_iteration(4)
+    expected = [told.key(1, "a", True) for _ in range(3)]
+    for machine.state in ("initial run", "rerunning in place", "initial run"):
+        assert [run.counter.key(1, "a", True) for _ in range(3)] == expected
+    args.curr_iteration = 5
+    assert run.counter.key(1, "a", True) not in expected
 
 
 @pytest.mark.parametrize("micro_batches", [3])
