@@ -41,7 +41,7 @@ from megatron.training.global_vars import set_global_variables  # noqa: E402
 from megatron.training.initialize import initialize_megatron  # noqa: E402
 from megatron.training.utils import print_rank_0  # noqa: E402
 
-from agoq_megatron import training  # noqa: E402
+from agoq_megatron import command_line, training  # noqa: E402
 from agoq_megatron.autograd.cross_entropy import vocab_parallel_cross_entropy  # noqa: E402
 from agoq_megatron.autograd.recompute import quantized_checkpoint  # noqa: E402
 from agoq_megatron.data import datasets_provider  # noqa: E402
@@ -257,7 +257,7 @@ def main() -> None:
         command = shlex.join(["python", "-m", "agoq_megatron.calibrate", *sys.argv[1:]])
         flags = own_flags()
         be_one_rank()
-        args = training.parse_arguments(on_cpu, UNUSED)
+        args = command_line.parse_arguments(on_cpu, UNUSED)
         set_global_variables(args)
     except training.REFUSALS as problem:
         training.refuse(training.paragraph(problem))

@@ -62,11 +62,7 @@ def silence_missing_accelerators() -> None:
     """Megatron warns a dozen times at import that Transformer Engine and apex are missing. Both are
     optional here; call this before Megatron is imported.
     """
-    for name in (
-        "Apex is not installed",
-        "Transformer Engine and Apex are not",
-        "Only transformer-eng",
-    ):
+    for name in ("Apex is not installed", "Transformer Engine and Apex are not", "Only transformer-eng"):
         warnings.filterwarnings("ignore", message=name, category=UserWarning)
 
 

@@ -77,7 +77,7 @@ class DatasetConfig(GPTDatasetConfig):
     """Megatron's config of a GPT dataset.
 
     Attributes:
-        embeddings: rows of the model's embedding.
+        embeddings: rows that the model's embedding has at least.
     """
 
     embeddings: int = 0
@@ -123,7 +123,8 @@ def dataset_config(args) -> DatasetConfig:
     if args.per_dataset_sequences_path is not None:
         sequences = json.loads(Path(args.per_dataset_sequences_path).read_text())
     return DatasetConfig(
-        embeddings=args.padded_vocab_size,
+        # Megatron pads a --vocab-size later, in the model alone.
+        embeddings=args.padded_vocab_size or args.vocab_size or 0,
         random_seed=args.seed,
         sequence_length=args.seq_length,
         blend=blend,

@@ -63,6 +63,11 @@ REFUSED: tuple[Check, ...] = (
     _no("--qk-l2-norm", "norms on query and key are not carried yet"),
     _no("--qk-clip", "query-key clipping is not carried yet"),
     _no("--log-max-attention-logit", "the fused attention keeps no logits"),
+    _no(
+        "--rerun-mode",
+        "megatron-core 0.19 itself fails with report_stats; give validate_results or disabled",
+        refused=lambda mode: mode == "report_stats",
+    ),
     _no("--mtp-num-layers", "multi-token prediction is not carried yet"),
     _no("--heterogeneous-layers-config-path", "heterogeneous layers are not carried yet"),
     _no("--heterogeneous-layers-config-encoded-json", "heterogeneous layers are not carried yet"),

@@ -146,7 +146,7 @@ class Planner:
 
 def parse(argv: list[str]):
     """(this command's flags, Megatron's validated arguments)."""
-    from agoq_megatron import compat, training
+    from agoq_megatron import command_line, compat, training
     from agoq_megatron.planning.presets import preset_flags
 
     mine, rest = parser().parse_known_args(argv)
@@ -157,7 +157,7 @@ def parse(argv: list[str]):
     preset = preset_flags(mine.preset) if mine.preset else []
     sys.argv[1:] = [*preset, *rest, "--agoq-dry-run"]
     with contextlib.redirect_stdout(io.StringIO()):  # Megatron lists all its arguments
-        args = training.parse_arguments(on_cpu=True)
+        args = command_line.parse_arguments(on_cpu=True)
     from agoq_megatron.planning.parameters import padded_vocabulary
     from agoq_megatron.planning.policies import compute_policy
     from agoq_megatron.watching import restore_widths

@@ -51,7 +51,7 @@ from model_gradients import (  # noqa: E402
     sequences_of,
 )
 
-from agoq_megatron import calibrate, training  # noqa: E402
+from agoq_megatron import calibrate, command_line, training  # noqa: E402
 from agoq_megatron.autograd.cross_entropy import vocab_parallel_cross_entropy  # noqa: E402
 from agoq_megatron.autograd.recompute import quantized_checkpoint  # noqa: E402
 from agoq_megatron.convert.hf_store import load_tokenizer  # noqa: E402
@@ -169,7 +169,7 @@ def build(options: argparse.Namespace, weights: Weights):
     compat.check_megatron()
     sys.argv[1:] = megatron_flags(options, weights)
     calibrate.be_one_rank()
-    args = training.parse_arguments(ON_CPU, calibrate.UNUSED)
+    args = command_line.parse_arguments(ON_CPU, calibrate.UNUSED)
     if args.world_size != 1:
         raise UsageError("gradient_error.py runs on one rank: start it without torchrun.")
     plan = plan_from_args(args)

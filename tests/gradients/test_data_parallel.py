@@ -100,6 +100,7 @@ def watch(folder: Path, bad: bool) -> None:
     found = {"norms": [], "said": [], "live": []}
     construct = DistributedDataParallel.__init__
 
+    @functools.wraps(construct)
     def constructed(self, *args, **kwargs):
         with Storages() as storages:
             construct(self, *args, **kwargs)

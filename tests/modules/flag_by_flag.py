@@ -34,8 +34,8 @@ from megatron.training.arguments import add_megatron_arguments, validate_args
 from megatron.training.global_vars import set_args
 
 from agoq_megatron import calibrate, flag_register
+from agoq_megatron.command_line import DEFAULTS, add_arguments
 from agoq_megatron.specs import agoq_layer_spec, model_config_from_args
-from agoq_megatron.training import DEFAULTS, add_arguments
 
 BASE = [*TINY, "--train-iters", "10", "--agoq-activations", "off", "--distributed-backend", "gloo"]
 BASE.remove("--bf16")

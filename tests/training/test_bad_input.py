@@ -36,8 +36,8 @@ CASES = {
     "unknown code": ("--agoq-activations {nf5}", ["code", "nf4"]),
     "site that nothing matches": ("--agoq-activations {uncovered}", ["no matcher takes"]),
     "recomputing the impossible": ("--agoq-activations {nothing}", ["cannot be recomputed"]),
-    "hidden size that no group divides": (
-        "--hidden-size 144 --agoq-activations agoq",
+    "hidden size that a file's group does not divide": (
+        "--hidden-size 144 --agoq-activations {group64}",
         ["144 features", "16 bits"],
     ),
     "auto with two": (
@@ -222,6 +222,7 @@ def files(tmp_path_factory):
         "bits7": POLICY.replace("bits: 4", "bits: 7"),
         "fraction": POLICY.replace("bits: 4", "bits: 4.0"),
         "maybe": POLICY.replace("enabled: true", "enabled: perhaps", 1),
+        "group64": POLICY,
         "group48": POLICY.replace("group: 64", "group: 48"),
         "nf5": POLICY.replace("nf4", "nf5"),
         "uncovered": POLICY.replace('pattern: "*"', 'pattern: "*.mlp.*"'),

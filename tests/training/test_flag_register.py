@@ -51,7 +51,7 @@ VALUES = {
     "--attention-backend": "unfused", "--optimizer": "muon", "--rampup-batch-size": "1 1 8",
     "--position-embedding-type": "yarn",
     "--symmetric-ar-type": "two_shot", "--flash-attention-version": "3",
-    "--num-distributed-optimizer-instances": "2",
+    "--num-distributed-optimizer-instances": "2", "--rerun-mode": "report_stats",
 }  # fmt: skip
 """Values that are refused, where 1 would not do."""
 
@@ -60,7 +60,7 @@ VALUES = {
 def own_parser():
     from megatron.training.arguments import add_megatron_arguments
 
-    from agoq_megatron.training import DEFAULTS, add_arguments
+    from agoq_megatron.command_line import DEFAULTS, add_arguments
 
     return add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)), DEFAULTS)
 

@@ -109,7 +109,6 @@ REFUSED = {
     "an open quote": ("", "--agoq-activations 'off", ["AGOQ_FLAGS", "quotation"]),
     "an unknown policy": ("", "--agoq-activations agoq9", ["--agoq-activations agoq9", "uniform4"]),
     "a negative seed": ("", "--agoq-seed -3", ["--agoq-seed"]),
-    "a width that no group divides": ("--hidden-size 144", "", ["144 features"]),
     "attention dropout": ("--attention-dropout 0.1", "", ["--attention-dropout 0"]),
     "norms on query and key": ("--qk-layernorm", "", ["--qk-layernorm"]),
 }  # fmt: skip
