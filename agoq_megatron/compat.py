@@ -31,9 +31,9 @@ class CompatibilityError(RuntimeError):
     """The installed megatron-core cannot be used; the message names the command that helps."""
 
 
-def check_megatron() -> None:
-    """Raise :class:`CompatibilityError` unless a supported megatron-core is installed, whose internals are
-    those that this project reaches for. Megatron must be imported by then, as it is at a run's start.
+def check_megatron(layers_alone: bool = False) -> None:
+    """Raise :class:`CompatibilityError` unless a supported megatron-core is installed whose internals are
+    those that we reach for, or that our layers do alone. Megatron must be imported, as at a run's start.
     """
     try:
         installed = version("megatron-core")
@@ -45,7 +45,7 @@ def check_megatron() -> None:
             f"megatron-core {installed} is installed, but its internals differ from version to "
             f"version and 0.19 is needed. Run: {_REMEDY}"
         )
-    if found := broken_seams():
+    if found := broken_seams(layers_alone):
         raise CompatibilityError(
             f"megatron-core {installed} differs in what this project reaches for, and a run could train "
             f"wrongly: {'; '.join(found)}. Run: {_TESTED}"
@@ -53,9 +53,10 @@ def check_megatron() -> None:
 
 
 @functools.cache
-def broken_seams() -> tuple[str, ...]:
+def broken_seams(layers_alone: bool = False) -> tuple[str, ...]:
     """What of ``seams.toml`` is not as it was. Once a process: what is bound here later is ours."""
-    return tuple(seams.problems(seams.all_seams()))
+    left = seams.OF_ITS_LOOP if layers_alone else ()
+    return tuple(seams.problems(seam for seam in seams.all_seams() if not seam.module.startswith(left)))
 
 
 def silence_missing_accelerators() -> None:

@@ -101,7 +101,8 @@ class _OwnMasks:
         sample = super().__getitem__(idx)
         if self.masks_and_position_ids_are_cached and not was_cached:
             self.cached_loss_mask = torch.ones_like(self.cached_loss_mask)  # the sample keeps its own
-        if 0 <= self._pad_token_id < self.config.embeddings:
+        padding = self._pad_token_id  # None where the tokenizer has none
+        if padding is not None and 0 <= padding < self.config.embeddings:
             tokens = torch.from_numpy(self._text[: len(sample["tokens"])])
             sample["tokens"] = tokens.to(sample["tokens"].dtype)
         return sample

@@ -54,7 +54,6 @@ class RunObserver:
 
     def __init__(self, args, plan):
         self._args = args
-        self._plan = plan
         self.meter = Meter(plan, args.agoq_measure_interval)
         self.gradients = GradientMeter(args.agoq_grad_probe_interval)
         self.watcher = Watcher(args, plan)

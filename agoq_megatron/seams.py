@@ -149,6 +149,13 @@ def _problem(seam: Seam) -> str | None:
     return None
 
 
+OF_ITS_LOOP = (
+    "megatron.training.", "megatron.core.datasets", "megatron.core.dist_checkpointing",
+    "megatron.core.distributed", "megatron.core.optimizer", "megatron.core.rerun_state_machine",
+)  # fmt: skip
+"""Beginnings of modules that stay as they are where Megatron's own loop trains with our layers (--spec)."""
+
+
 def all_seams() -> list[Seam]:
     """Those of the file."""
     modules = tomllib.loads(FILE.read_text())

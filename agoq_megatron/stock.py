@@ -93,7 +93,7 @@ def prepare_stock(model: GPTModelConfig) -> None:
     """
     config = model.transformer
     try:
-        compat.check_megatron()
+        compat.check_megatron(layers_alone=True)
         args = arguments()
         check(args, on_cpu=not torch.cuda.is_available())
         compute_policy(args)

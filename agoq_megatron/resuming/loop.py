@@ -256,8 +256,8 @@ def peeked_state(read, args) -> dict | None:
         return None
     if local(folder):
         name = next(iter(candidates(Path(folder), given).names), "release")
-        if name == "release":
-            return None
+        if name == "release" or any(Path(folder, name).glob("mp_rank_*")):
+            return None  # no iteration, or Megatron's older format: one file, with all tensors
         args.ckpt_step = int(name.removeprefix("iter_"))
     try:
         return read(folder, args)

@@ -168,7 +168,12 @@ class OrderedBuilder(BlendedMegatronDatasetBuilder):
             other = BlendedMegatronDatasetBuilder(
                 self.cls, missing, self.is_built_on_rank, replace(self.config, random_seed=seed)
             )
-            more = other._build_megatron_dataset_splits(dataset_path, split, missing, synchronize_ranks)
+            # Megatron builds a whole epoch of a split of which nothing is asked.
+            needed = [part if n is None or n else None for part, n in zip(split, missing, strict=True)]
+            more = other._build_megatron_dataset_splits(dataset_path, needed, missing, synchronize_ranks)
+            if synchronize_ranks and torch.distributed.is_initialized():
+                for _ in range(sum(part is not None for part in split) - sum(p is not None for p in needed)):
+                    torch.distributed.barrier()  # one a split, as where it is built
             for had, dataset, n in zip(parts, more, missing, strict=True):
                 if had[0] is not None and n:
                     had.append(dataset)
@@ -186,8 +191,10 @@ def builder(
         num_samples: to draw.
         is_built_on_rank, config: as Megatron's builder has them.
     """
-    drawn = grown(list(getattr(args, "agoq_samples_drawn", ())), tuple(num_samples))
-    before, args.agoq_samples_drawn = getattr(args, "agoq_samples_drawn", drawn), drawn
+    before = list(getattr(args, "agoq_samples_drawn", ()))
+    if getattr(args, "phase_transition_iterations", None):
+        before = []  # Megatron reads each phase of a run from its own beginning
+    args.agoq_samples_drawn = drawn = grown(before, tuple(num_samples))
     if args.dataloader_type == "cyclic":
         # It draws the same samples again in every round, in an order that depends on their number.
         return BlendedMegatronDatasetBuilder(kind, list(drawn[0]), is_built_on_rank, config)
@@ -200,7 +207,7 @@ def builder(
             "where that takes more epochs, some samples come again and some of the first epochs never."
         )
         return BlendedMegatronDatasetBuilder(kind, list(drawn[-1]), is_built_on_rank, config)
-    was, here = ((sizes[-1] if sizes else (0,))[Split.train.value] for sizes in (before, drawn))
+    was, here = ((sizes[-1] if sizes else (0,))[Split.train.value] for sizes in (before or drawn, drawn))
     if was and here > was:
         say(
             f"the run is made longer: {here:,} samples in place of {was:,}. Those of before come in the "

@@ -185,8 +185,13 @@ def check_rates(
         UsageError: they differ, and no flag says which one holds.
         AssertionError: Megatron's, where the schedule cannot be.
     """
+    timeless = not (args.train_iters or args.train_samples)
+    if args.agoq_dry_run and (args.lr is None or timeless):
+        return  # the plan asks for neither
     if args.lr is None:
         raise UsageError("--lr: give the learning rate.")
+    if timeless:
+        raise UsageError("--train-iters: say how long to train (or --train-samples).")
     scheduler = build(args)
     if saved is None or args.finetune or args.no_load_optim or "opt_param_scheduler" not in saved:
         return

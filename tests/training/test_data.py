@@ -124,6 +124,26 @@ def test_every_epoch_holds_every_token_once(tmp_path, corpora):
     assert sum(whole - count for count in rest.values() if count < whole) <= LENGTH
 
 
+def test_only_what_will_be_read_is_built(tmp_path, corpora, monkeypatch):
+    """Megatron makes indices of a split of which nothing is asked. Another phase is no extension."""
+    settings = config(tmp_path, blend=([corpora[0]], None), split="50,50,0")
+    args, asked, init = arguments(), [], GPTDataset.__init__
+
+    def counted(self, indexed, path, indices, samples, *rest):
+        asked.append(samples)
+        init(self, indexed, path, indices, samples, *rest)
+
+    monkeypatch.setattr(GPTDataset, "__init__", counted)
+    built(GPTDataset, args, 20, settings)
+    asked.clear()
+    built(GPTDataset, args, 400, settings)  # training alone grows
+    assert len([samples for samples in asked if samples not in (20, 9, 0)]) == 1 and len(asked) <= 4
+    args.phase_transition_iterations = [10]
+    found = order.builder(GPTDataset, args, (900, 9, 0), lambda: True, settings)
+    assert type(found) is BlendedMegatronDatasetBuilder
+    assert args.agoq_samples_drawn == [(900, 9, 0)]
+
+
 def test_validation_keeps_its_order_too(tmp_path, corpora):
     settings = config(tmp_path, blend=([corpora[0]], None), split="50,50,0")
     args = arguments()
@@ -261,6 +281,14 @@ def test_padding_in_the_first_sample_masks_that_sample_alone(tmp_path, padded, p
         assert torch.equal(sample["labels"][keep], whole[1:][keep])
         assert torch.equal(sample["position_ids"], torch.arange(LENGTH))
     assert dataset[None]["loss_mask"].sum() == 0
+
+
+def test_a_tokenizer_without_padding(tmp_path, padded):
+    settings = config(tmp_path, blend=([padded], None), tokenizer=tokenizer(None))
+    (dataset, *_) = built(GPTDataset, arguments(), 5, settings)
+    for number in range(5):
+        whole = dataset._query_document_sample_shuffle_indices(number)[0]
+        assert text(dataset[number]) == tuple(whole[:-1].tolist())
 
 
 def test_a_token_without_embedding_is_not_fed(tmp_path):

@@ -179,7 +179,8 @@ def checked(values: dict, state, build_values=None, **more):
     args = SimpleNamespace(
         finetune=False, no_load_optim=False, override_opt_param_scheduler=False,
         use_checkpoint_opt_param_scheduler=False, adam_beta1=0.9, adam_beta2=0.95, adam_eps=1e-8,
-        sgd_momentum=0.9, decoupled_lr=None, decoupled_min_lr=None, lr=values["max_lr"],
+        sgd_momentum=0.9, decoupled_lr=None, decoupled_min_lr=None, lr=values["max_lr"], train_iters=None,
+        train_samples=100, agoq_dry_run=False,
     )  # fmt: skip
     vars(args).update(more)
     how = {name: getattr(args, name) for name in NEITHER}
@@ -196,6 +197,10 @@ def test_differences_are_refused_before_there_is_a_model(seed):
     checked(values, state)
     with pytest.raises(UsageError, match="--lr: give"):
         checked(values, state, lr=None)
+    with pytest.raises(UsageError, match="--train-iters: say"):
+        checked(values, state, train_samples=None)
+    for what in ("lr", "train_samples"):  # a plan needs neither
+        checked(values, state, agoq_dry_run=True, **{what: None})
     other = {**values, "max_lr": values["max_lr"] * math.e}
     with pytest.raises(UsageError, match=r"--lr was .*; --adam-beta2 was 0.95, here 0.99\. Say which"):
         checked(other, state, adam_beta2=0.99)
