@@ -42,6 +42,7 @@ def test_four_stages_of_two_chunks(tmp_path, launcher, preset):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive  # within one process: test_auto_budget.py
 def test_a_gpus_memory(tmp_path, launcher):
     """What everything else leaves of it, and nothing more, is what the widths may take. Another process finds
     the same widths."""

@@ -485,6 +485,7 @@ def test_forked_ranks_of_the_tiny_model(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_tiny_model_under_torchrun(tmp_path):
     command = tiny(tmp_path, 1, BAD, AGOQ)
     done = subprocess.run(command, capture_output=True, text=True, timeout=280)

@@ -290,6 +290,7 @@ def test_a_norm_that_is_no_number_stops_the_run(value):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive  # test_the_script kills, and kills over a damaged checkpoint
 def test_kill_damage_and_resume(launcher, tmp_path, seed):
     """DP 2 in 8 bits: killed, its newest checkpoint damaged in one bit, resumed: the uninterrupted run, to
     the last bit; and the damaged checkpoint was written anew."""
