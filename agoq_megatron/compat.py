@@ -42,8 +42,7 @@ def check_megatron(layers_alone: bool = False) -> None:
     parts = tuple(int(p) for p in installed.split(".")[:2])
     if not MEGATRON_MINIMUM <= parts < MEGATRON_LIMIT:
         raise CompatibilityError(
-            f"megatron-core {installed} is installed, but its internals differ from version to "
-            f"version and 0.19 is needed. Run: {_REMEDY}"
+            f"megatron-core {installed} is installed, and 0.19 is needed: internals differ. Run: {_REMEDY}"
         )
     if found := broken_seams(layers_alone):
         raise CompatibilityError(
