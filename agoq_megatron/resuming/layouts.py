@@ -22,6 +22,7 @@ def other_layout(problem: BaseException) -> str | None:
     text = str(problem)
     if "Global shape mismatch" in text and "bucket_idx" in text:
         return _BUCKETS
-    if "mismatch after resume" in text:  # ((TP, PP) here, vs those of the checkpoint)
-        return _SIZES.format(*re.findall(r"\((\d+), (\d+)\)", text)[1])
+    sizes = re.findall(r"\((\d+), (\d+)\)", text)  # (TP, PP) here, and those of the checkpoint
+    if "mismatch after resume" in text and len(sizes) == 2:
+        return _SIZES.format(*sizes[1])
     return None

@@ -124,13 +124,6 @@ def _pair(seeds, column):
 
 
 @triton.jit
-def _halves(seeds, column):
-    """int32 of 0..65535 for numbers ``column`` of the blocks with these seeds."""
-    word = _pair(seeds, column)
-    return tl.where((column & 1) == 1, word >> 16, word & 0xFFFF).to(tl.int32)
-
-
-@triton.jit
 def _centred(seeds, column):
     """(half + 0.5) / 65536 - 0.5 in FP32, of the same draws, exactly and without a conversion: between 64 and
     128 the lower 17 bits of a number count 2^-17."""
