@@ -15,13 +15,12 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from convergence_corpus import cut_corpus
 from convergence_runs import finished, last_words, result_of
 from convergence_study import ROOT, ConvergenceError, Run, replace_file
-from quickstart import flags, prepare_corpus
+from quickstart import finish_corpus, flags, start_corpus
 
 PHASE = "pretrained"
 BYTES_A_TOKEN = 4.8
@@ -86,32 +85,43 @@ def digest(folder: Path) -> str:
     return found.hexdigest()
 
 
-def take_model(hf: Path, study_out: Path, model: str) -> None:
-    """Write the model as a checkpoint into ``study_out``/model, unless it is there.
-
-    Raises:
-        ConvergenceError: it cannot be taken.
-    """
+def start_model(hf: Path, study_out: Path, model: str) -> subprocess.Popen | None:
+    """Start to write the model as a checkpoint into ``study_out``/model, unless it is there."""
     checkpoint, told = study_out / "model", study_out / "model.json"
     if checkpoint.is_dir() and told.exists() and json.loads(told.read_text()) == model:
-        return
+        return None
     shutil.rmtree(checkpoint, ignore_errors=True)
     command = [sys.executable, "-m", "agoq_megatron.convert.from_hf", "--input", str(hf)]
-    done = subprocess.run(
-        [*command, "--output", str(checkpoint)], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise ConvergenceError(f"--hf {hf}: {done.stderr.strip()[-2000:]}")
-    replace_file(told, model)
+    command += ["--output", str(checkpoint)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
-def prepare_text(args) -> None:
-    """Prepare the corpus with the model's own tokenizer, unless that is done."""
+def finish_model(started: subprocess.Popen | None, hf: Path, study_out: Path, model: str) -> None:
+    """Wait for what :func:`start_model` has returned.
+
+    Raises:
+        ConvergenceError: the model cannot be taken.
+    """
+    if started is None:
+        return
+    _, told = started.communicate()
+    if started.returncode:
+        raise ConvergenceError(f"--hf {hf}: {told.strip()[-2000:]}")
+    replace_file(study_out / "model.json", model)
+
+
+def start_text(args) -> subprocess.Popen | None:
+    """Start to prepare the corpus with the model's own tokenizer, unless that is done."""
+    if parts_file(args).exists():
+        return None
     text = int(max(args.tokens * BYTES_A_TOKEN, 1e6) / (1 - args.valid_fraction))
     tokenizer = str(args.hf.absolute())
     settings = {"max-bytes": text, "valid-fraction": args.valid_fraction, "tokenizer": tokenizer}
-    if not parts_file(args).exists():
-        prepare_corpus(args.input, settings, args.out.absolute() / "corpus" / "text")
+    return start_corpus(args.input, settings, text_prefix(args))
+
+
+def text_prefix(args) -> Path:
+    return args.out.absolute() / "corpus" / "text"
 
 
 def parts_file(args) -> Path:
@@ -120,7 +130,7 @@ def parts_file(args) -> Path:
 
 
 def take_corpus(args) -> dict:
-    """Cut what :func:`prepare_text` has left, unless that is done.
+    """Cut what :func:`start_text` has left, unless that is done.
 
     Returns:
         "prefix" (path), and "tokens" of the parts "continue" and "valid".
@@ -278,7 +288,8 @@ def perform_forked(
 def train_pretrained(args, runs: list[Run]) -> list[Run]:
     """The subcommand pretrained: all that is not done; returns the runs that are left.
 
-    Text, model and Megatron are got ready side by side; no thread is left when the first run is forked.
+    Two processes make text and model while this one imports Megatron. They are started first, without a
+    thread: a start beside another thread's import has failed (EFAULT), and runs are forked from here.
     """
     if not (args.hf / "config.json").is_file():
         raise ConvergenceError(f"--hf {args.hf}: no folder of a Hugging Face model.")
@@ -290,12 +301,12 @@ def train_pretrained(args, runs: list[Run]) -> list[Run]:
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     from forked_ranks import import_megatron
 
-    model = digest(args.hf)
-    with ThreadPoolExecutor(2) as pool:  # which wait for processes, while this one imports
-        jobs = pool.submit(prepare_text, args), pool.submit(take_model, args.hf.absolute(), out, model)
-        import_megatron(on_cpu=args.gpus == 0)
-        for job in jobs:
-            job.result()
+    hf, model = args.hf.absolute(), digest(args.hf)
+    text, checkpoint = start_text(args), start_model(hf, out, model)
+    import_megatron(on_cpu=args.gpus == 0)
+    finish_model(checkpoint, hf, out, model)
+    if text is not None:
+        finish_corpus(text, text_prefix(args))
     study = PretrainedStudy(
         out, int(args.tokens), args.seq_length, args.batch, args.micro_batch, args.lr, args.warmup, model,
         take_corpus(args),

@@ -201,8 +201,8 @@ def claim(output: Path) -> None:
         (output / name).mkdir()
 
 
-def prepare_corpus(inputs: list[Path], settings: dict, prefix: Path) -> dict:
-    """Run prepare_corpus.py, unless the corpus is there already; returns its report."""
+def start_corpus(inputs: list[Path], settings: dict, prefix: Path) -> subprocess.Popen | None:
+    """Start prepare_corpus.py, unless the corpus is there already."""
     report_path = Path(f"{prefix}_report.json")
     wanted = {"input": [str(path) for path in inputs], "output": str(prefix)}
     wanted |= {name.replace("-", "_"): value for name, value in settings.items()}
@@ -210,13 +210,23 @@ def prepare_corpus(inputs: list[Path], settings: dict, prefix: Path) -> dict:
         report = json.loads(report_path.read_text())
         if all(report["settings"].get(name) == value for name, value in wanted.items()):
             print(f"corpus: {prefix}_* is there already")
-            return report
+            return None
     command = [sys.executable, str(ROOT / "scripts" / "prepare_corpus.py"), "--overwrite"]
     command += ["--input", *wanted["input"], "--output", str(prefix), *flags(settings)]
     print(f"corpus: {shlex.join(command[1:])}", flush=True)
-    if subprocess.run(command).returncode:
+    return subprocess.Popen(command)
+
+
+def finish_corpus(started: subprocess.Popen | None, prefix: Path) -> dict:
+    """Wait for what :func:`start_corpus` has returned; returns prepare_corpus.py's report."""
+    if started is not None and started.wait():
         raise QuickstartError("preparing the corpus failed; its own words stand above.")
-    return json.loads(report_path.read_text())
+    return json.loads(Path(f"{prefix}_report.json").read_text())
+
+
+def prepare_corpus(inputs: list[Path], settings: dict, prefix: Path) -> dict:
+    """Run prepare_corpus.py, unless the corpus is there already; returns its report."""
+    return finish_corpus(start_corpus(inputs, settings, prefix), prefix)
 
 
 def training_command(

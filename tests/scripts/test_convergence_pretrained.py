@@ -19,10 +19,11 @@ from convergence_comparison import validation_interval
 from convergence_pretrained import (
     PretrainedStudy,
     digest,
+    finish_model,
     perform_forked,
     run_arguments,
+    start_model,
     take_corpus,
-    take_model,
     visible_devices,
 )
 from convergence_statistics import t_interval
@@ -94,7 +95,7 @@ def test_a_model_that_is_not_carried(tmp_path, seed):
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     (tmp_path / "hf" / "config.json").write_text(json.dumps(config | {"use_sliding_window": True}))
     with pytest.raises(ConvergenceError, match="--hf .*use_sliding_window is True"):
-        take_model(tmp_path / "hf", tmp_path, "digest")
+        finish_model(start_model(tmp_path / "hf", tmp_path, "digest"), tmp_path / "hf", tmp_path, "digest")
     assert not (tmp_path / "model.json").exists()
 
 
