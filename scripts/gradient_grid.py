@@ -103,8 +103,8 @@ class Configuration:
     def flags(self, bits: int) -> list[str]:
         """The command line of the run with gradients in so many bits."""
         optimizer = ADAM if self.adam else LINEAR[self.distributed]
-        flags = [*MODEL, *optimizer.split(), *self.both.split()]
-        flags += ["--train-iters", str(STEPS), "--global-batch-size", str(self.dp * self.micro_batches)]
+        flags = [*MODEL, *optimizer.split(), "--train-iters", str(STEPS), *self.both.split()]
+        flags += ["--global-batch-size", str(self.dp * self.micro_batches)]
         flags += ["--tensor-model-parallel-size", str(self.tp), "--agoq-grad-bits", str(bits)]
         flags += ["--pipeline-model-parallel-size", str(self.pp)]
         if self.pp > 1 and self.interleaved:
