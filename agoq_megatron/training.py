@@ -103,11 +103,17 @@ def loss_func(
     mask = loss_mask.view(-1).float()
     loss = torch.sum(output.view(-1).float() * mask)
 
+    tokens = mask.sum().detach().to(torch.int)
+    count = tokens.float().clamp(min=torch.finfo(torch.float32).tiny)
+    logged = torch.stack([loss.detach(), count])
+
     machine = get_rerun_state_machine()
+    # It keeps what it is given until the iteration is run again; the schedules divide the loss in place.
+    kept = logged[0]
     if args.check_for_nan_in_loss_and_grad:
         for rejected, what in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
             machine.validate_result(
-                result=loss,
+                result=kept,
                 rejection_func=rejected,
                 message=f"found {what} in local forward loss calculation",
                 tolerance=0.0,
@@ -115,7 +121,7 @@ def loss_func(
             )
     if args.check_for_spiky_loss:
         machine.validate_result(
-            result=loss,
+            result=kept,
             rejection_func=partial(
                 machine.is_unexpectedly_large, threshold=SPIKY_LOSS_FACTOR, context="loss"
             ),
@@ -123,10 +129,6 @@ def loss_func(
             tolerance=0.0,
             fatal=False,
         )
-
-    tokens = mask.sum().detach().to(torch.int)
-    count = tokens.float().clamp(min=torch.finfo(torch.float32).tiny)
-    logged = torch.stack([loss.detach(), count])
     return loss, tokens, {LOSS: logged}
 
 

@@ -58,7 +58,6 @@ class Probe:
         """Before an iteration: measure it, or do not."""
         self.active = active and bool(self._sizes)
         self._shadow = self._first = None
-        self._begun.clear()
         if self.active and self._blocks is None:
             self._choose()
 
@@ -73,6 +72,7 @@ class Probe:
 
     def _make_shadow(self, device: torch.device) -> None:
         if self._shadow is None:
+            self._begun.clear()  # the iteration may be run again
             self._shadow, self._first = torch.zeros(2, len(self._blocks), BLOCK, device=device)
 
     def add(self, start: int, grad: Tensor) -> None:

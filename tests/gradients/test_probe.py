@@ -49,8 +49,12 @@ class Gradients:
 
     def measured(self, micro_batches) -> list[float]:
         """The probe's sums of one iteration."""
-        self.codes.zero()
         self.probe.begin(True)
+        return self.evaluated(micro_batches)
+
+    def evaluated(self, micro_batches) -> list[float]:
+        self.codes.zero()
+        self._step = 0
         for grads in micro_batches:
             self.add(grads)
         self.probe.before_reduction()
@@ -95,6 +99,12 @@ def test_its_sums_are_those_of_the_sampled_blocks(rng):
             ])  # fmt: skip
     torch.testing.assert_close(torch.tensor(found)[[0, 1, 4, 5]].double(), expected, rtol=1e-4, atol=0)
     assert found[2] <= 1e-10 * found[3] and found[3] == pytest.approx(found[1] / 16, rel=0.01)
+
+
+def test_an_iteration_that_is_run_again_measures_the_same(rng):
+    gradients = Gradients(DEFAULT)
+    batches = [noise(rng) for _ in range(3)]
+    assert gradients.measured(batches) == gradients.evaluated(batches)
 
 
 def test_a_parameter_that_goes_wrong_is_seen(rng):

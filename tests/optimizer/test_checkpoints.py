@@ -1,7 +1,10 @@
 """Checkpoints of runs with Adam's states in fewer bytes: they continue bit for bit, and with other states,
-other ranks and stock Megatron."""
+other ranks and stock Megatron. And iterations that Megatron runs again are the same bit for bit."""
 
 from __future__ import annotations
+
+import json
+import re
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ from checkpoints import (
     tensors,
     train,
 )
-from launch import covering
+from launch import ROOT, covering
 
 pytestmark = pytest.mark.slow
 
@@ -126,3 +129,59 @@ def test_other_rates(launcher, whole, tmp_path, kept):
     ]
     # Three steps of Adam move a weight by some three times the rate: 1e-5, where the checkpoint's was 4e-4.
     assert steps and 3e-6 < max(steps) < 1e-4, steps
+
+
+def evaluations(log: str) -> dict[tuple[str, str], dict[str, str]]:
+    """By iteration and rank, by state of Megatron's rerun machine: checksums of losses and gradients."""
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for iteration, rank, state, sums in re.findall(r"EVALUATED (\d+) rank (\d+) (\w+): (.+)", log):
+        found.setdefault((iteration, rank), {})[state] = sums
+    return found
+
+
+def rerun(launcher, folder, *flags, **env):
+    """A run of everything in 8 bits, with dropout, in which iterations are run again."""
+    run = launcher.run(
+        *train(*BUCKETS, *ALL, "--hidden-dropout", "0.1"), *flags, "--agoq-report", folder / "report.json",
+        ranks=2, entry=ROOT / "tests" / "optimizer" / "rerun_entry.py", env=env,
+    )  # fmt: skip
+    return run, evaluations(run.log)
+
+
+def test_an_iteration_that_is_run_again(launcher, tmp_path):
+    """By Megatron's own comparison of losses and norms, and by checksums of the gradients, all of them
+    accumulated and reduced with stochastic rounding."""
+    run, found = rerun(launcher, tmp_path, "--exit-interval", "2", RERUN_STATS="1")
+    assert run.ok, run.log[-4000:]
+    assert found.keys() == {(i, rank) for i in "12" for rank in "01"}
+    for states in found.values():
+        assert states["INITIAL_RUN"] == states["RERUNNING_IN_PLACE"]
+    assert len({states["INITIAL_RUN"] for states in found.values()}) == len(found)
+    # NaN and infinity, in losses and in norms of gradients: what Megatron asked twice.
+    assert len(re.findall(r"\d+ samples, all identical", run.log)) == 4
+    assert "rel. variability" not in run.log
+    losses = [entry["lm loss"] for entry in json.loads((tmp_path / "report.json").read_text())["train"]]
+    assert len(losses) == 2 and losses[0] != losses[1]
+
+
+@pytest.mark.exhaustive
+def test_a_rejected_result_is_seen_again(launcher, tmp_path):
+    """Megatron injects one in the second iteration. What comes next is its own: with a transient error it
+    leaves with 17; else it saves, leaves with 16, and runs the iteration again in another process."""
+    inject = "--rerun-mode validate_results --error-injection-rate 1 --error-injection-type".split()
+    run, found = rerun(launcher, tmp_path, *inject, "transient_error")
+    assert run.codes == [17, 17], run.log[-4000:]
+    compared = re.findall(r"not reproducible within the tolerance \((\S+) != (\S+)\)", run.log)
+    assert len(compared) == 2 and all(first == second for first, second in compared), compared
+    for rank in "01":
+        assert found["2", rank]["INITIAL_RUN"] == found["2", rank]["RERUNNING_IN_PLACE"]
+    save = ["--save", tmp_path, "--load", tmp_path, "--save-interval", "100"]
+    first, before = rerun(launcher, tmp_path, *inject, "correct_result", *save, RERUN_NODE="a")
+    assert first.codes == [16, 16], first.log[-4000:]
+    second, after = rerun(launcher, tmp_path, *inject, "correct_result", *save, RERUN_NODE="b")
+    assert second.codes == [17, 17], second.log[-4000:]
+    assert len(re.findall(r"reproducible on a different GPU.* \((\S+) = \1\)", second.log)) == 2
+    for rank in "01":
+        sums = before["2", rank]["INITIAL_RUN"]
+        assert sums == found["2", rank]["INITIAL_RUN"] == before["2", rank]["RERUNNING_IN_PLACE"]
+        assert after["1", rank] == {"RERUNNING_FROM_CHECKPOINT": sums}  # Megatron counts it so

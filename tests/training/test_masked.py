@@ -54,3 +54,21 @@ def test_what_is_logged(rng, monkeypatch):
         assert [tokens.item() for _, tokens, _ in found] == mask.flatten(1).sum(1).tolist()
         sum(loss for loss, *_ in found).backward()
         assert torch.equal(output.grad, mask.float())
+
+
+def test_the_loss_that_a_second_run_is_compared_with_stays_whole(rng, monkeypatch):
+    """Megatron's rerun machine keeps the very tensor, and its schedules divide the loss in place."""
+    from agoq_megatron import training
+
+    kept = []
+    args = SimpleNamespace(check_for_nan_in_loss_and_grad=True, check_for_spiky_loss=True)
+    machine = SimpleNamespace(
+        validate_result=lambda result, **_: kept.append(result), is_unexpectedly_large=max
+    )
+    monkeypatch.setattr(training, "get_args", lambda: args)
+    monkeypatch.setattr(training, "get_rerun_state_machine", lambda: machine)
+    output = torch.rand(3, 7, generator=rng, requires_grad=True)
+    loss, tokens, _ = training.loss_func(torch.ones(3, 7), output)
+    exact = loss.item()
+    loss /= tokens
+    assert [it.item() for it in kept] == [exact] * 3
