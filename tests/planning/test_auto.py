@@ -35,7 +35,7 @@ MODEL = """
     --clip-grad 0 --weight-decay 0
 """.split()
 STEPS = 2
-TRAINED = 40
+TRAINED = 20
 """Iterations of the weights that all runs load."""
 PP4 = "--pipeline-model-parallel-size 4"
 VIRTUAL = "--num-layers-per-virtual-pipeline-stage"
@@ -188,7 +188,7 @@ def train_with_other_budgets(flags: list[str]) -> None:
 def calibrate(folder: Path) -> None:
     from agoq_megatron import calibrate
 
-    flags = f"--train-iters 1 --lr 1e-3 --global-batch-size 1 --calibrate-batches 4 {FULL}".split()
+    flags = f"--train-iters 1 --lr 1e-3 --global-batch-size 1 --calibrate-batches 2 {FULL}".split()
     output = ["--calibrate-output", str(folder / "sensitivities.json")]
     sys.argv = ["calibrate.py", *MODEL, *flags, *output, "--load", str(folder / "weights")]
     calibrate.main()
@@ -225,7 +225,7 @@ def collect(folder: Path, names: list[str]) -> None:
         return log
 
     weights = str(folder / "weights")
-    steps = f"--train-iters {TRAINED} --lr 3e-3 --global-batch-size 8 --agoq-activations off".split()
+    steps = f"--train-iters {TRAINED} --lr 3e-3 --global-batch-size 4 --agoq-activations off".split()
     run(1, "train", train, [*steps, "--save", weights, "--save-interval", str(TRAINED)])
     run(1, "calibrate", calibrate, folder)
     base = f"--train-iters {STEPS} --lr 0 --min-lr 0".split()
