@@ -21,9 +21,9 @@ from launch import covering
 SPLIT = "--agoq-master-weights split"
 EIGHT = "--agoq-optimizer-bits 8"
 ADAM_BOUND = 0.03
-"""Of the update after five steps with moments in 8 bits: measured 0.009 to 0.012, after ten 0.011 to 0.014. Of
-single parameters the weights of norms are the worst, near 1, where BF16 has steps of the update's size: 0.01 to
-0.2."""
+"""Of the update after five steps with moments in 8 bits: measured 0.009 to 0.012, after ten 0.011 to 0.014.
+Of single parameters the weights of norms are the worst, near 1, where BF16 has steps of the update's size:
+0.01 to 0.2."""
 
 
 @dataclasses.dataclass(frozen=True)
