@@ -27,24 +27,32 @@ RESHARDABLE = (*BUCKETS, "--dist-ckpt-optim-fully-reshardable")
 EIGHT = ("--agoq-optimizer-bits", "8")
 SPLIT = ("--agoq-master-weights", "split")
 ALL = (*EIGHT, "--agoq-grad-bits", "8")
-KEPT = {"8 bits": EIGHT, "split": SPLIT, "8 bits, FP32 masters": (*EIGHT, "--agoq-master-weights", "fp32")}
+KEPT = {
+    "FP32": (),
+    "8 bits": EIGHT,
+    "split": SPLIT,
+    "8 bits, FP32 masters": (*EIGHT, "--agoq-master-weights", "fp32"),
+}
 
 
 @pytest.mark.supports("resumed bit for bit after SIGKILL", "hidden dropout", part="states")
 @pytest.mark.parametrize("ranks, flags", [
-    pytest.param(1, (*SHARDED, *EIGHT, "--hidden-dropout", "0.1"), id="1 rank, 8 bits"),
-    pytest.param(1, (*SHARDED, *SPLIT), id="1 rank, split"),
-    pytest.param(2, (*BUCKETS, *ALL), id="DP 2, overlap, 8-bit gradients"),
-    pytest.param(2, (*RESHARDABLE, *EIGHT), id="DP 2, overlap, resharded"),
+    # Without a kill the others' go on bit for bit below: test_other_rates, test_split_masters_are_...
+    pytest.param(1, (*SHARDED, *EIGHT), id="1 rank, 8 bits", marks=pytest.mark.exhaustive),
+    pytest.param(1, (*SHARDED, *SPLIT), id="1 rank, split", marks=pytest.mark.exhaustive),
+    pytest.param(2, (*BUCKETS, *ALL), id="DP 2, overlap, 8-bit gradients", marks=pytest.mark.exhaustive),
+    pytest.param(2, (*RESHARDABLE, *ALL, "--hidden-dropout", "0.1"), id="DP 2, overlap, resharded"),
 ])  # fmt: skip
 def test_killed_at_a_random_step(launcher, whole, tmp_path, seed, ranks, flags):
     assert_killed_and_resumed(launcher, whole, tmp_path, seed, ranks, flags)
 
 
-@pytest.mark.parametrize("kept", ["8 bits", "8 bits, FP32 masters"])
-@pytest.mark.parametrize("way", ["to FP32", "from FP32"])
-def test_other_states(launcher, whole, tmp_path, kept, way):
-    before, after = (KEPT[kept], ()) if way == "to FP32" else ((), KEPT[kept])
+@pytest.mark.parametrize("case", covering(
+    ["8 bits to FP32", "FP32 to 8 bits", "8 bits, FP32 masters to FP32", "FP32 to 8 bits, FP32 masters"],
+    {"8 bits to FP32", "FP32 to 8 bits, FP32 masters"},
+))  # fmt: skip
+def test_other_states(launcher, whole, tmp_path, case):
+    before, after = (KEPT[name] for name in case.split(" to "))
     assert_goes_on(launcher, whole, tmp_path, 2, (*BUCKETS, *before), (2, (*BUCKETS, *after)))
 
 
@@ -76,7 +84,7 @@ def test_split_masters_are_the_same_checkpoint(launcher, whole, tmp_path, way):
 def test_only_the_model(launcher, whole, tmp_path):
     """Weights without the optimizer's states: masters begin as the weights."""
     _, checkpoints = whole(2, *BUCKETS, *EIGHT)
-    load = ["--load", checkpoints, "--finetune", "--no-load-optim", "--no-load-rng"]
+    load = ["--load", checkpoints, "--finetune", "--no-load-optim", "--no-load-rng", "--train-iters", 3]
     losses = []
     for kept in (EIGHT, SPLIT, ()):
         run = launcher.run(*train(*BUCKETS, *kept), *load, ranks=2)
@@ -91,7 +99,7 @@ def test_only_the_model(launcher, whole, tmp_path):
 
 OTHER_RATES = "--lr 1e-5 --min-lr 1e-6 --weight-decay 0.3 --adam-beta2 0.9".split()
 RATED = {
-    "8 bits": (*SHARDED, *EIGHT, "--hidden-dropout", "0.1"),
+    "8 bits": (*SHARDED, *KEPT["8 bits, FP32 masters"], "--hidden-dropout", "0.1"),
     "split": (*SHARDED, *SPLIT),
     "FP32": SHARDED,
     "FP32, not distributed": (),
