@@ -53,6 +53,13 @@ class BatchSchedule:
                 consumed, iterations = consumed + inside * size, iterations - inside
         return consumed
 
+    def left(self, consumed: int) -> list[int]:
+        """Batch sizes that come after so many samples, in their order."""
+        ends = [begin for begin, _ in self.steps[1:]]
+        return [
+            size for (_, size), end in zip(self.steps, [*ends, consumed + 1], strict=True) if end > consumed
+        ]
+
     def check(self, of_ranks: int, consumed: int = 0) -> None:
         """Refuse what would end the run in its middle.
 
@@ -63,10 +70,7 @@ class BatchSchedule:
         Raises:
             UsageError: a batch is none of the ranks', or smaller than the one before.
         """
-        ends = [begin for begin, _ in self.steps[1:]]
-        left = [
-            size for (_, size), end in zip(self.steps, [*ends, consumed + 1], strict=True) if end > consumed
-        ]
+        left = self.left(consumed)
         for size in left:
             if size % of_ranks:
                 raise UsageError(

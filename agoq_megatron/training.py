@@ -51,6 +51,7 @@ from agoq_megatron.optimizer.resumable import (
 from agoq_megatron.optimizer.settings import optimizer_settings_from_args
 from agoq_megatron.optimizer.shard import wrap_clipping, wrap_counting_zeros
 from agoq_megatron.planning.auto import check_same_widths
+from agoq_megatron.planning.footprint import schedule_of
 from agoq_megatron.planning.policies import compute_policy
 from agoq_megatron.policy.policy import SOLVED, PolicyError
 from agoq_megatron.refusals import UsageError, refuse
@@ -152,10 +153,17 @@ def forward_step(data_iterator, model):
 
 def check_batches(args: argparse.Namespace, saved: dict | None) -> None:
     """Refuse batch sizes that a run, going on from what is ``saved``, would meet and could not divide."""
+    of_ranks, sizes = args.micro_batch_size * args.data_parallel_size, [args.global_batch_size]
     schedule = schedule_from_args(args)
     if schedule is not None:
         consumed = getattr((saved or {}).get("args"), "consumed_train_samples", 0)
-        schedule.check(args.micro_batch_size * args.data_parallel_size, consumed)
+        schedule.check(of_ranks, consumed)
+        sizes = schedule.left(consumed)
+    try:
+        for size in sizes:
+            schedule_of(args, size // of_ranks)
+    except ValueError as problem:
+        raise UsageError(str(problem)) from None
 
 
 def prepare(on_cpu: bool, trains: bool = True) -> tuple[argparse.Namespace, Plan]:

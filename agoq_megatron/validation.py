@@ -15,6 +15,7 @@ from agoq_megatron.flag_register import check_register
 from agoq_megatron.policy.policy import COMPUTED, load_policy
 from agoq_megatron.refusals import UsageError
 from agoq_megatron.saving_validation import check_counts, check_empty, check_saving
+from agoq_megatron.shape_validation import check_numbers, check_shapes
 from agoq_megatron.state_validation import check_gradients, check_optimizer
 
 RECOMPUTE_MODULES = ("core_attn", "mlp", "layernorm")
@@ -42,7 +43,8 @@ def check(args: Namespace, on_cpu: bool = False) -> None:
             "follow from one number of micro-batches a step, which changes; use agoq, or --global-batch-size."
         )
     check_budget(args)
-    _check_shapes(args)
+    check_shapes(args, on_cpu)
+    check_numbers(args)
     if policy is not None and args.num_layers:
         policy.check_patterns(args.num_layers)
     _check_schedule(args)
@@ -108,39 +110,6 @@ def _check_watching(args: Namespace) -> None:
         raise UsageError(
             "--non-persistent-ckpt-type local with --agoq-probe-interval: raised widths are read before such "
             "checkpoints can be found; use global, or leave the probes out."
-        )
-
-
-def _check_shapes(args: Namespace) -> None:
-    for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length"):
-        value = getattr(args, name)
-        if value is None and name != "seq_length" and getattr(args, "use_checkpoint_args", False):
-            return
-        if value is None or value < 1:
-            raise UsageError(f"--{name.replace('_', '-')} {value}: give a positive number.")
-    tp = args.tensor_model_parallel_size
-    shards = getattr(args, "tensor_parallel_num_weight_shards", None)
-    if shards not in (None, tp):
-        raise UsageError(
-            f"--tensor-parallel-num-weight-shards {shards}: weights in more pieces than the {tp} of "
-            "--tensor-model-parallel-size are not carried yet; leave it out."
-        )
-    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
-    if args.group_query_attention and (not groups or args.num_attention_heads % groups):
-        raise UsageError(
-            f"--num-query-groups {groups}: it must divide --num-attention-heads {args.num_attention_heads}."
-        )
-    if groups % tp:
-        raise UsageError(
-            f"--tensor-model-parallel-size {tp}: it must divide the {groups} key/value heads "
-            "(--num-query-groups); sharing one head between ranks is not carried yet."
-        )
-    head_dim = args.kv_channels or args.hidden_size // args.num_attention_heads
-    if head_dim % 8:
-        raise UsageError(
-            f"--hidden-size {args.hidden_size} with --num-attention-heads "
-            f"{args.num_attention_heads}: heads of {head_dim} features; the fused attention kernels "
-            "take multiples of 8."
         )
 
 

@@ -16,6 +16,8 @@ from torch import Tensor
 _aten = torch.ops.aten
 AT_A_TIME = 2**26
 """Numbers of Q whose attention is run backward at a time, or one group of heads."""
+LARGEST_HEAD = 256
+"""Features of a head that a fused kernel takes in 16 bits on a GPU."""
 
 
 @functools.cache
@@ -36,7 +38,7 @@ def attention_backend(
     # cuDNN's backward does not repeat itself bit for bit; torch's own selector drops it here too.
     if cudnn and not deterministic and major >= 9 and head_dim % 8 == 0 and head_dim <= 128:
         return "cudnn"
-    if head_dim % 8 == 0 and head_dim <= 256:
+    if head_dim % 8 == 0 and head_dim <= LARGEST_HEAD:
         return "flash"
     raise NotImplementedError(f"no fused attention kernel takes head dimension {head_dim}")
 

@@ -71,10 +71,11 @@ def micro_batches(args) -> int:
     return batch // (args.micro_batch_size * args.data_parallel_size)
 
 
-def schedule_of(args) -> Schedule:
+def schedule_of(args, count: int | None = None) -> Schedule:
+    """Of ``count`` micro-batches, else of a run's largest step."""
     return Schedule(
         args.pipeline_model_parallel_size,
-        micro_batches(args),
+        micro_batches(args) if count is None else count,
         args.virtual_pipeline_model_parallel_size or 1,
         args.microbatch_group_size_per_vp_stage,
     )

@@ -130,3 +130,29 @@ def test_batches_that_ranks_cannot_share_are_refused_while_they_lie_ahead():
     with pytest.raises(UsageError, match="may only grow"):
         BatchSchedule.parse("0:8 640:4", LENGTH).check(2, 9)
     BatchSchedule.parse("0:8 640:4", LENGTH).check(2, 10)
+
+
+@pytest.mark.parametrize("growing, group, said", [
+    ({"global_batch_size": 3}, None, "would have 1, fewer than the 2 stages"),
+    ({"global_batch_size": 1}, None, "1 micro-batches .* fewer than the 2 stages"),
+    ({"global_batch_size": 4}, 3, "group-size-per-virtual-pipeline-stage 3: .* would have 1"),
+    ({"step_batch_size_schedule": f"0:4 {40 * LENGTH}:5"}, None, "groups of 5 .* would have 1"),
+    ({"step_batch_size_schedule": f"0:1 {40 * LENGTH}:4"}, None, "fewer than the 2 stages"),
+    ({"step_batch_size_schedule": f"0:1 {40 * LENGTH}:4", "consumed": 40}, None, None),
+    ({"global_batch_size": 5}, 3, None),
+])  # fmt: skip
+def test_batches_that_virtual_stages_cannot_share_are_refused(growing, group, said):
+    """Which Megatron does in the first step of such a size."""
+    from agoq_megatron.training import check_batches
+
+    args = Namespace(
+        **{"global_batch_size": 4} | growing, micro_batch_size=1, data_parallel_size=1, seq_length=LENGTH,
+        pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2,
+        microbatch_group_size_per_vp_stage=group,
+    )  # fmt: skip
+    saved = {"args": Namespace(consumed_train_samples=growing.get("consumed", 0))}
+    if said is None:
+        check_batches(args, saved)
+        return
+    with pytest.raises(UsageError, match=said):
+        check_batches(args, saved)

@@ -65,11 +65,11 @@ def own_parser():
     return add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)), DEFAULTS)
 
 
-def refusal(parser, words: list[str], without: str = "") -> str:
+def refusal(parser, words: list[str], without: str = "", ranks: int = 1) -> str:
     from agoq_megatron.validation import check
 
     args = parser.parse_args([*(w for w in TINY if w != without), "--train-iters", "2", *words])
-    args.rank, args.world_size = 0, 1
+    args.rank, args.world_size = 0, ranks
     with pytest.raises(UsageError) as problem:
         check(args)
     return str(problem.value)
@@ -93,6 +93,57 @@ def test_refused_by_its_own_name(own_parser, part, flag):
     told = refusal(own_parser, [*part.split(), *flag.split(), *value.split()])
     assert told.startswith(flag.split()[0]), told
     assert (part.split() or [""])[0] in told
+
+
+# --- Numbers that Megatron itself meets in its first pass, or never -------------------------------
+
+NUMBERS = {
+    "--norm-epsilon -1": ["0 or more"],
+    "--adam-eps nan": ["--adam-eps nan"],
+    "--adam-beta1 1.5": ["below 1"],
+    "--adam-beta2 1": ["below 1"],
+    "--rotary-base 0": ["above 0"],
+    "--rotary-percent 1.5": ["share of a head's features"],
+    "--rotary-percent 0": ["share of a head's features"],
+    "--rotary-seq-len-interpolation-factor 0": ["above 0"],
+    "--rope-scaling-factor 0": ["above 0"],
+    "--hidden-dropout 1": ["below 1"],
+    "--hidden-dropout -.1": ["probability"],
+    "--init-method-std -1": ["standard deviation"],
+    "--embedding-init-method-std nan": ["standard deviation"],
+    "--recompute-num-layers 0": ["number of layers"],
+    "--make-vocab-size-divisible-by 0": ["positive"],
+    "--ffn-hidden-size -64": ["positive"],
+    "--ffn-hidden-size 255": ["multiple of 2", "--swiglu"],
+    "--ffn-hidden-size 254 --tensor-model-parallel-size 2": [
+        "multiple of 4",
+        "--tensor-model-parallel-size 2",
+    ],
+    "--kv-channels -8": ["positive"],
+    "--kv-channels 60": ["multiples of 8"],
+    "--kv-channels 264": ["up to 256", "16 bits", "GPU"],
+    "--sequence-parallel --tensor-model-parallel-size 2 --seq-length 63": ["must divide --seq-length 63"],
+    "--decoder-first-pipeline-num-layers 9 --pipeline-model-parallel-size 2": ["9", "--num-layers"],
+}
+
+
+@pytest.mark.parametrize("flags", NUMBERS)
+def test_numbers_out_of_range(own_parser, flags):
+    two = "size 2" in flags
+    told = refusal(own_parser, flags.split(), ranks=2 if two else 1)
+    assert told.startswith(flags.split()[0]) and all(word in told for word in NUMBERS[flags]), told
+
+
+def test_what_only_a_gpu_cannot(own_parser):
+    """Heads of any multiple of 8 on a CPU, and in FP32; and sizes at the bounds."""
+    from agoq_megatron.shape_validation import check_numbers, check_shapes
+
+    for words, on_cpu in (("--kv-channels 264", True), ("--kv-channels 256", False), ("", False)):
+        args = own_parser.parse_args([*TINY, *words.split()])
+        check_shapes(args, on_cpu)
+        check_numbers(args)
+    args = own_parser.parse_args([w for w in [*TINY, "--kv-channels", "264"] if w != "--bf16"])
+    check_shapes(args, False)
 
 
 # --- What a checkpoint knows of its model ---------------------------------------------------------
