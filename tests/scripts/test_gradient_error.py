@@ -46,8 +46,12 @@ def hf(seed, tmp_path) -> Path:
     return tmp_path / "hf"
 
 
+SCRIPT = ROOT / "scripts" / "gradient_error.py"
+
+
 def run(*arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "scripts" / "gradient_error.py"), *map(str, arguments)]
+    """As a user does; the other tests fork the script from a process that has imported Megatron."""
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=200)
 
 
@@ -173,7 +177,7 @@ def test_errors_are_those_of_plain_autograd(hf, seed, tmp_path):
     assert found["policies"]["uniform4"]["all"] > mine["all"]  # Q and K in 4 bits, on large biases
 
 
-def test_a_checkpoint_has_the_errors_of_the_model_it_was_made_of(hf, tmp_path):
+def test_a_checkpoint_has_the_errors_of_the_model_it_was_made_of(launcher, hf, tmp_path):
     from agoq_megatron.convert import from_hf
 
     from_hf.convert(from_hf.parse(["--input", str(hf), "--output", str(tmp_path / "ckpt")]))
@@ -182,8 +186,7 @@ def test_a_checkpoint_has_the_errors_of_the_model_it_was_made_of(hf, tmp_path):
     for source in (("--hf", hf), ("--load", tmp_path / "ckpt")):
         out = tmp_path / f"{source[0]}.json"
         short = ("--policy", tmp_path / "policy.yaml", "--out", out, "--seq-length", LENGTH, "--sequences", 1)
-        done = run(*source, *short, "--dtype", "bf16")
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr
+        launcher.script(SCRIPT, *source, *short, "--dtype", "bf16", timeout=200)
         both.append(json.loads(out.read_text()))
     policies = [found["policies"][str(tmp_path / "policy.yaml")] for found in both]
     assert policies[0]["parameters"] == policies[1]["parameters"]
@@ -211,10 +214,10 @@ def test_what_cannot_work_is_refused_by_its_flag(hf, arguments, message):
         gradient_error.read_sequences(options, gradient_error.open_weights(options))
 
 
-def test_a_refusal_is_one_paragraph(hf):
-    done = run("--hf", hf, "--policy", "nowhere.yaml")
-    assert done.returncode == 2 and "nowhere.yaml: neither a built-in policy" in done.stderr, done.stderr
-    assert "Traceback" not in done.stderr
+def test_a_refusal_is_one_paragraph(launcher, hf):
+    done = launcher.run("--hf", hf, "--policy", "nowhere.yaml", tiny=False, entry=SCRIPT)
+    assert done.codes == [2] and "nowhere.yaml: neither a built-in policy" in done.log, done.log
+    assert "Traceback" not in done.log
 
 
 def test_errors_by_hand():
