@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-SECONDS = 1.5
+SECONDS = 0.6
 
 
 def main() -> None:

@@ -24,21 +24,21 @@ def gather_often() -> None:
     cpu.install()
     dist.init_process_group("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    out = [torch.empty(ranks * NUMEL) for _ in range(GATHERS)]
+    out = torch.empty(GATHERS, ranks * NUMEL)
+    at, of_rank = torch.arange(GATHERS)[:, None], torch.arange(ranks).repeat_interleave(NUMEL)
+    first = (at * 10 + of_rank).float()
     for number in range(ROUNDS):
         under_way = []
-        for at, whole in enumerate(out):
-            whole.fill_(torch.nan)
-            own = torch.full((NUMEL,), float(number * 100 + at * 10 + rank))
+        out.fill_(torch.nan)
+        mine = first[:, rank * NUMEL : (rank + 1) * NUMEL] + number * 100
+        for whole, own in zip(out, mine, strict=True):
             with buffers._coalescing_manager(dist.group.WORLD, async_ops=True) as works:
                 buffers.dist_all_gather_func(whole, own, group=dist.group.WORLD, async_op=True)
             under_way.append(works)
         for works in under_way:
             assert works.works, "nothing to wait for"
             works.wait()
-        for at, whole in enumerate(out):
-            expected = torch.arange(ranks) + number * 100 + at * 10
-            assert torch.equal(whole.view(ranks, NUMEL), expected[:, None].expand(ranks, NUMEL).float())
+        assert torch.equal(out, first + number * 100)
 
 
 def multiply() -> None:

@@ -198,7 +198,7 @@ def test_it_finds_a_fault(launcher, tmp_path, ranks, flags):
     entry.write_text(LARGE_SCORES)
     policy = tmp_path / "old.yaml"
     policy.write_text(OLD)
-    more = ["--train-iters", 6, "--lr", "1e-6", *flags.split()]
+    more = ["--train-iters", 4, "--lr", "1e-6", *flags.split()]
     report = tmp_path / "report.json"
     more += ["--agoq-activations", policy, "--agoq-report", report]
     old = launcher.run(*more, ranks=ranks, entry=entry)

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 STOCK = Path(__file__).with_name("stock_entry.py")
 SPEC = "--spec agoq_megatron.specs agoq_layer_spec".split()
-STEPS, MIDDLE = 6, 3
+STEPS, MIDDLE = 4, 2
 
 SP = "--tensor-model-parallel-size 2 --sequence-parallel"
 PP = "--pipeline-model-parallel-size 2 --num-layers 4"
@@ -80,7 +80,7 @@ def test_trains_as_our_entry_point_does(launcher, stock, tmp_path, seed, case):
 
 def test_a_policy_is_in_force(stock, seed):
     """The comparison above would hold if both ignored theirs."""
-    flags = ["--seed", seed % 10000 + 1]
+    flags = ["--seed", seed % 10000 + 1, "--train-iters", 2]
     losses = {}
     for ours in ("--agoq-activations off", "--agoq-activations uniform4", "", "--agoq-rounding stochastic"):
         run, losses[ours] = stock(*flags, ours=ours)
