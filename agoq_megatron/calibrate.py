@@ -45,6 +45,7 @@ from agoq_megatron import command_line, training  # noqa: E402
 from agoq_megatron.autograd.cross_entropy import vocab_parallel_cross_entropy  # noqa: E402
 from agoq_megatron.autograd.recompute import quantized_checkpoint  # noqa: E402
 from agoq_megatron.data import datasets_provider  # noqa: E402
+from agoq_megatron.devices import compare_devices  # noqa: E402
 from agoq_megatron.planning import replay, sensitivity  # noqa: E402
 from agoq_megatron.refusals import UsageError  # noqa: E402
 from agoq_megatron.specs import model_config_from_args  # noqa: E402
@@ -258,6 +259,7 @@ def main() -> None:
         flags = own_flags()
         be_one_rank()
         args = command_line.parse_arguments(on_cpu, UNUSED)
+        compare_devices(args, training.refuse)
         set_global_variables(args)
     except training.REFUSALS as problem:
         training.refuse(training.paragraph(problem))

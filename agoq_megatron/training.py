@@ -30,6 +30,7 @@ from agoq_megatron.batches import schedule_from_args
 from agoq_megatron.command_line import parse_arguments
 from agoq_megatron.communicators import connect_first
 from agoq_megatron.data import datasets_provider, get_batch
+from agoq_megatron.devices import compare_devices
 from agoq_megatron.finite import REMEDY, NotFiniteError, stop_unless_finite
 from agoq_megatron.finite import STATUS as NOT_FINITE
 from agoq_megatron.flag_register import remarks
@@ -194,6 +195,7 @@ def prepare(on_cpu: bool, trains: bool = True) -> tuple[argparse.Namespace, Plan
             plan.print()
         if args.agoq_dry_run:
             sys.exit(0)
+        compare_devices(args, refuse)
         compat.bind_wandb_opening(wrap_opening(compat.bind_wandb, compat.bind_wandb_artifacts))
         set_global_variables(args)
     except REFUSALS as problem:

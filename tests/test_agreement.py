@@ -12,9 +12,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from agoq_kernels.gradients import BLOCK, GradientFormat
+from forked_ranks import free_port
 from launch import spawn_ranks
 
-from agoq_megatron import agreement
+from agoq_megatron import agreement, devices
 from agoq_megatron.gradients import settings
 from agoq_megatron.gradients.bucket import GradientBucket
 from agoq_megatron.gradients.settings import GradientSettings, LayoutError, hops_for
@@ -25,8 +26,10 @@ WORLD = 4
 TWO_AND_TWO, TWO_ONE_AND_ONE = ("2", "2", "2", "2"), ("2", "2", "1", "1")
 
 
-def on_a_rank(rank: int, folder: Path, seed: int) -> None:
-    dist.init_process_group("gloo", f"file://{folder}/store", timedelta(seconds=20), WORLD, rank)
+def on_a_rank(rank: int, folder: Path, seed: int, port: int) -> None:
+    sees_devices(rank, port)
+    # As Megatron makes it, at the same port.
+    dist.init_process_group("gloo", "env://", timedelta(seconds=20), WORLD, rank)
     reduces_in_hops(rank, seed, TWO_AND_TWO, hops=True)
     reduces_in_hops(rank, seed, TWO_ONE_AND_ONE, hops=False)
     with pytest.raises(LayoutError, match=r"two-hop: with 1 or 2 ranks a node .*do not lie evenly"):
@@ -36,6 +39,27 @@ def on_a_rank(rank: int, folder: Path, seed: int) -> None:
     dist.barrier()
     gc.collect()
     dist.destroy_process_group()
+
+
+def sees_devices(rank: int, port: int) -> None:
+    """Before there is a process group every rank learns who sees no GPU, or another kind of node."""
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(WORLD))
+    args = Namespace(
+        local_rank=rank % 2, world_size=WORLD, fake_process_group=False, distributed_timeout_minutes=1 / 3
+    )
+    said: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "device_count", lambda: 2)
+        patch.setattr(devices, "find_spec", lambda name: name)
+        patch.setattr(devices.socket, "gethostname", lambda: f"node{rank // 2}")
+        for turn, seeing in enumerate(((0, 1, 2, 3), (), (0, 1, 3))):
+            patch.setattr(torch.cuda, "is_available", lambda seeing=seeing: rank in seeing)
+            patch.setenv("TORCHELASTIC_RESTART_COUNT", str(turn))
+            devices.compare_devices(args, said.append)
+    (text,) = said
+    assert text.startswith(
+        "what ranks compute on: a GPU on rank 0, 1, 3 (node0, node1), and no GPU on rank 2 (node1). Find out"
+    ), text
 
 
 def see_nodes(rank: int, sizes: tuple[str, ...], how: str):
@@ -99,7 +123,36 @@ def compares(rank: int) -> None:
 
 
 def test_ranks_that_see_different_things_decide_alike(tmp_path, seed):
-    spawn_ranks(WORLD, on_a_rank, tmp_path, seed)
+    spawn_ranks(WORLD, on_a_rank, tmp_path, seed, free_port())
+
+
+def test_what_one_rank_computes_on(monkeypatch):
+    found = {}
+    for name, gpu, count, triton in (
+        ("none", False, 0, True), ("one", True, 2, True), ("few", True, 1, True), ("bare", True, 2, False)
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        monkeypatch.setattr(devices, "find_spec", lambda name, triton=triton: name if triton else None)
+        found[name] = devices.device_of(1)
+    assert devices.problem_of([(found["none"], "a")] * 3) is None
+    assert devices.problem_of([(found["one"], "a")] * 3) is None
+    assert "--nproc-per-node" in devices.problem_of([(found["one"], "a"), (found["few"], "a")])
+    assert "on rank 0, 1 (a, b). Triton" in devices.problem_of([(found["bare"], "a"), (found["bare"], "b")])
+    args = Namespace(local_rank=1, world_size=1, fake_process_group=False)
+    said: list[str] = []
+    devices.compare_devices(args, said.append)
+    assert len(said) == 1 and "pip install triton" in said[0]
+
+
+def test_a_run_whose_ranks_differ_ends_at_once(launcher):
+    """Rank 1 sees a GPU: it would wait for the other over NCCL."""
+    entry = Path(__file__).parent / "training" / "mixed_entry.py"
+    run = launcher.run("--train-iters", "2", ranks=2, entry=entry, timeout=60)
+    assert run.codes == [2, 2], run.log[-3000:]
+    assert "Traceback" not in run.log and "number of parameters" not in run.log, run.log[-3000:]
+    told = "error: what ranks compute on: no GPU on rank 0 "
+    assert run.log.count(told) == 1 and "and a GPU on rank 1 (" in run.log, run.log[-3000:]
 
 
 def arguments(**others: object) -> Namespace:
