@@ -319,6 +319,8 @@ def _serve() -> None:
 
     for line in sys.stdin:
         job = json.loads(line)
+        if job["entry"] == str(PLANNER):
+            import scipy.optimize  # noqa: F401  (every plan would)
         port = free_port()
         pids = []
         for rank in range(job["ranks"]):

@@ -50,12 +50,8 @@ def stock(launcher, tmp_path):
     return run
 
 
-@pytest.mark.supports(
-    "stock pretrain_gpt.py by --spec", "checkpoint exchanged with stock Megatron"
-)
-@pytest.mark.parametrize(
-    "case", covering(RUNS, {"one rank, rounded stochastically", "TP2 SP"})
-)
+@pytest.mark.supports("stock pretrain_gpt.py by --spec", "checkpoint exchanged with stock Megatron")
+@pytest.mark.parametrize("case", covering(RUNS, {"one rank, rounded stochastically", "TP2 SP"}))
 def test_trains_as_our_entry_point_does(launcher, stock, tmp_path, seed, case):
     """Losses, gradient norms, and in the end weights, masters and moments."""
     ranks, flags, ours = RUNS[case]

@@ -342,9 +342,10 @@ def probed(policy: str, limit: str, folder: Path) -> list[str]:
 @pytest.mark.parametrize("policy, limit, damaged", [
     ("--agoq-activations uniform4", "0.05", True),
     ("--agoq-activations auto --agoq-activation-memory 110KiB", "0.1", False),
-], ids=["the newest checkpoint is damaged", "widths by the solver"])  # fmt: skip
+], ids=["the newest checkpoint is damaged", "widths by the solver, an empty tracker file"])  # fmt: skip
 def test_widths_are_those_of_the_checkpoint_that_is_loaded(launcher, tmp_path, policy, limit, damaged):
-    """Not of the newest, where it is damaged; and the solver's are there again beside the raised ones."""
+    """Not of the newest, where it is damaged; and the solver's are there again beside the raised ones. Where
+    Megatron finds an empty tracker file it would leave with status 0."""
     reference = launcher.run(*probed(policy, limit, tmp_path / "whole"))
     assert reference.ok and reference.report["raises"], reference.log[-4000:]
     flags = probed(policy, limit, tmp_path / "cut")
@@ -355,20 +356,13 @@ def test_widths_are_those_of_the_checkpoint_that_is_loaded(launcher, tmp_path, p
         data = bytearray(shard.read_bytes())
         data[len(data) // 2] ^= 1
         shard.write_bytes(data)
+    else:
+        (tmp_path / "cut/latest_checkpointed_iteration.txt").write_text("")
     rest = launcher.run(*flags)
     assert rest.ok, rest.log[-4000:]
     assert ("going back to" in rest.log and "they hold" in rest.log) == damaged
     start = 2 if damaged else 3
+    assert sorted(rest.losses()) == list(range(start, 6))
     assert rest.losses() == {i: loss for i, loss in reference.losses().items() if i >= start}
     assert rest.report["raised_widths"] == reference.report["raised_widths"]
     assert rest.report["solver"] == reference.report["solver"]
-
-
-def test_an_empty_tracker_file_is_mended(launcher, tmp_path):
-    """Megatron leaves with status 0 where it finds one."""
-    flags = probed("--agoq-activations uniform4", "0.05", tmp_path)
-    first = launcher.run(*flags, "--exit-interval", 2)
-    assert first.ok, first.log[-4000:]
-    (tmp_path / "latest_checkpointed_iteration.txt").write_text("")
-    rest = launcher.run(*flags)
-    assert rest.ok and sorted(rest.losses()) == [3, 4, 5], rest.log[-4000:]
