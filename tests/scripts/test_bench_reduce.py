@@ -52,14 +52,35 @@ def run(*command: str) -> subprocess.CompletedProcess:
     )
 
 
+def in_files(rank: int, folder: str, function, *arguments) -> None:
+    """On a rank: what the function prints goes to files."""
+    with open(f"{folder}/out-{rank}", "w") as out, open(f"{folder}/err-{rank}", "w") as err:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            function(rank, *arguments)
+
+
+def run_here(monkeypatch, folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """The script's ``main``, its ranks forked from a process that has imported what they need."""
+
+    def spawn(function, args, nprocs):
+        spawn_ranks(nprocs, in_files, str(folder), function, *args)
+
+    monkeypatch.setattr(bench.multiprocessing, "spawn", spawn)
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
+    for name in ("GLOO_SOCKET_IFNAME", "OMP_NUM_THREADS"):  # which it sets, and which are taken back
+        monkeypatch.setenv(name, ENVIRONMENT[name])
+    code = bench.main()
+    ranks = len(list(folder.glob("out-*")))
+    out, err = ([(folder / f"{kind}-{rank}").read_text() for rank in range(ranks)] for kind in ("out", "err"))
+    return subprocess.CompletedProcess(arguments, code, "".join(out), "".join(reversed(err)))
+
+
 @pytest.mark.parametrize("ranks, node_size", [pytest.param(2, None, marks=pytest.mark.exhaustive), (4, 2)])
-def test_all_kinds(tmp_path, ranks, node_size):
-    flags = ["--node-size", str(node_size)] if node_size else []
+def test_all_kinds(monkeypatch, tmp_path, ranks, node_size):
     out = tmp_path / "out.json"
-    done = run(
-        str(SCRIPT), "--ranks", str(ranks), *flags, "--numel", "32Ki", "10000", "--repeat", "1",
-        "--out", str(out),
-    )  # fmt: skip
+    arguments = [*f"--ranks {ranks} --numel 32Ki 10000 --repeat 1 --out".split(), str(out)]
+    arguments += ["--node-size", str(node_size)] if node_size else []
+    done = run_here(monkeypatch, tmp_path, *arguments) if node_size else run(str(SCRIPT), *arguments)
     assert done.returncode == 0, done.stderr
     expected = wire(ranks, node_size)
     rows = [json.loads(line) for line in done.stdout.splitlines()]

@@ -446,11 +446,28 @@ BAD = "bad=--agoq-activations off --qk-layernorm"
 
 
 def tiny(folder: Path, ranks: int, *runs: str) -> list[str]:
-    """The command that lets the tiny model run once in each configuration."""
-    flags = [sys.executable, str(ROOT / "scripts" / "bench_step.py"), "--model", "tiny", "--repeat", "1"]
+    """Arguments of the script that let the tiny model run once in each configuration."""
+    flags = ["--model", "tiny", "--repeat", "1", "--iterations", "6"]
     flags += ["--logs", str(folder / "logs"), "--out", str(folder / "out.json")]
     flags += ["--nproc-per-node", str(ranks)]
     return [*flags, *(word for run in runs for word in ("--run", run))]
+
+
+SCRIPT = ROOT / "scripts" / "bench_step.py"
+
+
+def bench_tiny(launcher, arguments: list[str]) -> list[dict]:
+    """The script's rows, where one run fails. It comes from a process that has imported Megatron, unless that
+    hides a GPU."""
+    if launcher is not None and not torch.cuda.is_available():
+        run = launcher.run(*arguments, tiny=False, timeout=280, entry=SCRIPT)
+        codes, text = run.codes, run.log
+    else:
+        command = [sys.executable, str(SCRIPT), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+        codes, text = [done.returncode], done.stdout + done.stderr
+    assert codes == [1], text
+    return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
 
 
 def assert_a_run(run: dict, ranks: int) -> None:
@@ -459,15 +476,11 @@ def assert_a_run(run: dict, ranks: int) -> None:
 
 
 @pytest.mark.slow
-def test_forked_ranks_of_the_tiny_model(tmp_path):
+def test_forked_ranks_of_the_tiny_model(launcher, tmp_path):
     """Two policies and a configuration that is refused."""
-    command = [*tiny(tmp_path, 2, OFF, BAD, AGOQ), "--predict", "--fork", "--one-gpu", "--", "--lr", "1e-3"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 1, done.stderr
-    off, bad, agoq = (json.loads(line) for line in done.stdout.splitlines())
-    assert set(off) == set(agoq) == KEYS | {"predicted_mib"}, done.stdout
-    (off_peak,), (agoq_peak,) = off["predicted_mib"], agoq["predicted_mib"]
-    assert 0 < agoq_peak <= off_peak
+    arguments = [*tiny(tmp_path, 2, OFF, BAD, AGOQ), "--fork", "--one-gpu", "--", "--lr", "1e-3"]
+    off, bad, agoq = bench_tiny(launcher, arguments)
+    assert set(off) == set(agoq) == KEYS
     assert set(bad) == {"name", "error"} and "--qk-layernorm" in bad["error"]
     assert_a_run(off, 2), assert_a_run(agoq, 2)
     assert agoq["loss"] == pytest.approx(off["loss"], rel=0.01)
@@ -480,17 +493,38 @@ def test_forked_ranks_of_the_tiny_model(tmp_path):
     assert "scripts/bench_step.py" in out["command"] and out["date"]
     assert [row["name"] for row in out["medians"]] == ["off", "bad", "agoq"]
     assert out["medians"][2]["ratio"] == pytest.approx(agoq["step_ms"] / off["step_ms"], abs=1e-3)
-    assert list(out["runs"][0]["iterations_ms"]) == [str(i) for i in range(1, 11)]
+    assert list(out["runs"][0]["iterations_ms"]) == [str(i) for i in range(1, 7)]
     assert out["runs"][0]["step_ms"] == off["step_ms"] and out["runs"][1]["error"] == bad["error"]
+
+
+def test_the_planners_peaks_are_told_beside_the_measured(monkeypatch, launcher, tmp_path):
+    """The planner's own command, forked; the runs are made up."""
+
+    def plan(command, **_):
+        assert command[:3] == [sys.executable, "-m", "agoq_megatron.plan"]
+        launcher.plan(*command[3:])
+
+    def execute(command, log, timeout):
+        log.write_text(make_log(TIMES))
+        log.with_suffix(".json").write_text(json.dumps(make_report(10, 3 * 2**29)))
+        return 0
+
+    monkeypatch.setattr(bench.subprocess, "run", plan)
+    monkeypatch.setattr(bench, "execute", execute)
+    runs = (word for run in (OFF, AGOQ, BAD) for word in ("--run", run))
+    args = parse("--model", "tiny", "--nproc-per-node", "2", "--predict", *runs)
+    args.logs = tmp_path
+    off, agoq, bad = (
+        bench.train(args, name, name, args.shape, TIMED)["predicted_mib"] for name in ("off", "agoq", "bad")
+    )
+    assert 0 < agoq[0] <= off[0] and len(agoq) == len(off) == 1
+    assert bad is None  # the planner refuses it, too
 
 
 @pytest.mark.slow
 @pytest.mark.exhaustive
 def test_the_tiny_model_under_torchrun(tmp_path):
-    command = tiny(tmp_path, 1, BAD, AGOQ)
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 1, done.stderr
-    bad, agoq = (json.loads(line) for line in done.stdout.splitlines())
+    bad, agoq = bench_tiny(None, tiny(tmp_path, 1, BAD, AGOQ))
     assert set(agoq) == KEYS and set(bad) == {"name", "error"}
     assert "--qk-layernorm" in bad["error"]
     assert_a_run(agoq, 1)
