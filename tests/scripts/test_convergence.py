@@ -6,23 +6,56 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
+import threading
+from types import SimpleNamespace
 
+import convergence
+import convergence_runs
 import numpy as np
 import pytest
+from launch import ENTRY, ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
+LAUNCHER = ["-m", "torch.distributed.run", "--standalone"]
 
 
 def call(*arguments) -> str:
+    """The script as a user calls it."""
     command = [sys.executable, str(ROOT / "scripts" / "convergence.py"), *map(str, arguments)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
 
+@pytest.fixture
+def call_here(monkeypatch, capsys, launcher):
+    """The script's ``main`` here; its runs are forked from a process that has imported Megatron."""
+    one_at_a_time = threading.Lock()
+
+    class Process:
+        def __init__(self, command, stdout, stderr, env, start_new_session):
+            start = command.index("-m"), command.index(str(ENTRY))
+            assert command[slice(*start)] == [*LAUNCHER, "--nproc-per-node=1"] and start_new_session
+            with one_at_a_time:
+                run = launcher.run(*command[start[1] + 1 :], tiny=False)
+            stdout.write(run.log)
+            (self.code,) = run.codes
+
+        def wait(self) -> int:
+            return self.code
+
+    def call(*arguments) -> str:
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", ["convergence.py", *map(str, arguments)])
+            started = SimpleNamespace(Popen=Process, STDOUT=subprocess.STDOUT)
+            patch.setattr(convergence_runs, "subprocess", started)
+            convergence.main()
+        return capsys.readouterr().out
+
+    return call
+
+
 @pytest.mark.slow
-def test_the_whole_protocol(tmp_path, random):
+def test_the_whole_protocol(tmp_path, random, call_here):
     source, out = tmp_path / "source", tmp_path / "out"
     source.mkdir()
     for i in range(60):
@@ -33,10 +66,10 @@ def test_the_whole_protocol(tmp_path, random):
     two = ("--variants", "off", "agoq", "--parallel", 2)
 
     call("base", *small, "--input", source)
-    call("continue", *small, *two, "--off-seeds")
-    call("scratch", *small, *two, "--seeds", 2)
-    assert "2 of 2 runs are done already" in call("scratch", *small, *two, "--seeds", 2)
-    text = call("report", "--out", out)
+    call_here("continue", *small, *two, "--off-seeds")
+    call_here("scratch", *small, *two, "--seeds", 2)
+    assert "2 of 2 runs are done already" in call_here("scratch", *small, *two, "--seeds", 2)
+    text = call_here("report", "--out", out)
 
     content = json.loads((out / "report" / "report.json").read_text())
     runs = {f"{r['phase']}-{r['variant']}-{r['seed']}": r for r in content["runs"]}

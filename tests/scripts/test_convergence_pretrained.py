@@ -50,7 +50,7 @@ def test_the_whole_protocol_from_a_pretrained_model(tmp_path, random, seed):
         (source / f"file{i}.py").write_text("\n".join(lines))
     write_tiny_qwen(hf, seed, std=0.05)
     one = ("--hf", hf, "--out", out, "--gpus", 0, "--seq-length", 64, "--batch", 8, "--micro-batch", 2)
-    one += ("--tokens", 20_000, "--lr", 1e-3, "--warmup", 2, "--valid-fraction", 0.1, "--input", source)
+    one += ("--tokens", 9_000, "--lr", 2e-3, "--warmup", 2, "--valid-fraction", 0.1, "--input", source)
     ago = "ago=--agoq-activations agoq --agoq-grad-bits 8 --agoq-optimizer-bits 8"
     text = call(*one, "--variants", ago)
     assert text.count("| ago |") == 2
@@ -58,7 +58,7 @@ def test_the_whole_protocol_from_a_pretrained_model(tmp_path, random, seed):
     runs = {path.stem: json.loads(path.read_text()) for path in (out / "runs").glob("*.json")}
     assert set(runs) == {f"pretrained-{name}" for name in ("off-1", "off-2", "ago-1")}
     off, mine, other = (runs[f"pretrained-{name}"] for name in ("off-1", "ago-1", "off-2"))
-    assert len(off["losses"]) == len(mine["losses"]) == math.ceil(20_000 / 512)
+    assert len(off["losses"]) == len(mine["losses"]) == math.ceil(9_000 / 512)
     assert off["losses"][0] == mine["losses"][0] != other["losses"][0]  # the same start; another order
     assert off["losses"][-1] != mine["losses"][-1] < 0.9 * off["losses"][0]
     assert off["settings"]["base"] == digest(hf)
