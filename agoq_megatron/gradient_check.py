@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from agoq_kernels.formats import Format
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 
-from agoq_megatron.autograd.probing import ATTENTION, COLUMNS, FUNCTIONS, TOKENS
+from agoq_megatron.autograd.probing import TOKENS, columns, functions
+from agoq_megatron.modules.sites import ATTENTION, ATTENTION_OUTPUT, LAYER_INPUT
 from agoq_megatron.policy.policy import KEEP_BITS
 from agoq_megatron.policy.raised import RECOMPUTED, WIDER, next_width, widened
 from agoq_megatron.policy.sites import Site
@@ -110,7 +111,7 @@ def errors_of(squares: list[list[list[float]]]) -> dict[str, float]:
     one alone is not.
     """
     found: dict[str, float] = {}
-    for name, gradients in zip(COLUMNS, squares, strict=True):
+    for name, gradients in zip(columns(), squares, strict=True):
         errors = []
         for error, square in gradients:
             if not math.isfinite(square):
@@ -134,8 +135,8 @@ def over(
         attention_again: the run recomputes attention, whatever the policy says.
     """
     for number, of_layer in errors.items():
-        for name, sites in FUNCTIONS.items():
-            alone = {site: of_layer[site.value] for site in sites if site.value in of_layer}
+        for name, its in functions().items():
+            alone = {site: of_layer[site.value] for site in its if site.value in of_layer}
             error = of_layer.get(name, max(alone.values()) if len(alone) == 1 else math.nan)
             if not error > bound:
                 continue
@@ -143,14 +144,14 @@ def over(
                 yield number, name
                 continue
             tensor = max(alone, key=alone.get)
-            if alone.get(Site.LAYER_INPUT, 0) > 0.9 * alone[tensor]:
-                tensor = Site.LAYER_INPUT  # of which the other is made
-            again = attention_again or policy.rule(Site.ATTENTION_OUTPUT, number).recompute
+            if alone.get(LAYER_INPUT, 0) > 0.9 * alone[tensor]:
+                tensor = LAYER_INPUT  # of which the other is made
+            again = attention_again or policy.rule(ATTENTION_OUTPUT, number).recompute
             if name == ATTENTION and not again:
                 # With statistics of other scores than those of what is kept, more bits help little.
-                rule = policy.rule(Site.ATTENTION_OUTPUT, number)
+                rule = policy.rule(ATTENTION_OUTPUT, number)
                 old = KEEP_BITS if rule.keep else rule.format.bits
-                yield Finding(number, tensor, error, Site.ATTENTION_OUTPUT, old, RECOMPUTED)
+                yield Finding(number, tensor, error, ATTENTION_OUTPUT, old, RECOMPUTED)
                 continue
             old = policy.rule(tensor, number).format.bits
             new = next_width(old)

@@ -9,6 +9,7 @@ from megatron.training import get_args
 
 from agoq_megatron import compat
 from agoq_megatron.autograd.linear_cross_entropy import LinearCrossEntropy, LinearCrossEntropySpec
+from agoq_megatron.autograd.products import Products
 
 IDLE = {
     *("loss_mask", "input_ids", "position_ids", "attention_mask", "decoder_input", "context"),
@@ -39,7 +40,8 @@ def loss_in_parts(
         if others.get("gtp_remat_size") == 1:
             del others["gtp_remat_size"]
         _refuse(others, {"allreduce_dgrad"}, "--agoq-loss-chunks: the output layer in parts")
-        spec = LinearCrossEntropySpec(parts, tp_group, sequence_parallel, gradient_accumulation_fusion)
+        products = Products(gradient_accumulation_fusion)
+        spec = LinearCrossEntropySpec(parts, tp_group, sequence_parallel, products)
         return LinearCrossEntropy.apply(input, weight, target, spec)
 
     with compat.other_product(output_layer, product):

@@ -15,17 +15,12 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from agoq_megatron.agreement import digest_of
-from agoq_megatron.autograd.attention_linear import COMMON, LSE
 from agoq_megatron.policy.fitting import FittedPolicy, axes_of, groups_that_divide
 from agoq_megatron.policy.policy import KEEP_BITS, PolicyError, Rule
 from agoq_megatron.policy.raised import RECOMPUTED, RaisedPolicy
-from agoq_megatron.policy.sites import HIDDEN_SITES, Site
+from agoq_megatron.policy.sites import COMPANIONS, SITES, Site
 from agoq_megatron.transformer_config import AGoQTransformerConfig, transformer_config_from_args
 
-QKV_SITES = (Site.QUERY, Site.KEY, Site.VALUE)
-ATTENTION_SITES = (*QKV_SITES, Site.ATTENTION_OUTPUT)
-MLP_SITES = (Site.NORM2_INPUT, Site.NORM2_OUTPUT, Site.FC1_OUTPUT, Site.FC2_INPUT)
-LAYER_SITES = (Site.NORM1_INPUT, Site.NORM1_OUTPUT, *ATTENTION_SITES, *MLP_SITES)
 DROPOUT = "hidden dropout masks"
 MOST_TABLES = 6
 """Of so many different layers the plan has a table each; of more, a line a tensor."""
@@ -57,7 +52,8 @@ class Plan:
 
     def __init__(self, config: AGoQTransformerConfig):
         self._itemsize = config.params_dtype.itemsize
-        self._axes, self._features = axes_of(config), _features(config)
+        self._axes = axes_of(config)
+        self._sequence_ranks = config.tensor_model_parallel_size if config.sequence_parallel else 1
         self._positions = list(_positions(config))
         self.config = config
         self.set_policy(config.agoq)
@@ -74,7 +70,8 @@ class Plan:
     def digest(self) -> str:
         """A short name of how every tensor is kept, before any width was raised."""
         policy = self.config.agoq.base if isinstance(self.config.agoq, RaisedPolicy) else self.config.agoq
-        return digest_of(f"{s.path(n)} {policy.rule(s, n)}" for n in self.layers for s in LAYER_SITES)
+        sites = [site for site in SITES if not site.entry]
+        return digest_of(f"{s.path(n)} {policy.rule(s, n)}" for n in self.layers for s in sites)
 
     def with_policy(self, policy) -> Plan:
         """A plan for another policy; this one stays."""
@@ -85,32 +82,25 @@ class Plan:
 
     def _layer(self, number: int, index_in_chunk: int) -> tuple[Row, ...]:
         config = self.config
-        sites, lse = LAYER_SITES, not config.agoq.rule(Site.ATTENTION_OUTPUT, number).recompute
-        exact = lse
+        whole = [site for site in SITES if not site.entry and site.present(config, number)]
+        sites = whole
         if config.recompute_granularity == "full":
-            count, lse = config.recompute_num_layers, False
+            count, again = config.recompute_num_layers, True
             if config.recompute_method == "uniform":
-                sites = (Site.LAYER_INPUT,) if index_in_chunk % count == 0 else ()
-            elif index_in_chunk < count:
-                sites = (Site.LAYER_INPUT,)
+                starts = index_in_chunk % count == 0
             else:
-                sites, lse = LAYER_SITES, exact
+                starts = again = index_in_chunk < count
+            if again:
+                sites = [site for site in SITES if site.entry and starts]
         elif config.recompute_granularity == "selective":
-            if "core_attn" in config.recompute_modules:
-                sites, lse = tuple(s for s in sites if s is not Site.ATTENTION_OUTPUT), False
-            if "mlp" in config.recompute_modules:
-                sites = tuple(s for s in sites if s not in MLP_SITES[1:])
+            sites = [site for site in whole if site.again_with not in config.recompute_modules]
         rows = [self._row(site, number) for site in sites]
-        tp = config.tensor_model_parallel_size
-        if lse:
-            heads = config.num_attention_heads / tp
-            rows.append(Row(LSE, "FP32", heads, 4 * heads))
-        whole = Site.QUERY in sites
-        if whole and config.agoq_sequence and any(config.agoq.rule(s, number).format for s in QKV_SITES):
-            width = self._features[Site.QUERY] + self._features[Site.VALUE]
-            rows.append(Row(COMMON, "FP32, once a sequence", width, 4 * width / config.agoq_sequence))
-        if config.hidden_dropout > 0 and whole:
-            width = 2 * self._features[Site.NORM1_INPUT]
+        for companion in COMPANIONS:
+            row = companion.row(config, lambda site: config.agoq.rule(site, number), sites)
+            if row is not None:
+                rows.append(Row(companion.name, *row))
+        if config.hidden_dropout > 0 and len(sites) > 1:
+            width = 2 * config.hidden_size / self._sequence_ranks
             # torch keeps booleans on a GPU, a scaled mask in the compute dtype on a CPU.
             size = 1 if torch.cuda.is_available() else self._itemsize
             rows.append(Row(DROPOUT, "kept by autograd", width, width * size))
@@ -118,7 +108,8 @@ class Plan:
 
     def _row(self, site: Site, number: int) -> Row:
         rule: Rule = self.config.agoq.rule(site, number)
-        width = self._features[site]
+        # Elements a token on one rank.
+        width = self._axes[site] / (self._sequence_ranks if site.hidden else 1)
         if rule.recompute:
             return Row(site.value, "recomputed", width, 0)
         if rule.keep:
@@ -245,12 +236,6 @@ class Plan:
 def plan_from_args(args) -> Plan:
     """Plan for Megatron's validated arguments; allocates nothing and needs no process group."""
     return Plan(transformer_config_from_args(args))
-
-
-def _features(config: AGoQTransformerConfig) -> dict[Site, float]:
-    """Elements a token that each tensor has on one rank."""
-    ranks = config.tensor_model_parallel_size if config.sequence_parallel else 1
-    return axes_of(config) | dict.fromkeys(HIDDEN_SITES, config.hidden_size / ranks)
 
 
 def _positions(config: AGoQTransformerConfig) -> Iterable[tuple[int, int]]:

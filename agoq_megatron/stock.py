@@ -26,7 +26,7 @@ from megatron.training.models import GPTModelConfig
 from agoq_megatron import compat
 from agoq_megatron.agreement import compare, decisions
 from agoq_megatron.autograd.clock import follow_megatron
-from agoq_megatron.autograd.linear import add_product
+from agoq_megatron.autograd.products import add_product
 from agoq_megatron.autograd.recompute import quantized_checkpoint
 from agoq_megatron.autograd.run import Run
 from agoq_megatron.config import AGoQConfig

@@ -22,10 +22,10 @@ from megatron.training import get_tensorboard_writer, get_wandb_writer
 
 from agoq_megatron.memory import Plan
 from agoq_megatron.meter import Meter
-from agoq_megatron.policy.sites import Site
+from agoq_megatron.policy.sites import SITES
 
 PEAK = "agoq/memory/peak-allocated"
-_SITES = {site.value: site for site in Site}
+_SITES = {site.value: site for site in SITES}
 
 
 def send(values: Mapping[str, float], iteration: int) -> None:

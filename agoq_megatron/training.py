@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from agoq_megatron import compat
 from agoq_megatron.agreement import agree_first, decisions
 from agoq_megatron.autograd.cross_entropy import vocab_parallel_cross_entropy
-from agoq_megatron.autograd.linear import add_product
+from agoq_megatron.autograd.products import add_product
 from agoq_megatron.autograd.recompute import quantized_checkpoint
 from agoq_megatron.batches import schedule_from_args
 from agoq_megatron.command_line import parse_arguments

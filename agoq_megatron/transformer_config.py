@@ -9,6 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.models import GPTModelConfig
 
+import agoq_megatron.modules.sites  # noqa: F401  (contributes what the layers may keep)
 from agoq_megatron.autograd.run import Run
 from agoq_megatron.gradients.settings import GradientSettings, settings_from_args
 from agoq_megatron.optimizer.settings import OptimizerSettings, optimizer_settings_from_args

@@ -33,7 +33,7 @@ from agoq_megatron.gradient_check import Finding, Schedule, errors_of, interval_
 from agoq_megatron.memory import Plan
 from agoq_megatron.policy.policy import KEEP_BITS, SOLVED
 from agoq_megatron.policy.raised import RECOMPUTED, RaisedPolicy
-from agoq_megatron.policy.sites import Site
+from agoq_megatron.policy.sites import SITES
 from agoq_megatron.refusals import UsageError
 
 MIB = 2**20
@@ -166,7 +166,7 @@ class Watcher:
                 if it not in self._said:
                     closer.add(it[0])
                 continue
-            function = next(name for name, sites in probing.FUNCTIONS.items() if it.tensor in sites)
+            function = it.tensor.function
             if (it.layer, function) not in self._said:
                 self._said.add((it.layer, function))
                 new.append(it)
@@ -246,7 +246,7 @@ def _as_report(found: dict[int, dict[str, float]]) -> dict[str, dict[int, float 
 def quantizes(plan: Plan) -> bool:
     """Whether a run's policy rounds anything, but for what was raised."""
     policy = plan.config.agoq.base if isinstance(plan.config.agoq, RaisedPolicy) else plan.config.agoq
-    return any(policy.rule(site, number).format for site in Site for number in plan.layers)
+    return any(policy.rule(site, number).format for site in SITES for number in plan.layers)
 
 
 def check_watched(args: Namespace, plan: Plan) -> None:

@@ -44,18 +44,30 @@ from megatron.training.initialize import initialize_megatron  # noqa: E402
 from agoq_megatron import training  # noqa: E402
 from agoq_megatron.data import datasets_provider  # noqa: E402
 from agoq_megatron.memory import Plan  # noqa: E402
+from agoq_megatron.modules.sites import (  # noqa: E402
+    ATTENTION_OUTPUT,
+    FC1_OUTPUT,
+    FC2_INPUT,
+    KEY,
+    NORM1_INPUT,
+    NORM1_OUTPUT,
+    NORM2_INPUT,
+    NORM2_OUTPUT,
+    QUERY,
+    VALUE,
+)
 from agoq_megatron.policy.policy import BUILT_IN, ActivationPolicy, Rule, load_policy  # noqa: E402
 from agoq_megatron.policy.sites import Site  # noqa: E402
 from agoq_megatron.specs import model_config_from_args  # noqa: E402
 
 TENSORS = {
-    "norm inputs": (Site.NORM1_INPUT, Site.NORM2_INPUT),
-    "gate, up": (Site.FC1_OUTPUT,),
-    "O": (Site.ATTENTION_OUTPUT,),
-    "V": (Site.VALUE,),
-    "Q": (Site.QUERY,),
-    "K": (Site.KEY,),
-    "Q, K, V": (Site.QUERY, Site.KEY, Site.VALUE),
+    "norm inputs": (NORM1_INPUT, NORM2_INPUT),
+    "gate, up": (FC1_OUTPUT,),
+    "O": (ATTENTION_OUTPUT,),
+    "V": (VALUE,),
+    "Q": (QUERY,),
+    "K": (KEY,),
+    "Q, K, V": (QUERY, KEY, VALUE),
 }
 FORMATS = (
     *(Format(4, code, group, 8) for code in ("int", "int_asym", "nf4", "e2m1", "cubic")
@@ -76,10 +88,10 @@ FORMATS = (
 
 
 TRANSFORMED_TENSORS = {
-    "Q": (Site.QUERY,),
-    "K": (Site.KEY,),
-    "Q+K": (Site.QUERY, Site.KEY),
-    "Q+K+V": (Site.QUERY, Site.KEY, Site.VALUE),
+    "Q": (QUERY,),
+    "K": (KEY,),
+    "Q+K": (QUERY, KEY),
+    "Q+K+V": (QUERY, KEY, VALUE),
 }
 TRANSFORMED_FORMATS = (
     Format(4, "nf4", 64, 8),
@@ -90,9 +102,9 @@ TRANSFORMED_FORMATS = (
 TRANSFORMS = tuple(Transform(rotate, mean) for mean in (False, True) for rotate in (False, True))
 
 REBUILT_FROM = {
-    Site.NORM1_OUTPUT: Site.NORM1_INPUT,
-    Site.NORM2_OUTPUT: Site.NORM2_INPUT,
-    Site.FC2_INPUT: Site.FC1_OUTPUT,
+    NORM1_OUTPUT: NORM1_INPUT,
+    NORM2_OUTPUT: NORM2_INPUT,
+    FC2_INPUT: FC1_OUTPUT,
 }
 
 

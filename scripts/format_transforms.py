@@ -19,6 +19,7 @@ from agoq_kernels.formats import Format
 from torch import Tensor
 
 from agoq_megatron.autograd.saving import SavedTensor
+from agoq_megatron.modules.sites import KEY, QUERY
 from agoq_megatron.policy.policy import Rule
 from agoq_megatron.policy.sites import Site
 
@@ -69,8 +70,8 @@ class Transform:
         """The part of it that changes anything where only ``sites`` are quantized."""
         sites = set(sites)
         return Transform(
-            self.rotate and bool(sites & {Site.QUERY, Site.KEY}),
-            self.remove_key_mean and Site.KEY in sites,
+            self.rotate and bool(sites & {QUERY, KEY}),
+            self.remove_key_mean and KEY in sites,
         )
 
     def key_bits(self, fmt: Format, sequence_length: int) -> float:
@@ -91,7 +92,7 @@ class TransformedTensor(SavedTensor):
 
     @property
     def _removes_mean(self) -> bool:
-        return self.transform.remove_key_mean and self.site is Site.KEY
+        return self.transform.remove_key_mean and self.site is KEY
 
     def pack(self, x: Tensor, packed=None) -> tuple[Tensor, ...]:
         """``x`` ``[s, b, heads * d]`` -> what ``inner`` keeps of it, then its mean ``[1, b, heads * d]``."""

@@ -9,9 +9,9 @@ from megatron.core import tensor_parallel
 from megatron.core.recompute import checkpointed_forward
 
 from agoq_megatron.memory import Plan
+from agoq_megatron.modules.sites import FC1_OUTPUT, KEY, LAYER_INPUT, NORM1_INPUT, QUERY, VALUE
 from agoq_megatron.policy.fitting import policy_for
 from agoq_megatron.policy.policy import PolicyError, load_policy
-from agoq_megatron.policy.sites import Site
 from agoq_megatron.transformer_config import AGoQTransformerConfig
 
 
@@ -125,7 +125,7 @@ def test_recomputation_is_counted_from_the_start_of_each_chunk(monkeypatch, meth
     expected = {}
     for first in range(1, settings.num_layers, 5):
         expected |= megatrons_recomputation(settings, range(first, first + 5), monkeypatch)
-    kept = {(): "nothing", (Site.LAYER_INPUT.value,): "input"}
+    kept = {(): "nothing", (LAYER_INPUT.value,): "input"}
     rows = {n: tuple(row.name for row in rows) for n, rows in Plan(settings).layers.items()}
     assert {n: kept.get(names, "all") for n, names in rows.items()} == expected
 
@@ -151,11 +151,11 @@ def test_a_built_in_policy_is_planned_in_groups_that_divide():
     settings.agoq = policy_for(settings, "agoq")
     plan = Plan(settings)
     expected = {
-        Site.NORM1_INPUT: 96 * (4 + 32 / 32) / 8,  # code, and the word of scale and outlier
-        Site.QUERY: 96 * (8 + 8 / 32) / 8,
-        Site.KEY: 2 * 48,
-        Site.VALUE: 2 * 48,
-        Site.FC1_OUTPUT: 352 * (5 + 8 / 32) / 8,
+        NORM1_INPUT: 96 * (4 + 32 / 32) / 8,  # code, and the word of scale and outlier
+        QUERY: 96 * (8 + 8 / 32) / 8,
+        KEY: 2 * 48,
+        VALUE: 2 * 48,
+        FC1_OUTPUT: 352 * (5 + 8 / 32) / 8,
     }
     assert {site: plan.bytes_of(site, 1) for site in expected} == pytest.approx(expected)
     assert "fitted to this model: mlp.linear_fc1.output: in groups of 32, as 64 does not" in str(plan)

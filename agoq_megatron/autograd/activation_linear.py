@@ -1,47 +1,37 @@
 """The MLP's activation followed by FC2, keeping only the activation's input.
 
 FC2's weight gradient needs the activation's output; backward rebuilds it from the saved input in the
-same pass that computes the input's gradient.
+same pass that computes the input's gradient. (``Activation`` and ``Linear`` take two.)
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from agoq_kernels.fused import activation_backward, activation_forward
 from agoq_kernels.layout import check_writable
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from agoq_megatron.autograd import probing
-from agoq_megatron.autograd.linear import input_gradient, linear, weight_gradient
-from agoq_megatron.autograd.saving import SavedTensor, Shelf
+from agoq_megatron.autograd.activation import ActivationSpec, activation
+from agoq_megatron.autograd.function import Function, in_order
+from agoq_megatron.autograd.kept import restore, save
+from agoq_megatron.autograd.products import Products
 
 
 @dataclass(frozen=True)
-class ActivationLinearSpec:
-    """What does not change from call to call.
+class ActivationLinearSpec(ActivationSpec):
+    """What does not change from call to call, of the activation and of FC2.
 
     Attributes:
-        pre_activation: how the activation's input (FC1's output: gate and up) is kept.
-        output: how the activation's output is kept (usually not at all).
-        kind: "swiglu", "gelu" or "gelu_tanh".
-        fuse_weight_gradient: add the weight's gradient to its buffer within the product.
-        reports: see ``weight_gradient``.
+        products: how they are computed.
     """
 
-    pre_activation: SavedTensor
-    output: SavedTensor
-    kind: str
-    fuse_weight_gradient: bool = False
-    reports: bool = True
+    products: Products = Products()
 
 
-class ActivationLinear(torch.autograd.Function):
+class ActivationLinear(Function):
     """``linear(activation(x))``, added to ``total`` if given; gradients of ``x``, weight and total."""
-
-    outputs, weight_argument = 1, 1
 
     @staticmethod
     def forward(
@@ -51,7 +41,7 @@ class ActivationLinear(torch.autograd.Function):
         total: Tensor | None,
         overwrite: bool,
         spec: ActivationLinearSpec,
-        keep: bool,
+        keeps: bool,
     ) -> Tensor:
         """``x`` ``[s, b, 2f]`` for SwiGLU, ``[s, b, f]`` for GELU -> ``[s, b, h]``, a partial sum.
 
@@ -60,31 +50,22 @@ class ActivationLinear(torch.autograd.Function):
         The product is added to ``total`` ``[s, b, h]``, with ``overwrite`` in place. The sum is rounded
         once and is the same either way, so that what is kept does not change what is computed.
         """
-        saved = spec.pre_activation
-        if keep:
-            ctx.probe = probing.capture(
-                saved.run, ActivationLinear, spec, ctx.needs_input_grad, x, weight, None, False
-            )
-        fmt, key = (saved.rule.format, saved.next_key()) if keep else (None, 0)
-        # Nobody reads x again but who keeps it, or the output, as they are.
-        free = x.is_contiguous() and (not keep or (fmt is not None and spec.output.rule.recompute))
-        y, packed = activation_forward(x, spec.kind, fmt, key, output_into_x=free)
-        if keep:
-            shelf = Shelf()
-            shelf.put(saved, x, packed)
-            shelf.put(spec.output, y)
-            shelf.save(ctx, weight)
+        if keeps:
+            run, needs = spec.pre_activation.run, ctx.needs_input_grad
+            ctx.probe = probing.capture(run, ActivationLinear, spec, needs, x, weight, None, False)
+        y, made, output = activation(x, spec, keeps)
+        if keeps:
+            save(ctx, *((made,) if output is made else (made, output)), others=(weight,))
             ctx.spec, ctx.dtype, ctx.has_total = spec, x.dtype, total is not None
         if total is None:
-            return linear(y, weight)
+            return spec.products.output(y, weight)
         if overwrite:
             check_writable("total", total)
             ctx.mark_dirty(total)
             out = total
         else:
             out = total.new_empty(total.shape)  # no view: Megatron's pipeline frees its stages' outputs
-        rows, factor = total.reshape(-1, total.shape[-1]), y.view(-1, y.shape[-1])
-        torch.addmm(rows, factor, weight.t(), out=out.view_as(rows))
+        spec.products.added_output(y, weight, total, out)
         return out
 
     @staticmethod
@@ -92,17 +73,12 @@ class ActivationLinear(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         if ctx.probe is not None:
             ctx.probe.measure(grad)
-        shelf, (weight,) = Shelf.take(ctx)
-        spec: ActivationLinearSpec = ctx.spec
-        saved = spec.pre_activation
-        kept = saved.kept(shelf.packed(saved))
-        y = grad_y = input_gradient(grad, weight)
-        rebuild = spec.output.rule.recompute
-        grad_x = activation_backward(grad_y, kept, spec.kind, saved.rule.format, output_into_grad=rebuild)
-        if not rebuild:
-            y = shelf.get(spec.output, ctx.dtype)
+        (made, *kept), (weight,) = restore(ctx)
+        products: Products = ctx.spec.products
+        y = grad_y = products.input_gradient(grad, weight)
+        grad_x = made.gradient(grad_y, output_into_grad=not kept)
+        if kept:
+            y = kept[0].rebuild(ctx.dtype)
         del grad_y
-        grad_weight = None
-        if ctx.needs_input_grad[1]:
-            grad_weight = weight_gradient(weight, grad, y, spec.fuse_weight_gradient, spec.reports)
-        return grad_x, grad_weight, grad if ctx.has_total else None, None, None, None
+        grad_weight = products.weight_gradient(weight, grad, y) if ctx.needs_input_grad[1] else None
+        return in_order(ActivationLinear, x=grad_x, weight=grad_weight, total=grad if ctx.has_total else None)

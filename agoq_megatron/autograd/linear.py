@@ -1,86 +1,68 @@
-"""The products of a linear layer, in the shapes that the fused functions share."""
+"""A column-parallel linear layer whose input its producer keeps, in whatever form: several may share it."""
 
 from __future__ import annotations
 
-import functools
+from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-READ_MAIN_GRAD = (
-    "the gradient of this weight was added to its main_grad. Its grad only says that there is one and has no "
-    "memory: read main_grad, or train with --no-gradient-accumulation-fusion"
-)
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x [s, b, i] @ weight[o, i]^T (+ bias[o])`` -> ``[s, b, o]``."""
-    return F.linear(x, weight, bias)
+from agoq_megatron.autograd.collectives import Done, all_reduce, gather_sequence, reduce_scatter_sequence
+from agoq_megatron.autograd.function import Function, in_order
+from agoq_megatron.autograd.kept import Kept, restore, save
+from agoq_megatron.autograd.products import Products, bias_gradient
 
 
-def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
-    """``grad [s, b, o] @ weight[o, i]`` -> ``[s, b, i]``."""
-    s, b, out_features = grad.shape
-    # One 2-D product: with a leading dimension of 1, matmul would not fold them.
-    return grad.reshape(s * b, out_features).matmul(weight).view(s, b, -1)
+@dataclass(frozen=True)
+class LinearSpec:
+    """What does not change from call to call.
 
-
-def add_product(buffer: Tensor, grad: Tensor, x: Tensor) -> None:
-    """``buffer [o, i] += grad [tokens, o]^T @ x [tokens, i]`` in place.
-
-    With 16-bit factors and an FP32 buffer this is one product that reads and writes the buffer (a GPU has
-    it), instead of a product in 16 bits, rounded, and an addition: fewer bytes, and one rounding.
+    Attributes:
+        group: tensor-parallel process group.
+        sequence_parallel: the input holds ``s / t`` of the sequence and is gathered.
+        products: how they are computed.
     """
-    if buffer.dtype == x.dtype:
-        buffer.addmm_(grad.t(), x)
-    elif buffer.dtype == torch.float32 and x.device.type == "cuda":
-        torch.addmm(buffer, grad.t(), x, out_dtype=buffer.dtype, out=buffer)
-    else:
-        buffer.add_(grad.t().matmul(x))
+
+    group: object
+    sequence_parallel: bool
+    products: Products = Products()
 
 
-def weight_gradient(
-    weight: Tensor, grad: Tensor, x: Tensor, add_to_buffer: bool, reports: bool = True
-) -> Tensor | None:
-    """``grad [s, b, o]^T @ x [s, b, i]``, the gradient of ``weight [o, i]``.
+class Linear(Function):
+    """``x @ weight^T + bias``; gradients of all three."""
 
-    Args:
-        add_to_buffer: add it to the gradient buffer that Megatron's DDP gave the weight, if it did
-            (Megatron's ``--no-gradient-accumulation-fusion`` is the opposite).
-        reports: False for all uses of a weight but one, where a forward pass has several.
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, kept: Kept | None, spec: LinearSpec
+    ) -> Tensor:
+        """``x`` ``[s, b, i]`` (``[s / t, b, i]`` with sequence parallelism) -> ``[s, b, o / t]``.
 
-    Returns:
-        What the autograd function gives back for the weight: the gradient, or, once it has been added, a
-        tensor of its shape without memory. DDP waits for a gradient to be there, and drops this one. It
-        must not meet another in autograd, which would add the two up: None unless ``reports``.
-    """
-    grad, x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-    buffer = getattr(weight, "main_grad", None)
-    if buffer is None or not add_to_buffer:
-        return grad.t().matmul(x)
-    add_product(buffer, grad, x)
-    weight.grad_added_to_main_grad = True  # DDP resets it before each step
-    if not reports:
-        return None
-    return gradient_without_memory(weight.shape, weight.dtype, weight.device).detach()
+        Args:
+            kept: ``x`` for the backward pass; None where none can follow.
+        """
+        total, handle = gather_sequence(x, spec.group) if spec.sequence_parallel else (x, Done())
+        if kept is not None:
+            save(ctx, kept, others=(weight,))
+            ctx.spec, ctx.dtype = spec, x.dtype
+        handle.wait()
+        return spec.products.output(total, weight, bias)
 
-
-@functools.cache
-def gradient_without_memory(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Stands for a gradient that nobody will read. Made once, as memory is taken for a moment.
-
-    Whoever reads it on a CPU gets an error; without, torch would read address 0 and the process would end. (A
-    GPU reports such a read by itself, and autograd's ``record_stream`` there looks at the storage.)
-    """
-    stand_in = torch.empty(shape, dtype=dtype, device=device)
-    storage = stand_in.untyped_storage()
-    storage.resize_(0)
-    if device.type == "cpu":
-        torch._C._set_storage_data_ptr_access_error_msg(storage._cdata, READ_MAIN_GRAD)
-    return stand_in
-
-
-def bias_gradient(grad: Tensor) -> Tensor:
-    """Sum of ``grad [s, b, o]`` over tokens -> ``[o]``."""
-    return grad.reshape(-1, grad.shape[-1]).sum(0)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        (kept,), (weight,) = restore(ctx)
+        spec: LinearSpec = ctx.spec
+        _, need_weight, need_bias, *_ = ctx.needs_input_grad
+        handles = []
+        if spec.sequence_parallel and need_weight:
+            kept, handles = kept.gather(spec.group)
+        grad_x = spec.products.input_gradient(grad, weight)
+        for handle in handles:
+            handle.wait()
+        reduce = reduce_scatter_sequence if spec.sequence_parallel else all_reduce
+        grad_x, handle = reduce(grad_x, spec.group)
+        grad_weight = None
+        if need_weight:
+            grad_weight = spec.products.weight_gradient(weight, grad, kept.rebuild(ctx.dtype))
+        handle.wait()
+        return in_order(Linear, x=grad_x, weight=grad_weight, bias=bias_gradient(grad) if need_bias else None)

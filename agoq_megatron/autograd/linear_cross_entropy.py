@@ -21,7 +21,7 @@ from agoq_megatron.autograd.collectives import (
     gather_sequence,
     reduce_scatter_sequence,
 )
-from agoq_megatron.autograd.linear import add_product, weight_gradient
+from agoq_megatron.autograd.products import Products, add_product
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,13 @@ class LinearCrossEntropySpec:
         parts: how many parts of the tokens.
         group: tensor-parallel process group, over which the vocabulary is split.
         sequence_parallel: the input holds ``s / t`` of the sequence and is gathered.
-        fuse_weight_gradient: add the weight's gradient to its buffer within the product.
+        products: how they are computed.
     """
 
     parts: int
     group: object
     sequence_parallel: bool
-    fuse_weight_gradient: bool
+    products: Products = Products()
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -77,7 +77,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_total = rows.new_empty(rows.shape)
         pieces = [t.chunk(spec.parts) for t in (rows, grad_total, target, log_sum_exp, grad.reshape(-1))]
         need_weight = ctx.needs_input_grad[1]
-        in_buffer = spec.fuse_weight_gradient and getattr(weight, "main_grad", None) is not None
+        in_buffer = spec.products.has_buffer(weight)
         grad_weight = None
         if need_weight and not in_buffer:
             grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
@@ -87,7 +87,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             cross_entropy_backward_(logits, wanted, ctx.start, lse, upstream.to(lse.dtype))
             torch.mm(logits, weight, out=grad_part)
             if need_weight and in_buffer:
-                reported = weight_gradient(weight, logits, part, True, reports=number == 0)
+                reported = spec.products.weight_gradient(weight, logits, part)
                 grad_weight = reported if number == 0 else grad_weight
             elif need_weight:
                 add_product(grad_weight, logits, part)

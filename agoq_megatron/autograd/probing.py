@@ -23,26 +23,31 @@ from dataclasses import dataclass, field, fields, replace
 import torch
 from torch import Tensor
 
+from agoq_megatron.autograd.function import arguments_of
 from agoq_megatron.autograd.run import Run
 from agoq_megatron.autograd.saving import SavedTensor
 from agoq_megatron.policy.policy import Rule
-from agoq_megatron.policy.sites import Site
-
-QKV, ATTENTION = "self_attention.linear_qkv", "self_attention.core_attention"
-FUNCTIONS = {
-    QKV: (Site.LAYER_INPUT, Site.NORM1_INPUT),
-    ATTENTION: (Site.QUERY, Site.KEY, Site.VALUE, Site.ATTENTION_OUTPUT),
-    "mlp.linear_fc1": (Site.NORM2_INPUT,),
-    "mlp.linear_fc2": (Site.FC1_OUTPUT,),
-}
-"""The tensors that each of a layer's functions keeps, by its name."""
-COLUMNS = (*(site.value for site in Site), QKV, ATTENTION)
-"""Of a tally: tensors, each rounded alone, and functions that round several at once."""
+from agoq_megatron.policy.sites import SITES, Site
 
 TOKENS = 2048
 """Of a sequence, at most, that are compared."""
 PIECE = 1 << 22
 """Numbers compared at a time: what lives meanwhile, 48 MiB, is two copies in FP32 and one in FP64."""
+
+
+def functions() -> dict[str, tuple[Site, ...]]:
+    """The tensors that each of a layer's functions keeps and may round, by its name."""
+    found: dict[str, tuple[Site, ...]] = {}
+    for site in SITES:
+        if site.function is not None:
+            found[site.function] = (*found.get(site.function, ()), site)
+    return found
+
+
+def columns() -> tuple[str, ...]:
+    """Of a tally: tensors, each rounded alone, and functions that round several at once."""
+    several = (name for name, sites in functions().items() if len(sites) > 1)
+    return *(site.value for site in SITES), *several
 
 
 class GradientTally:
@@ -54,7 +59,7 @@ class GradientTally:
         key: of the draws of stochastic rounding; another one in every iteration.
 
     Attributes:
-        squares: FP64 ``[layers, len(COLUMNS), 2, 2]``: of the input's and the weight's gradient the squared
+        squares: FP64 ``[layers, len(columns()), 2, 2]``: of the input's and the weight's gradient the squared
             error, and the square of the exact one. Zero for what this rank has not measured.
     """
 
@@ -65,7 +70,8 @@ class GradientTally:
         self._seen: set[tuple[int, str]] = set()
         self._entries: dict[int, tuple[Site, Tensor]] = {}
         self._noted: set[int] = set()
-        shape = len(self._rows), len(COLUMNS), 2, 2
+        self._functions, self._columns = functions(), columns()
+        shape = len(self._rows), len(self._columns), 2, 2
         self.squares = torch.zeros(shape, dtype=torch.float64, device=device)
 
     def note_entry(self, saved: SavedTensor, x: Tensor) -> None:
@@ -88,10 +94,10 @@ class GradientTally:
         row = self._rows.get(number)
         if row is None:
             return None
-        name = next(name for name, its in FUNCTIONS.items() if sites.keys() & set(its))
+        name = next(name for name, its in self._functions.items() if sites.keys() & set(its))
         rounded = [site for site, field in sites.items() if getattr(spec, field).rule.format is not None]
         entry = None
-        if self._entries.get(number, (None,))[0] in FUNCTIONS[name]:
+        if self._entries.get(number, (None,))[0] in self._functions[name]:
             entry = self._entries[number]
         if (number, name) in self._seen or not (rounded or entry):
             return None
@@ -100,7 +106,7 @@ class GradientTally:
         parts = spec.group.size() if getattr(spec, "sequence_parallel", False) else 1
         mine = [_cut(x, TOKENS // parts).clone() if i == 0 else _cut(x, TOKENS) for i, x in enumerate(inputs)]
         exact = mine[0] if entry is None else _cut(entry[1], TOKENS // parts)
-        sums = self.squares[row]
+        sums = dict(zip(self._columns, self.squares[row], strict=True))
         return Probe(
             function, spec, needs, mine, exact, rounded, entry and entry[0], name, parts, sums,
             self._detailed[number], self._key + number,
@@ -118,7 +124,7 @@ class Probe:
         entry: the tensor of which its input is what was kept, or None.
         name: the function's.
         parts: pieces of the sequence, on so many ranks, that the output's gradient holds.
-        sums: ``[len(COLUMNS), 2, 2]``, added to.
+        sums: ``[2, 2]`` by column, added to.
         detail: each tensor by itself, too.
         key: of stochastic rounding.
     """
@@ -132,7 +138,7 @@ class Probe:
     entry: Site | None
     name: str
     parts: int
-    sums: Tensor
+    sums: dict[str, Tensor]
     detail: bool
     key: int
 
@@ -147,7 +153,7 @@ class Probe:
         exact = self._gradients(grad, set())
         self._add(column, self._gradients(grad, sites), exact)
         if self.detail and len(sites) > 1:
-            for site in sorted(sites, key=list(Site).index):
+            for site in sorted(sites, key=SITES.index):
                 self._add(site.value, self._gradients(grad, {site}), exact)
         # The autograd node that holds this lives as long as anybody holds the loss.
         self.inputs.clear()
@@ -155,7 +161,7 @@ class Probe:
 
     def _gradients(self, grad: Tensor, sites: set[Site]) -> list[Tensor | None]:
         """Of input and weight, with these tensors rounded as the policy says and all others exact."""
-        changed = {"fuse_weight_gradient": False}
+        changed = {"products": replace(self.spec.products, into_buffer=False)}
         for its in _tensors(self.spec):
             saved = getattr(self.spec, its.name)
             rule = saved.rule
@@ -166,13 +172,14 @@ class Probe:
         first = self.inputs[0] if self.entry in sites else self.exact
         call = _Call(self.needs)
         spec = replace(self.spec, **changed)
-        self.function.forward(call, first.clone(), *self.inputs[1:], spec, True)
-        others = (None,) * (self.function.outputs - 1)
+        out = self.function.forward(call, first.clone(), *self.inputs[1:], spec, True)
+        others = (None,) * (len(out) - 1) if isinstance(out, tuple) else ()
+        del out
         found = self.function.backward(call, grad.clone(), *others)
-        return [found[0], found[self.function.weight_argument]]
+        return [found[0], found[arguments_of(self.function).index("weight")]]
 
     def _add(self, column: str, held: list[Tensor | None], exact: list[Tensor | None]) -> None:
-        for sums, a, b in zip(self.sums[COLUMNS.index(column)], held, exact, strict=True):
+        for sums, a, b in zip(self.sums[column], held, exact, strict=True):
             if a is not None:
                 add_squares(sums, a, b)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from agoq_megatron.autograd import probing
+from agoq_megatron.autograd.kept import keep
 from agoq_megatron.autograd.saving import SavedTensor
 
 
@@ -27,15 +28,15 @@ class _Region:
         quantized = self.saved is not None and self.saved.rule.format is not None
         if quantized and x.data_ptr() == self.entry.data_ptr() and x.shape == self.entry.shape:
             probing.note_entry(self.saved, x)
-            return self.saved, self.saved.pack(x), x.dtype
+            return keep(self.saved, x), x.dtype
         if self.saved is not None and x.data_ptr() == self.entry.data_ptr():
             self.saved.pack(x)  # announces what is kept as it is
-        return None, x, None
+        return x, None
 
     @staticmethod
     def unpack(kept):
-        saved, x, dtype = kept
-        return x if saved is None else saved.unpack(x, dtype)
+        x, dtype = kept
+        return x if dtype is None else x.rebuild(dtype)
 
 
 _regions: list[_Region] = []

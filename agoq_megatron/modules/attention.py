@@ -9,11 +9,13 @@ from megatron.core.transformer.attention import SelfAttention as MegatronSelfAtt
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from agoq_megatron.autograd.attention_backends import LocalAttention
 from agoq_megatron.autograd.attention_linear import AttentionLinear, AttentionLinearSpec
+from agoq_megatron.autograd.products import Products
 from agoq_megatron.autograd.saving import saved_tensor
 from agoq_megatron.modules.residual import ResidualStream
+from agoq_megatron.modules.sites import ATTENTION_OUTPUT, KEY, NORM1_INPUT, NORM1_OUTPUT, QUERY, VALUE
 from agoq_megatron.policy.policy import ActivationPolicy
-from agoq_megatron.policy.sites import Site
 
 
 class CoreAttention(MegatronModule):
@@ -42,21 +44,22 @@ class CoreAttention(MegatronModule):
         config, number = self.config, self.layer_number
         selective = config.recompute_granularity == "selective"
         self.spec = AttentionLinearSpec(
-            query=saved_tensor(policy, Site.QUERY, number, self.config),
-            key=saved_tensor(policy, Site.KEY, number, self.config),
-            value=saved_tensor(policy, Site.VALUE, number, self.config),
-            output=saved_tensor(policy, Site.ATTENTION_OUTPUT, number, self.config),
+            query=saved_tensor(policy, QUERY, number, self.config),
+            key=saved_tensor(policy, KEY, number, self.config),
+            value=saved_tensor(policy, VALUE, number, self.config),
+            output=saved_tensor(policy, ATTENTION_OUTPUT, number, self.config),
             groups=self.groups,
             head_dim=config.kv_channels,
-            scale=self.scale,
+            backend=LocalAttention(self.scale),
             interleaved=config.rotary_interleaved,
             recompute=selective and "core_attn" in config.recompute_modules,
-            fuse_weight_gradient=config.gradient_accumulation_fusion,
+            products=Products(config.gradient_accumulation_fusion),
         )
 
     def forward(self, qkv: Tensor, angles: Tensor | None, weight: Tensor) -> Tensor:
         """``[s, b, (n + 2g) d]`` -> this rank's partial ``[s, b, h]``; ``angles`` ``[s, 1, 1, rot]``."""
-        return AttentionLinear.apply(qkv, angles, weight, self.spec, torch.is_grad_enabled())
+        keeps = torch.is_grad_enabled()
+        return AttentionLinear.call(qkv=qkv, angles=angles, weight=weight, spec=self.spec, keeps=keeps)
 
 
 class SelfAttention(MegatronSelfAttention):
@@ -70,8 +73,8 @@ class SelfAttention(MegatronSelfAttention):
         """Keep this module's tensors from the next call on as ``policy`` says."""
         self.core_attention.set_policy(policy)
         self.linear_qkv.set_saved(
-            saved_tensor(policy, Site.NORM1_INPUT, self.layer_number, self.config),
-            saved_tensor(policy, Site.NORM1_OUTPUT, self.layer_number, self.config),
+            saved_tensor(policy, NORM1_INPUT, self.layer_number, self.config),
+            saved_tensor(policy, NORM1_OUTPUT, self.layer_number, self.config),
         )
 
     def forward(

@@ -8,8 +8,8 @@ from torch import Tensor
 from agoq_megatron.autograd.recompute import note_entry
 from agoq_megatron.autograd.saving import saved_tensor
 from agoq_megatron.modules.residual import ResidualStream
+from agoq_megatron.modules.sites import LAYER_INPUT
 from agoq_megatron.policy.policy import ActivationPolicy
-from agoq_megatron.policy.sites import Site
 
 
 class TransformerLayer(MegatronTransformerLayer):
@@ -24,7 +24,7 @@ class TransformerLayer(MegatronTransformerLayer):
 
     def set_policy(self, policy: ActivationPolicy) -> None:
         """Keep the layer's tensors from the next call on as ``policy`` says."""
-        self._input = saved_tensor(policy, Site.LAYER_INPUT, self.layer_number, self.config)
+        self._input = saved_tensor(policy, LAYER_INPUT, self.layer_number, self.config)
         self.self_attention.set_policy(policy)
         self.mlp.set_policy(policy)
 

@@ -16,11 +16,16 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
-from agoq_megatron.autograd.linear import gradient_without_memory
 from agoq_megatron.autograd.norm_linear import NormLinear, NormLinearSpec
+from agoq_megatron.autograd.products import Products, gradient_without_memory
 from agoq_megatron.autograd.saving import SavedTensor
 from agoq_megatron.modules.norm import norm_parameters
 from agoq_megatron.modules.residual import ResidualStream
+
+
+def silent(spec):
+    """The spec of a further use of a weight; see ``Products.reports``."""
+    return replace(spec, products=replace(spec.products, reports=False))
 
 
 class LayerNormColumnParallelLinear(ColumnParallelLinear):
@@ -46,25 +51,28 @@ class LayerNormColumnParallelLinear(ColumnParallelLinear):
             eps=self.config.layernorm_epsilon,
             group=self.tp_group,
             sequence_parallel=self.sequence_parallel,
-            fuse_weight_gradient=self.config.gradient_accumulation_fusion,
+            products=Products(self.config.gradient_accumulation_fusion),
         )
 
     def forward(self, x: Tensor | ResidualStream, reports: bool = True) -> tuple[Tensor, None]:
         """``[s, b, h]`` (``[s / t, b, h]``) -> ``[s, b, o / t]``, bias added, and None for the bias.
 
-        The pending addend of a stream is added on the way. ``reports``: see ``weight_gradient``.
+        The pending addend of a stream is added on the way. ``reports``: see ``Products``.
         """
         stream = x if isinstance(x, ResidualStream) else ResidualStream(x)
-        keep, is_new = torch.is_grad_enabled(), stream.pending is not None
-        stream.writable = is_new and not (keep and self.spec.norm_input.rule.format is None)
-        y, stream.total = NormLinear.apply(
-            *stream.addends(),
-            self.layer_norm_weight,
-            self.layer_norm_bias,
-            self.weight,
-            self.bias,
-            replace(self.spec, reports=reports),
-            keep,
+        keeps, is_new = torch.is_grad_enabled(), stream.pending is not None
+        stream.writable = is_new and not (keeps and self.spec.norm_input.rule.format is None)
+        x, residual = stream.addends()
+        spec = self.spec if reports else silent(self.spec)
+        y, stream.total = NormLinear.call(
+            x=x,
+            residual=residual,
+            norm_weight=self.layer_norm_weight,
+            norm_bias=self.layer_norm_bias,
+            weight=self.weight,
+            bias=self.bias,
+            spec=spec,
+            keeps=keeps,
         )
         return y, None
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 from megatron.core.transformer.mlp import MLP as MegatronMLP
 from torch import Tensor
 
 from agoq_megatron.autograd.activation_linear import ActivationLinear, ActivationLinearSpec
+from agoq_megatron.autograd.products import Products
 from agoq_megatron.autograd.recompute import note_entry
 from agoq_megatron.autograd.saving import saved_tensor
+from agoq_megatron.modules.linear import silent
 from agoq_megatron.modules.residual import ResidualStream
+from agoq_megatron.modules.sites import FC1_OUTPUT, FC2_INPUT, NORM2_INPUT, NORM2_OUTPUT
 from agoq_megatron.policy.policy import ActivationPolicy
-from agoq_megatron.policy.sites import Site
 
 
 class MLP(MegatronMLP):
@@ -41,8 +42,8 @@ class MLP(MegatronMLP):
         """Keep this module's tensors from the next call on as ``policy`` says."""
         number = self.layer_number
         self.linear_fc1.set_saved(
-            saved_tensor(policy, Site.NORM2_INPUT, number, self.config),
-            saved_tensor(policy, Site.NORM2_OUTPUT, number, self.config),
+            saved_tensor(policy, NORM2_INPUT, number, self.config),
+            saved_tensor(policy, NORM2_OUTPUT, number, self.config),
         )
         if self.config.gated_linear_unit:
             kind = "swiglu"
@@ -50,10 +51,10 @@ class MLP(MegatronMLP):
             # Megatron's fused bias + GELU is the tanh form, its unfused one the exact form.
             kind = "gelu_tanh" if self.config.bias_activation_fusion else "gelu"
         self.spec = ActivationLinearSpec(
-            pre_activation=saved_tensor(policy, Site.FC1_OUTPUT, number, self.config),
-            output=saved_tensor(policy, Site.FC2_INPUT, number, self.config),
+            pre_activation=saved_tensor(policy, FC1_OUTPUT, number, self.config),
+            output=saved_tensor(policy, FC2_INPUT, number, self.config),
             kind=kind,
-            fuse_weight_gradient=self.config.gradient_accumulation_fusion,
+            products=Products(self.config.gradient_accumulation_fusion),
         )
 
     def forward(self, hidden_states: Tensor | ResidualStream, **_) -> tuple[Tensor, Tensor | None]:
@@ -66,9 +67,12 @@ class MLP(MegatronMLP):
         if self._pieces_done is not None:
             self._pieces_done += 1
         pre_activation, _ = self.linear_fc1(hidden_states, reports)
-        keep, spec = torch.is_grad_enabled(), replace(self.spec, reports=reports)
+        keeps = torch.is_grad_enabled()
+        spec = self.spec if reports else silent(self.spec)
 
         def product(weight: Tensor, total: Tensor | None, overwrite: bool) -> Tensor:
-            return ActivationLinear.apply(pre_activation, weight, total, overwrite, spec, keep)
+            return ActivationLinear.call(
+                x=pre_activation, weight=weight, total=total, overwrite=overwrite, spec=spec, keeps=keeps
+            )
 
         return self.linear_fc2(product, hidden_states if isinstance(hidden_states, ResidualStream) else None)

@@ -7,7 +7,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import Parameter
 
-from agoq_megatron.autograd.final_norm import FinalNorm
+from agoq_megatron.autograd import norm
+from agoq_megatron.autograd.saving import SavedTensor
+from agoq_megatron.policy.policy import Rule
+from agoq_megatron.policy.sites import Site
 
 
 def norm_parameters(config: TransformerConfig, size: int) -> tuple[Parameter, Parameter | None]:
@@ -31,9 +34,14 @@ class Norm(torch.nn.Module):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5):
         super().__init__()
-        self.kind, self.eps = config.normalization, eps
         self.weight, self.bias = norm_parameters(config, hidden_size)
+        # Of no layer: it is in no policy and no plan of the layers.
+        site = Site("final_layernorm.input", lambda config: config.hidden_size)
+        kept = (SavedTensor(site, 0, rule) for rule in (Rule(keep=True), Rule()))
+        self.spec = norm.NormSpec(*kept, config.normalization, eps)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[s, b, h]`` -> ``[s, b, h]``."""
-        return FinalNorm.apply(x, self.weight, self.bias, self.eps, self.kind)
+        keeps = torch.is_grad_enabled()
+        y, *_ = norm.Norm.call(x=x, weight=self.weight, bias=self.bias, spec=self.spec, keeps=keeps)
+        return y

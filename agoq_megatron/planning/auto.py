@@ -16,6 +16,7 @@ from dataclasses import replace
 
 from agoq_megatron.agreement import everyones
 from agoq_megatron.memory import Plan, ranges
+from agoq_megatron.modules.sites import FC1_OUTPUT
 from agoq_megatron.planning.footprint import FRAGMENTATION, OUTSIDE, Footprint, footprints
 from agoq_megatron.planning.knapsack import Knapsack, RulesPolicy, stage_of, with_policy
 from agoq_megatron.planning.parameters import padded_vocabulary
@@ -23,7 +24,6 @@ from agoq_megatron.planning.shipped import FOLDER, sensitivities_of
 from agoq_megatron.planning.solver import Choice, DoesNotFit
 from agoq_megatron.policy.fitting import policy_for
 from agoq_megatron.policy.policy import SOLVED, Rule
-from agoq_megatron.policy.sites import Site
 from agoq_megatron.refusals import UsageError
 from agoq_megatron.sizes import parse_size, readable
 
@@ -103,7 +103,7 @@ def _solve(args, knapsack: Knapsack, budgets: list[int]) -> tuple[list[int], Cho
             return budgets, choice
         budgets = list(map(min, budgets, left))
     # In an MLP's forward FC1's output in 16 bits is worse: the activation's output cannot overwrite it.
-    rules = {key: rule for key, rule in narrow.rules.items() if key[1] is not Site.FC1_OUTPUT}
+    rules = {key: rule for key, rule in narrow.rules.items() if key[1] is not FC1_OUTPUT}
     budgets = list(map(min, budgets, _left(args, knapsack, narrow, RulesPolicy(SOLVED, rules))))
     return budgets, knapsack.solve(budgets)
 

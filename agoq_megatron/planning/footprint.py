@@ -21,12 +21,12 @@ from agoq_kernels.gradients import BLOCK, segment_bytes
 
 from agoq_megatron.batches import schedule_from_args
 from agoq_megatron.gradients.settings import format_from_args, launched_on_a_node, node_layout
-from agoq_megatron.memory import ATTENTION_SITES, MLP_SITES, Plan
+from agoq_megatron.memory import Plan
+from agoq_megatron.modules.sites import ATTENTION_SITES, FC1_OUTPUT, FC2_INPUT, MLP_SITES, NORM2_INPUT
 from agoq_megatron.optimizer.settings import OptimizerSettings, optimizer_settings_from_args
 from agoq_megatron.planning.in_flight import Schedule
 from agoq_megatron.planning.parameters import Parameters, layers_of, parameters
 from agoq_megatron.planning.watched import Watched
-from agoq_megatron.policy.sites import Site
 
 MIB = 2**20
 WORKSPACE = 64 * MIB
@@ -204,7 +204,7 @@ def _layer_moment(config, plan: Plan, sizes: _Sizes, numbers: list[int]) -> floa
     chunks = 1 if mlp_again else getattr(config, "mlp_chunks_for_training", 1) or 1
     full = config.recompute_granularity == "full"
     again = config.recompute_num_layers if full else 1  # at a time
-    kept = all(config.agoq.rule(Site.NORM2_INPUT, n).keep for n in numbers)
+    kept = all(config.agoq.rule(NORM2_INPUT, n).keep for n in numbers)
     # The MLP's backward: the gradient that it starts from; where layers run again, their input and output.
     beside = (_fc1_states(config) + 1) * sizes.f / chunks + (3 if full and not kept else 1) * sizes.u
     if mlp_again:
@@ -232,7 +232,7 @@ def _inner_states(config, number: int) -> int:
     """How many F an MLP's forward has at a time: the activation's output overwrites its input where nobody
     wants that any more (``autograd.activation_linear``)."""
     rule = config.agoq.rule
-    free = rule(Site.FC1_OUTPUT, number).format is not None and rule(Site.FC2_INPUT, number).recompute
+    free = rule(FC1_OUTPUT, number).format is not None and rule(FC2_INPUT, number).recompute
     return _fc1_states(config) + (not free)
 
 
@@ -241,7 +241,7 @@ def _mlp_again(config, numbers: list[int], sizes: _Sizes) -> float:
     it keeps, its output, and its input, which is not made anew where it was kept as it is."""
     plan, found = Plan(_without_recomputation(config)), 0.0
     for number in numbers:
-        kept = config.agoq.rule(Site.NORM2_INPUT, number).keep
+        kept = config.agoq.rule(NORM2_INPUT, number).keep
         again = sum(plan.bytes_of(site, number) for site in (MLP_SITES[1:] if kept else MLP_SITES))
         found = max(found, again * sizes.tokens + (1 if kept else 2) * sizes.u)
     return found

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from agoq_kernels.formats import Format
 
 from agoq_megatron.memory import Plan, Row
+from agoq_megatron.modules.sites import LAYER_INPUT
 from agoq_megatron.planning.footprint import schedule_of
 from agoq_megatron.planning.parameters import layers_of
 from agoq_megatron.planning.replay import EXACT
@@ -23,7 +24,7 @@ from agoq_megatron.planning.sensitivity import BEST_FORMATS, Sensitivities, form
 from agoq_megatron.planning.solver import Choice, Item, Layer, Limit, Option, solve
 from agoq_megatron.policy.fitting import axes_of
 from agoq_megatron.policy.policy import Rule
-from agoq_megatron.policy.sites import Site
+from agoq_megatron.policy.sites import SITES, Site
 from agoq_megatron.refusals import UsageError
 from agoq_megatron.transformer_config import AGoQTransformerConfig, transformer_config_from_args
 
@@ -33,7 +34,7 @@ on other data would move it, and the proof takes seconds at any size. There is n
 depends on the flags and the file alone."""
 
 KEPT = 16
-_SITES = {site.value: site for site in Site}
+_SITES = {site.value: site for site in SITES}
 
 
 class RulesPolicy:
@@ -208,10 +209,10 @@ class Knapsack:
             for number, rows in Plan(with_policy(full, policy)).layers.items():
                 cost = 0.0
                 if width != KEPT:
-                    least = self.sensitivities.least.get(Site.LAYER_INPUT, 0)
-                    if width < least or width not in self._measured(number, Site.LAYER_INPUT):
+                    least = self.sensitivities.least.get(LAYER_INPUT, 0)
+                    if width < least or width not in self._measured(number, LAYER_INPUT):
                         continue
-                    cost = self._measured(number, Site.LAYER_INPUT)[width]
+                    cost = self._measured(number, LAYER_INPUT)[width]
                 size = self.tokens * sum(row.bytes for row in rows)
                 found.setdefault(number, []).append(Option(str(width), size, price + cost))
         return {number: tuple(options) for number, options in found.items()}
@@ -263,7 +264,7 @@ class Knapsack:
     @functools.cache  # noqa: B019 - one object for a run
     def _measured(self, number: int, site: Site) -> dict[int, float]:
         measured = self.sensitivities.relative_layer(number, self.config.num_layers)
-        if site is Site.LAYER_INPUT and not self.sensitivities.has(measured, site):
+        if site is LAYER_INPUT and not self.sensitivities.has(measured, site):
             return {}
         widths = self.sensitivities.widths(measured, site)
         return {width: self.sensitivities.cost(measured, site, width) for width in widths}

@@ -32,8 +32,11 @@ def preset_flags(name: str) -> list[str]:
         "eval-iters": 0,
     }
     flags = [text for key, value in values.items() for text in (f"--{key}", str(value))]
-    return flags + (
-        "--group-query-attention --swiglu --normalization RMSNorm --position-embedding-type rope --bf16 "
-        "--disable-bias-linear --untie-embeddings-and-output-weights --attention-dropout 0 "
-        "--hidden-dropout 0 --mock-data --tokenizer-type NullTokenizer --use-distributed-optimizer"
-    ).split()
+    return (
+        flags
+        + (
+            "--group-query-attention --swiglu --normalization RMSNorm --position-embedding-type rope --bf16 "
+            "--disable-bias-linear --untie-embeddings-and-output-weights --attention-dropout 0 "
+            "--hidden-dropout 0 --mock-data --tokenizer-type NullTokenizer --use-distributed-optimizer"
+        ).split()
+    )

@@ -24,6 +24,7 @@ from agoq_kernels.ops import dequantize, quantize
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from torch import Tensor
 
+from agoq_megatron.modules.sites import LAYER_INPUT
 from agoq_megatron.policy.policy import Rule
 from agoq_megatron.policy.sites import Site
 
@@ -187,7 +188,7 @@ def _replay(
     flowing = []
     for call in calls:
         hidden = call.hidden
-        if policy.site is Site.LAYER_INPUT:
+        if policy.site is LAYER_INPUT:
             # The pass that recomputes the layer starts from what was kept, and what it keeps is made of that.
             hidden = dequantize(*quantize(hidden, policy.format), policy.format, hidden.dtype)
         hidden = hidden.detach().requires_grad_()

@@ -19,17 +19,17 @@ from pathlib import Path
 
 from agoq_kernels.formats import BIT_WIDTHS, CODES, GROUP_SIZES, OUTLIERS, SCALE_BITS, Format
 
-from agoq_megatron.memory import ATTENTION_SITES
+from agoq_megatron.modules.sites import ATTENTION_SITES, FC1_OUTPUT, LAYER_INPUT, NORM1_INPUT, NORM2_INPUT
 from agoq_megatron.planning.replay import OneTensor
 from agoq_megatron.policy.fitting import axes_of
-from agoq_megatron.policy.sites import Site
+from agoq_megatron.policy.sites import SITES, Site
 from agoq_megatron.transformer_config import AGoQTransformerConfig
 
 VERSION = 2
 """1 measured other formats, and attention with the exact log-sum-exp."""
 
 ATTENTION_INPUTS = tuple(site for site in ATTENTION_SITES if not site.recomputable)
-SITES = (Site.NORM1_INPUT, *ATTENTION_INPUTS, Site.NORM2_INPUT, Site.FC1_OUTPUT)
+SOLVED = (NORM1_INPUT, *ATTENTION_INPUTS, NORM2_INPUT, FC1_OUTPUT)
 """What a solver may quantize, without recomputation of whole layers. The attention's output is not among it:
 it is computed again from what is kept of Q, K and V, which takes no bytes and the time of an attention; kept
 beside rounded queries and keys its statistics would be those of other scores."""
@@ -46,7 +46,7 @@ BEST_FORMATS = {
 }
 """The format of each width; docs/format-study.md says why. See :func:`best_format`."""
 
-OUTLIER_SITES = (Site.NORM1_INPUT, Site.NORM2_INPUT, Site.LAYER_INPUT)
+OUTLIER_SITES = (NORM1_INPUT, NORM2_INPUT, LAYER_INPUT)
 """The residual stream, whose 4 bits keep the largest number of each group apart: a few of its channels are
 hundreds of times the others."""
 
@@ -81,9 +81,14 @@ def format_for(site: Site, width: int, features: int) -> Format | None:
 def variants(config: AGoQTransformerConfig) -> list[OneTensor]:
     """Every tensor in every width; the layers' inputs too if the run recomputes whole layers."""
     features = axes_of(config)
-    sites = (*SITES, Site.LAYER_INPUT) if config.recompute_granularity == "full" else SITES
+    sites = (*SOLVED, LAYER_INPUT) if config.recompute_granularity == "full" else SOLVED
     formats = ((site, format_for(site, width, features[site])) for site in sites for width in BEST_FORMATS)
     return [OneTensor(site, fmt) for site, fmt in formats if fmt is not None]
+
+
+def _name(site: Site | str) -> str:
+    """Its path below the layer."""
+    return site if isinstance(site, str) else site.value
 
 
 # --- The file -------------------------------------------------------------------------------------
@@ -168,7 +173,7 @@ class Sensitivities:
 
     def has(self, layer_number: int, site: Site | str) -> bool:
         """Whether the tensor was measured."""
-        return Site(site).value in self.data["layers"].get(str(layer_number), {})
+        return _name(site) in self.data["layers"].get(str(layer_number), {})
 
     def relative_layer(self, layer_number: int, layers: int) -> int:
         """The measured layer that stands where layer ``layer_number`` (from 1) of ``layers`` does: the same
@@ -199,7 +204,7 @@ class Sensitivities:
         return _FORMATS[entry.get("format", self.data["formats"][str(width)])]
 
     def _site(self, layer_number: int, site: Site | str) -> dict:
-        layers, name = self.data["layers"], Site(site).value
+        layers, name = self.data["layers"], _name(site)
         if str(layer_number) not in layers:
             raise ValueError(f"{self.path}: it has layers 1 to {len(layers)}, and no layer {layer_number}.")
         if name not in layers[str(layer_number)]:
@@ -211,7 +216,7 @@ class Sensitivities:
         widths = self._site(layer_number, site)
         if str(width) not in widths:
             raise ValueError(
-                f"{self.path}: {Site(site).value} of layer {layer_number} was not measured in {width} bits; "
+                f"{self.path}: {_name(site)} of layer {layer_number} was not measured in {width} bits; "
                 f"it was in {', '.join(widths) or 'none'}."
             )
         return widths[str(width)]
@@ -252,7 +257,7 @@ def _problem(data) -> str | None:
         if not isinstance(sites, dict) or not sites or not all(isinstance(w, dict) for w in sites.values()):
             return f"layer {number}: it must map tensors to widths and these to errors"
         for site, widths in sites.items():
-            if site not in {s.value for s in Site}:
+            if site not in {s.value for s in SITES}:
                 return f"layer {number}: tensor {site!r} is unknown"
             for width, entry in widths.items():
                 problem = _entry_problem(data["formats"], width, entry)

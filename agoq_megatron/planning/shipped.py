@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from agoq_megatron.modules.sites import KEY, QUERY
 from agoq_megatron.planning.sensitivity import Sensitivities, load_sensitivities
-from agoq_megatron.policy.sites import Site
+from agoq_megatron.policy.sites import SITES
 from agoq_megatron.refusals import UsageError
 
-LEAST = dict.fromkeys(Site, 3) | {Site.QUERY: 6, Site.KEY: 8}
+LEAST = dict.fromkeys(SITES, 3) | {QUERY: 6, KEY: 8}
 """Widths below which a stand-in is not believed. Errors of Q and K go through the softmax and grow with the
 scores, and those of keys meet whatever the queries have in common, of which small models have next to nothing
 and pretrained ones a lot (the default policy gives both more)."""

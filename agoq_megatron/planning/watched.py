@@ -10,13 +10,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
-from agoq_megatron.autograd.probing import ATTENTION, FUNCTIONS, PIECE, QKV, TOKENS
+from agoq_megatron.autograd.probing import PIECE, TOKENS, functions
 from agoq_megatron.gradient_check import FIRST_ITERATIONS
-from agoq_megatron.memory import ATTENTION_SITES, MLP_SITES, Plan
+from agoq_megatron.memory import Plan
+from agoq_megatron.modules.sites import (
+    ATTENTION,
+    ATTENTION_OUTPUT,
+    ATTENTION_SITES,
+    FC1,
+    FC1_OUTPUT,
+    FC2,
+    KEY,
+    LAYER_INPUT,
+    MLP_SITES,
+    NORM2_INPUT,
+    QKV,
+    QUERY,
+    VALUE,
+)
 from agoq_megatron.policy.sites import Site
 from agoq_megatron.watching import probed_layers, quantizes
-
-FC1, FC2 = "mlp.linear_fc1", "mlp.linear_fc2"
 
 
 def looked_at(args, plan: Plan) -> Iterator[set[int]]:
@@ -83,9 +96,9 @@ class Watched:
         config = self._config
         names = {row.name for row in self._plan.layers[number]}
         if config.recompute_granularity == "selective" and "mlp" in config.recompute_modules:
-            site = Site.NORM2_INPUT
+            site = NORM2_INPUT
         else:
-            site = Site.LAYER_INPUT
+            site = LAYER_INPUT
         return site if site.value in names and self._rule(site, number).format is not None else None
 
     def measured(self, number: int, again: bool) -> list[str]:
@@ -93,9 +106,9 @@ class Watched:
         with their layer or MLP. (Attention alone runs again within its own backward pass.)"""
         names = {row.name for row in self._plan.layers[number]}
         entry, found = self._entry_site(number), []
-        for name, sites in FUNCTIONS.items():
-            rounded = [s for s in sites if s is not Site.LAYER_INPUT and self._rule(s, number).format]
-            first = Site.FC1_OUTPUT if name in (FC1, FC2) else Site.QUERY
+        for name, sites in functions().items():
+            rounded = [s for s in sites if s is not LAYER_INPUT and self._rule(s, number).format]
+            first = FC1_OUTPUT if name in (FC1, FC2) else QUERY
             if (rounded or entry in sites) and (first.value in names) != again:
                 found.append(name)
         return found
@@ -104,11 +117,11 @@ class Watched:
         """While a function is compared, beside its input and the real gradients."""
         i, _, weight, run = self._sizes[name]
         codes = 0.0
-        for site in FUNCTIONS[name]:
+        for site in functions()[name]:
             fmt = self._rule(site, number).format
-            if fmt is not None and site is not Site.LAYER_INPUT:
-                width = {Site.QUERY: self._query, Site.ATTENTION_OUTPUT: self._query}.get(site, i)
-                if site in (Site.KEY, Site.VALUE):
+            if fmt is not None and site is not LAYER_INPUT:
+                width = {QUERY: self._query, ATTENTION_OUTPUT: self._query}.get(site, i)
+                if site in (KEY, VALUE):
                     width = (i - self._query) / 2
                 codes += width * fmt.bits_per_element / 8
         running = self._tokens * (run * self._itemsize + codes) + 2 * weight * self._itemsize
@@ -128,7 +141,7 @@ class Watched:
         if not any(number in some for some in self._looked_at):
             return 0.0
         mlp, attention = (self._kept(sites, number) * tokens for sites in (MLP_SITES, ATTENTION_SITES))
-        fc1 = self._plan.bytes_of(Site.FC1_OUTPUT, number) * tokens
+        fc1 = self._plan.bytes_of(FC1_OUTPUT, number) * tokens
         # The gradients that flow, less what the layer has given back by then.
         live = {FC2: u, FC1: f + u - fc1, ATTENTION: 2 * u - mlp, QKV: 2.5 * u - mlp - attention}
         worst = 0.0

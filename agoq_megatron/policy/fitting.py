@@ -14,7 +14,7 @@ from dataclasses import replace
 from agoq_kernels.formats import GROUP_SIZES
 
 from agoq_megatron.policy.policy import BUILT_IN, COMPUTED, Rule, load_policy
-from agoq_megatron.policy.sites import HIDDEN_SITES, Site
+from agoq_megatron.policy.sites import SITES, Site
 
 
 def axes_of(config) -> dict[Site, int]:
@@ -23,18 +23,7 @@ def axes_of(config) -> dict[Site, int]:
     Args:
         config: Megatron's transformer config.
     """
-    tp = config.tensor_model_parallel_size
-    query = config.num_attention_heads * config.kv_channels // tp
-    key = config.num_query_groups * config.kv_channels // tp
-    ffn = config.ffn_hidden_size // tp
-    return dict.fromkeys(HIDDEN_SITES, config.hidden_size) | {
-        Site.QUERY: query,
-        Site.KEY: key,
-        Site.VALUE: key,
-        Site.ATTENTION_OUTPUT: query,
-        Site.FC1_OUTPUT: 2 * ffn if config.gated_linear_unit else ffn,
-        Site.FC2_INPUT: ffn,
-    }
+    return {site: site.axis(config) for site in SITES}
 
 
 def groups_that_divide(axis: int) -> list[int]:
@@ -68,11 +57,11 @@ class FittedPolicy:
 
     def differs(self, layers: Iterable[int]) -> bool:
         """Whether a group did not divide, in any of these layers (from 1)."""
-        return any(self.rule(s, n) != self._unfitted.rule(s, n) for n in layers for s in Site)
+        return any(self.rule(s, n) != self._unfitted.rule(s, n) for n in layers for s in SITES)
 
     def said(self, layers: Iterable[int]) -> Iterator[tuple[Site, str]]:
         """For the plan: what is kept otherwise than the policy says, tensor by tensor."""
-        for site in Site:
+        for site in SITES:
             found = {}
             for number in layers:
                 old, new = self._unfitted.rule(site, number), self.rule(site, number)

@@ -22,7 +22,7 @@ from agoq_kernels.formats import Format
 from megatron.core.quantization.quant_config import MatchContext, RecipeConfig
 
 from agoq_megatron.policy.document import DuplicateKey, read_yaml
-from agoq_megatron.policy.sites import Site
+from agoq_megatron.policy.sites import SITES, Site
 
 PRESETS = Path(__file__).parent / "presets"
 BUILT_IN = tuple(sorted(p.stem for p in PRESETS.glob("*.yaml")))
@@ -90,13 +90,13 @@ class ActivationPolicy:
         Raises:
             PolicyError: a pattern matches no saved tensor, which is a misspelt one.
         """
-        paths = [site.path(number) for number in range(1, layers + 1) for site in Site]
+        paths = [site.path(number) for number in range(1, layers + 1) for site in SITES]
         for matcher, pattern in self._patterns.items():
             if not fnmatch.filter(paths, pattern):
                 raise PolicyError(
                     f"--agoq-activations {self.name}: matcher {matcher}: pattern {pattern!r} matches no "
                     f"saved tensor of this model's {layers} layers. They are named like {paths[1]}, and "
-                    f"below the layer {', '.join(site.value for site in Site)}."
+                    f"below the layer {', '.join(site.value for site in SITES)}."
                 )
 
     @functools.cache  # noqa: B019 - one policy lives as long as the process

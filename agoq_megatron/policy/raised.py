@@ -8,7 +8,7 @@ from dataclasses import replace
 from agoq_kernels.formats import Format
 
 from agoq_megatron.policy.policy import KEEP_BITS, Rule
-from agoq_megatron.policy.sites import Site
+from agoq_megatron.policy.sites import SITES, Site
 
 WIDER = {
     4: Format(4, "nf4", 64, 8),
@@ -73,7 +73,7 @@ class RaisedPolicy:
         """{(tensor, its bits now, or RECOMPUTED): layers}, of ``layers`` (from 1) those that are not kept as
         the base says."""
         found: dict[tuple[Site, int], list[int]] = {}
-        for site in Site:
+        for site in SITES:
             for number in layers:
                 rule = self.rule(site, number)
                 if rule != self.base.rule(site, number):

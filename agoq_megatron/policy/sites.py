@@ -1,28 +1,44 @@
-"""The tensors that a layer may keep for its backward pass.
+"""The register of tensors that a layer may keep for its backward pass.
 
-A site's value is its path below ``decoder.layers.N.``, N being the layer's index in the whole model
-(from 0, whatever the pipeline stage). Policies match on these paths.
+Modules contribute to it (``agoq_megatron.modules.sites``). Policy, plan, meter and calibration read it
+and know no tensor by name.
 """
 
 from __future__ import annotations
 
-from enum import Enum
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 
 
-class Site(Enum):
-    """One saved tensor of a transformer layer."""
+@dataclass(frozen=True)
+class Site:
+    """A tensor that a transformer layer may keep.
 
-    NORM1_INPUT = "self_attention.linear_qkv.norm_input"
-    NORM1_OUTPUT = "self_attention.linear_qkv.norm_output"
-    QUERY = "self_attention.core_attention.query"
-    KEY = "self_attention.core_attention.key"
-    VALUE = "self_attention.core_attention.value"
-    ATTENTION_OUTPUT = "self_attention.core_attention.output"
-    NORM2_INPUT = "mlp.linear_fc1.norm_input"
-    NORM2_OUTPUT = "mlp.linear_fc1.norm_output"
-    FC1_OUTPUT = "mlp.linear_fc1.output"
-    FC2_INPUT = "mlp.linear_fc2.input"
-    LAYER_INPUT = "input"
+    Attributes:
+        value: its path below ``decoder.layers.N.``, N being the layer's index in the whole model (from 0,
+            whatever the pipeline stage). Policies match on these paths.
+        axis: of a transformer config: length of the last axis on a tensor-parallel rank.
+        hidden: a hidden state: tensor-parallel ranks hold it in common, or, with sequence parallelism, each a
+            part of the sequence. Others are split along the last axis.
+        free: it is made of other saved tensors in a pass over memory that is made anyway.
+        recomputable: it can be made of other saved tensors of the layer.
+        function: name of the function whose backward pass reads it rounded, or None.
+        again_with: Megatron's selective recomputation that makes it again ("core_attn", "mlp"), or None.
+        entry: it is the layer's input, which is kept where the whole layer runs again, and only there.
+        present: of a transformer config and a layer's number (from 1): whether that layer has it.
+    """
+
+    value: str
+    axis: Callable[[object], int] = field(compare=False, repr=False)
+    hidden: bool = field(default=False, compare=False, repr=False)
+    free: bool = field(default=False, compare=False, repr=False)
+    recomputable: bool = field(default=False, compare=False, repr=False)
+    function: str | None = field(default=None, compare=False, repr=False)
+    again_with: str | None = field(default=None, compare=False, repr=False)
+    entry: bool = field(default=False, compare=False, repr=False)
+    present: Callable[[object, int], bool] = field(
+        default=lambda config, number: True, compare=False, repr=False
+    )
 
     def path(self, layer_number: int) -> str:
         """Full path in layer ``layer_number`` (from 1, as Megatron counts)."""
@@ -32,20 +48,45 @@ class Site(Enum):
     def pattern(self) -> str:
         """A glob that in a policy file stands for it in all layers, and for nothing else. (The path of FC2's
         input ends as that of the layer's.)"""
-        return "*[!c][0-9].input" if self is Site.LAYER_INPUT else f"*.{self.value}"
+        return f"*[!c][0-9].{self.value}" if self.entry else f"*.{self.value}"
 
-    @property
-    def recomputable(self) -> bool:
-        """Whether it can be rebuilt from other saved tensors of the same layer."""
-        return self is Site.ATTENTION_OUTPUT or self.free
-
-    @property
-    def free(self) -> bool:
-        """Whether rebuilding it costs next to no time: a pass over memory that is made anyway. (The attention
-        output takes an attention.)"""
-        return self in (Site.NORM1_OUTPUT, Site.NORM2_OUTPUT, Site.FC2_INPUT)
+    def __reduce__(self):
+        return site_named, (self.value,)
 
 
-NORM_SITES = (Site.NORM1_INPUT, Site.NORM1_OUTPUT, Site.NORM2_INPUT, Site.NORM2_OUTPUT)
-HIDDEN_SITES = (*NORM_SITES, Site.LAYER_INPUT)
-"""Those as wide as the hidden size."""
+@dataclass(frozen=True)
+class Companion:
+    """What is kept beside sites, never rounded.
+
+    Attributes:
+        name: path below the layer.
+        row: of a transformer config, the layer's rules by site and the sites that it keeps: how it is kept,
+            numbers and bytes a token on a rank; None where it is not.
+    """
+
+    name: str
+    row: Callable[[object, Callable, Iterable[Site]], tuple[str, float, float] | None]
+
+
+SITES: list[Site] = []
+"""In the order of the forward pass."""
+COMPANIONS: list[Companion] = []
+
+
+def contribute(sites: Iterable[Site], companions: Iterable[Companion] = ()) -> None:
+    """Add to the register. Adding the same again changes nothing."""
+    SITES.extend(site for site in sites if site not in SITES)
+    known = {it.name for it in COMPANIONS}
+    COMPANIONS.extend(it for it in companions if it.name not in known)
+
+
+def site_named(value: str) -> Site:
+    """The site at this path below a layer.
+
+    Raises:
+        KeyError: there is none.
+    """
+    for site in SITES:
+        if site.value == value:
+            return site
+    raise KeyError(value)

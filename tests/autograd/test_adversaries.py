@@ -14,11 +14,21 @@ import pytest
 import torch
 
 from agoq_megatron.autograd.activation_linear import ActivationLinear, ActivationLinearSpec
+from agoq_megatron.autograd.attention_backends import LocalAttention
 from agoq_megatron.autograd.attention_linear import AttentionLinear, AttentionLinearSpec
 from agoq_megatron.autograd.norm_linear import NormLinear, NormLinearSpec
 from agoq_megatron.autograd.saving import SavedTensor
+from agoq_megatron.modules.sites import (
+    ATTENTION_OUTPUT,
+    FC1_OUTPUT,
+    FC2_INPUT,
+    KEY,
+    NORM1_INPUT,
+    NORM1_OUTPUT,
+    QUERY,
+    VALUE,
+)
 from agoq_megatron.policy.policy import load_policy
-from agoq_megatron.policy.sites import Site
 
 OFF, AGOQ = load_policy("off"), load_policy("agoq")
 ONE_RANK = types.SimpleNamespace(size=lambda: 1)
@@ -48,10 +58,15 @@ def errors(function, x, weight, rng) -> tuple[float, ...]:
 
 def attention(groups: int, head_dim: int, angles: torch.Tensor | None):
     def run(policy, qkv, weight):
-        sites = Site.QUERY, Site.KEY, Site.VALUE, Site.ATTENTION_OUTPUT
+        sites = QUERY, KEY, VALUE, ATTENTION_OUTPUT
         saved = (SavedTensor(site, 1, policy.rule(site, 1)) for site in sites)
         spec = AttentionLinearSpec(
-            *saved, groups=groups, head_dim=head_dim, scale=head_dim**-0.5, interleaved=False, recompute=False
+            *saved,
+            groups=groups,
+            head_dim=head_dim,
+            backend=LocalAttention(head_dim**-0.5),
+            interleaved=False,
+            recompute=False,
         )
         return AttentionLinear.apply(qkv, angles, weight, spec, True)
 
@@ -60,8 +75,8 @@ def attention(groups: int, head_dim: int, angles: torch.Tensor | None):
 
 def norm(kind: str):
     def run(policy, x, weight):
-        saved = SavedTensor(Site.NORM1_INPUT, 1, policy.rule(Site.NORM1_INPUT, 1))
-        output = SavedTensor(Site.NORM1_OUTPUT, 1, AGOQ.rule(Site.NORM1_OUTPUT, 1))
+        saved = SavedTensor(NORM1_INPUT, 1, policy.rule(NORM1_INPUT, 1))
+        output = SavedTensor(NORM1_OUTPUT, 1, AGOQ.rule(NORM1_OUTPUT, 1))
         bias = torch.zeros(x.shape[-1], dtype=x.dtype) if kind == "LayerNorm" else None
         spec = NormLinearSpec(saved, output, kind, 1e-5, ONE_RANK, False)
         gain = torch.ones(x.shape[-1], dtype=x.dtype)
@@ -71,8 +86,8 @@ def norm(kind: str):
 
 
 def activation(policy, x, weight):
-    saved = SavedTensor(Site.FC1_OUTPUT, 1, policy.rule(Site.FC1_OUTPUT, 1))
-    output = SavedTensor(Site.FC2_INPUT, 1, AGOQ.rule(Site.FC2_INPUT, 1))
+    saved = SavedTensor(FC1_OUTPUT, 1, policy.rule(FC1_OUTPUT, 1))
+    output = SavedTensor(FC2_INPUT, 1, AGOQ.rule(FC2_INPUT, 1))
     spec = ActivationLinearSpec(saved, output, "swiglu")
     return ActivationLinear.apply(x.clone(), weight, None, False, spec, True)
 

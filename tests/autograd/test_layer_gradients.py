@@ -17,13 +17,26 @@ from agoq_kernels.formats import Format
 from agoq_kernels.ops import dequantize, quantize
 
 from agoq_megatron.autograd.activation_linear import ActivationLinear, ActivationLinearSpec
+from agoq_megatron.autograd.attention_backends import LocalAttention
 from agoq_megatron.autograd.attention_linear import AttentionLinear, AttentionLinearSpec
 from agoq_megatron.autograd.norm_linear import NormLinear, NormLinearSpec
 from agoq_megatron.autograd.run import Run
 from agoq_megatron.autograd.saving import SavedTensor
+from agoq_megatron.modules.sites import (
+    ATTENTION_OUTPUT,
+    FC1_OUTPUT,
+    FC2_INPUT,
+    KEY,
+    NORM1_INPUT,
+    NORM1_OUTPUT,
+    NORM2_INPUT,
+    NORM2_OUTPUT,
+    QUERY,
+    VALUE,
+)
 from agoq_megatron.policy.fitting import policy_for
 from agoq_megatron.policy.policy import Rule
-from agoq_megatron.policy.sites import Site
+from agoq_megatron.policy.sites import SITES
 
 EPSILON = 1e-3  # of the norms: not their default, and seen beside numbers near 1
 KEEP, RECOMPUTE = Rule(keep=True), Rule()
@@ -34,15 +47,15 @@ CUBIC5 = Rule(Format(bits=5, code="cubic", group=32, scale_bits=8))
 INT8 = Rule(Format(bits=8, code="int", group=32, scale_bits=16))
 INT3 = Rule(Format(bits=3, code="int_asym", group=64, scale_bits=8))
 
-OFF = dict.fromkeys(Site, KEEP)
+OFF = dict.fromkeys(SITES, KEEP)
 MIXED = {
-    Site.NORM1_INPUT: NF4, Site.NORM1_OUTPUT: RECOMPUTE, Site.QUERY: INT8, Site.KEY: INT8,
-    Site.VALUE: INT4, Site.ATTENTION_OUTPUT: INT8, Site.NORM2_INPUT: INT4,
-    Site.NORM2_OUTPUT: RECOMPUTE, Site.FC1_OUTPUT: INT3, Site.FC2_INPUT: RECOMPUTE,
+    NORM1_INPUT: NF4, NORM1_OUTPUT: RECOMPUTE, QUERY: INT8, KEY: INT8,
+    VALUE: INT4, ATTENTION_OUTPUT: INT8, NORM2_INPUT: INT4,
+    NORM2_OUTPUT: RECOMPUTE, FC1_OUTPUT: INT3, FC2_INPUT: RECOMPUTE,
 }  # fmt: skip
 # As the default: backward is that of an attention at the kept Q, K and V.
-AGAIN = MIXED | {Site.ATTENTION_OUTPUT: RECOMPUTE, Site.NORM1_INPUT: NF4_OUTLIER, Site.FC1_OUTPUT: CUBIC5}
-KEPT_OUTPUTS = MIXED | {Site.NORM1_OUTPUT: KEEP, Site.NORM2_OUTPUT: KEEP, Site.FC2_INPUT: KEEP}
+AGAIN = MIXED | {ATTENTION_OUTPUT: RECOMPUTE, NORM1_INPUT: NF4_OUTLIER, FC1_OUTPUT: CUBIC5}
+KEPT_OUTPUTS = MIXED | {NORM1_OUTPUT: KEEP, NORM2_OUTPUT: KEEP, FC2_INPUT: KEEP}
 
 
 def one_rank():
@@ -119,7 +132,7 @@ def oracle_layer(x, p, rules, shape, kind, act, ours):
             y_weight = y.detach()
         return WeightAt.apply(y, y_weight, w) + (0 if bias is None else bias)
 
-    qkv = norm_linear(x, p["n1w"], p["n1b"], p["qkv"], p["qkv_b"], Site.NORM1_INPUT, Site.NORM1_OUTPUT)
+    qkv = norm_linear(x, p["n1w"], p["n1b"], p["qkv"], p["qkv_b"], NORM1_INPUT, NORM1_OUTPUT)
     grouped = qkv.view(s, b, groups, -1)
     r = heads // groups
     q = grouped[..., : r * d].reshape(s, b, heads, d)
@@ -134,25 +147,25 @@ def oracle_layer(x, p, rules, shape, kind, act, ours):
             return kept_at(site, t)
         common = t[len(t) // 2 :].mean(0).detach()
         kept = kept_at(site, t - common)
-        return kept if site is Site.KEY else kept + common
+        return kept if site is KEY else kept + common
 
-    kept = [rest(site, t) for site, t in ((Site.QUERY, q), (Site.KEY, k), (Site.VALUE, v))]
-    if rules[Site.KEY].format is not None:
+    kept = [rest(site, t) for site, t in ((QUERY, q), (KEY, k), (VALUE, v))]
+    if rules[KEY].format is not None:
         k = (
             k - k[len(k) // 2 :].mean(0).detach()
         )  # the softmax does not see it; kept statistics are of these keys
-    if rules[Site.ATTENTION_OUTPUT].recompute:
+    if rules[ATTENTION_OUTPUT].recompute:
         out_kept, statistics = plain_attention(*kept), scores(*kept[:2]).logsumexp(-1)
     else:
         out_kept, statistics = (
-            kept_at(Site.ATTENTION_OUTPUT, plain_attention(q, k, v)),
+            kept_at(ATTENTION_OUTPUT, plain_attention(q, k, v)),
             scores(q, k).logsumexp(-1),
         )
     out = AttentionAt.apply(q, k, v, *kept, out_kept.detach(), statistics.detach())
     attn = WeightAt.apply(out.reshape(s, b, -1), out_kept.reshape(s, b, -1).detach(), p["proj"])
     x = x + attn
 
-    h = norm_linear(x, p["n2w"], p["n2b"], p["fc1"], p["fc1_b"], Site.NORM2_INPUT, Site.NORM2_OUTPUT)
+    h = norm_linear(x, p["n2w"], p["n2b"], p["fc1"], p["fc1_b"], NORM2_INPUT, NORM2_OUTPUT)
 
     def activate(t):
         if act == "swiglu":
@@ -160,9 +173,9 @@ def oracle_layer(x, p, rules, shape, kind, act, ours):
             return F.silu(gate) * up
         return F.gelu(t, approximate="tanh" if act == "gelu_tanh" else "none")
 
-    h_kept = kept_at(Site.FC1_OUTPUT, h)
+    h_kept = kept_at(FC1_OUTPUT, h)
     a = through(activate, [h], [h_kept])
-    a_weight = activate(h_kept if rules[Site.FC2_INPUT].recompute else h).detach()
+    a_weight = activate(h_kept if rules[FC2_INPUT].recompute else h).detach()
     return x + WeightAt.apply(a, a_weight, p["fc2"])
 
 
@@ -234,20 +247,21 @@ def our_layer(x, p, rules, shape, kind, act, run=None, keep=True):
         return NormLinearSpec(saved(site_in), saved(site_out), kind, EPSILON, one_rank(), False)
 
     attention = AttentionLinearSpec(
-        *(saved(s) for s in (Site.QUERY, Site.KEY, Site.VALUE, Site.ATTENTION_OUTPUT)),
-        groups=groups, head_dim=d, scale=1 / math.sqrt(d), interleaved=False, recompute=False,
+        *(saved(s) for s in (QUERY, KEY, VALUE, ATTENTION_OUTPUT)),
+        groups=groups, head_dim=d, backend=LocalAttention(1 / math.sqrt(d)), interleaved=False,
+        recompute=False,
     )  # fmt: skip
-    mlp = ActivationLinearSpec(saved(Site.FC1_OUTPUT), saved(Site.FC2_INPUT), act)
+    mlp = ActivationLinearSpec(saved(FC1_OUTPUT), saved(FC2_INPUT), act)
     qkv, x = NormLinear.apply(
         x, None, p["n1w"], p["n1b"], p["qkv"], p["qkv_b"],
-        norm_spec(Site.NORM1_INPUT, Site.NORM1_OUTPUT), keep,
+        norm_spec(NORM1_INPUT, NORM1_OUTPUT), keep,
     )  # fmt: skip
     attended = AttentionLinear.apply(qkv, p["angles"], p["proj"], attention, keep)
     h, x = NormLinear.apply(
         attended, x, p["n2w"], p["n2b"], p["fc1"], p["fc1_b"],
-        norm_spec(Site.NORM2_INPUT, Site.NORM2_OUTPUT), keep,
+        norm_spec(NORM2_INPUT, NORM2_OUTPUT), keep,
     )  # fmt: skip
-    nobody_keeps_it = rules[Site.NORM2_INPUT].format is not None
+    nobody_keeps_it = rules[NORM2_INPUT].format is not None
     return ActivationLinear.apply(h, p["fc2"], x, nobody_keeps_it, mlp, keep)
 
 
@@ -300,8 +314,8 @@ def test_the_default_policy_on_widths_that_64_does_not_divide(rng, monkeypatch):
         ffn_hidden_size=176, gated_linear_unit=True, tensor_model_parallel_size=1,
     )  # fmt: skip
     policy = policy_for(settings, "agoq")
-    rules = {site: policy.rule(site, 1) for site in Site}
-    assert rules[Site.FC1_OUTPUT].format.group == 32 and rules[Site.KEY].keep
+    rules = {site: policy.rule(site, 1) for site in SITES}
+    assert rules[FC1_OUTPUT].format.group == 32 and rules[KEY].keep
     compare(rng, monkeypatch, rules, "RMSNorm", "swiglu", (4, 2, 24), True, 96, 176)
 
 

@@ -15,11 +15,11 @@ from agoq_kernels import cross_entropy, fused, operator  # noqa: E402, F401 (the
 
 from agoq_megatron.autograd.activation_linear import ActivationLinear, ActivationLinearSpec  # noqa: E402
 from agoq_megatron.autograd.cross_entropy import vocab_parallel_cross_entropy  # noqa: E402
-from agoq_megatron.autograd.final_norm import FinalNorm  # noqa: E402
 from agoq_megatron.autograd.linear_cross_entropy import LinearCrossEntropy, LinearCrossEntropySpec  # noqa: E402
+from agoq_megatron.autograd.norm import Norm, NormSpec  # noqa: E402
 from agoq_megatron.autograd.saving import SavedTensor  # noqa: E402
+from agoq_megatron.modules.sites import FC1_OUTPUT, FC2_INPUT, NORM1_INPUT  # noqa: E402
 from agoq_megatron.policy.policy import Rule  # noqa: E402
-from agoq_megatron.policy.sites import Site  # noqa: E402
 from tests.autograd.test_probing import KEEP, NF4, Case  # noqa: E402
 from tests.kernels.test_layout import LAYOUTS, laid  # noqa: E402
 
@@ -67,14 +67,14 @@ def test_layer_functions(kind, layout, rng):
 
     assert_same(ours, case.plain, [x, weight], grad, layout)
     if kind == "activation":  # which writes its output over an input that is contiguous
-        rules = {Site.FC1_OUTPUT: NF4}
+        rules = {FC1_OUTPUT: NF4}
         assert_same(ours, ours, [x, weight], grad, layout)
 
 
 def test_sum_into_the_stream(layout, rng):
     """Of an MLP's product: read from a total of any layout, and refused where that is to be overwritten."""
     case = Case("activation", rng, torch.float32)
-    kept = (SavedTensor(Site.FC1_OUTPUT, 1, KEEP), SavedTensor(Site.FC2_INPUT, 1, Rule()))
+    kept = (SavedTensor(FC1_OUTPUT, 1, KEEP), SavedTensor(FC2_INPUT, 1, Rule()))
     spec = ActivationLinearSpec(*kept, "swiglu")
 
     def ours(x, total):
@@ -96,7 +96,13 @@ def test_final_norm(layout, rng):
     def plain(x, weight):
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * weight
 
-    assert_same(lambda x, w: FinalNorm.apply(x, w, None, 1e-5, "RMSNorm"), plain, [x, weight], grad, layout)
+    kept = (SavedTensor(NORM1_INPUT, 1, rule) for rule in (KEEP, Rule()))
+    spec = NormSpec(*kept, "RMSNorm", 1e-5)
+
+    def ours(x, weight):
+        return Norm.call(x=x, weight=weight, spec=spec, keeps=True)[0]
+
+    assert_same(ours, plain, [x, weight], grad, layout)
 
 
 @pytest.mark.parametrize("in_parts", [False, True])
@@ -104,7 +110,7 @@ def test_token_losses(in_parts, layout, rng):
     logits, grad = torch.randn(3, 2, 40, generator=rng), torch.randn(3, 2, generator=rng)
     target = laid(torch.randint(0, 40, (3, 2), generator=rng), layout)
     if in_parts:
-        spec = LinearCrossEntropySpec(2, ONE_RANK, False, False)
+        spec = LinearCrossEntropySpec(2, ONE_RANK, False)
         weight = torch.randn(40, 24, generator=rng)
 
         def ours(x, weight):

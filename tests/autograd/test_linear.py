@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from agoq_megatron.autograd.activation_linear import ActivationLinearSpec
-from agoq_megatron.autograd.linear import add_product, weight_gradient
+from agoq_megatron.autograd.products import Products, add_product
 from agoq_megatron.modules.mlp import MLP
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -26,7 +26,7 @@ def test_product_is_added_to_the_buffer(rng, device, dtype, buffer_dtype):
     weight = torch.nn.Parameter(torch.zeros(24, 40, device=device, dtype=dtype))
     weight.main_grad, weight.grad_added_to_main_grad = before.clone(), False
 
-    dummy = weight_gradient(weight, grad, x, add_to_buffer=True)
+    dummy = Products(into_buffer=True).weight_gradient(weight, grad, x)
 
     expected = before.double() + torch.einsum("sbo,sbi->oi", grad.double(), x.double())
     error = (weight.main_grad.double() - expected).norm() / expected.norm()
@@ -45,7 +45,7 @@ def test_without_fusion_the_gradient_is_returned(rng, has_buffer):
     weight = torch.nn.Parameter(torch.zeros(8, 16))
     if has_buffer:
         weight.main_grad, weight.grad_added_to_main_grad = torch.zeros(8, 16), False
-    got = weight_gradient(weight, grad, x, add_to_buffer=not has_buffer)
+    got = Products(into_buffer=not has_buffer).weight_gradient(weight, grad, x)
     torch.testing.assert_close(got, torch.einsum("sbo,sbi->oi", grad, x))
     if has_buffer:
         assert not weight.grad_added_to_main_grad and not weight.main_grad.any()
@@ -72,7 +72,7 @@ class Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        return grad @ weight, weight_gradient(weight, grad, x, True, ctx.reports), None
+        return grad @ weight, Products(True, ctx.reports).weight_gradient(weight, grad, x), None
 
 
 @pytest.mark.parametrize("uses", [1, 3])

@@ -13,6 +13,7 @@ from agoq_megatron.autograd.linear_cross_entropy import (
     LinearCrossEntropySpec,
     narrow_in_place,
 )
+from agoq_megatron.autograd.products import Products
 
 S, B, H, V = 10, 3, 24, 70  # of which V on each rank
 
@@ -46,7 +47,7 @@ def compare(rank: int, world: int, store: str, seed: int) -> None:
                     own_x = cut(x).clone().requires_grad_()
                     own = torch.nn.Parameter(weight.chunk(world)[rank].clone())
                     own.main_grad, own.grad_added_to_main_grad = torch.ones(V, H), False
-                    spec = LinearCrossEntropySpec(parts, dist.group.WORLD, sequence_parallel, fused)
+                    spec = LinearCrossEntropySpec(parts, dist.group.WORLD, sequence_parallel, Products(fused))
                     got = LinearCrossEntropy.apply(own_x, own, target, spec)
                     (got * upstream).sum().backward()
                     assert got.dtype == torch.float32 and error(got, losses) < bound
@@ -82,7 +83,7 @@ def test_many_parts_are_summed_up_in_fp32(rng, fused):
     for parts in (1, 256):
         own = torch.nn.Parameter(weight.bfloat16())
         own.main_grad, own.grad_added_to_main_grad = torch.zeros(V, H), False
-        spec = LinearCrossEntropySpec(parts, OneRank, False, fused)
+        spec = LinearCrossEntropySpec(parts, OneRank, False, Products(fused))
         LinearCrossEntropy.apply(x.bfloat16().requires_grad_(), own, target, spec).sum().backward()
         errors[parts] = error(own.main_grad if fused else own.grad, double_weight.grad)
     print(errors)
@@ -97,11 +98,11 @@ def test_no_logits_are_kept(rng):
     target = torch.randint(0, V, (S, B), generator=rng)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
-        LinearCrossEntropy.apply(x, weight, target, LinearCrossEntropySpec(4, OneRank, False, True))
+        LinearCrossEntropy.apply(x, weight, target, LinearCrossEntropySpec(4, OneRank, False, Products(True)))
     assert max(kept) == max(x.numel(), weight.numel()) < S * B * V
     # Without the hooks, which hand out a weight that has forgotten its buffer.
     LinearCrossEntropy.apply(
-        x, weight, target, LinearCrossEntropySpec(4, OneRank, False, True)
+        x, weight, target, LinearCrossEntropySpec(4, OneRank, False, Products(True))
     ).sum().backward()
     assert not weight.grad.any() and weight.main_grad.any()
 

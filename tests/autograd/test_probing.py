@@ -15,14 +15,28 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from agoq_megatron.autograd import probing
 from agoq_megatron.autograd.activation_linear import ActivationLinear, ActivationLinearSpec
+from agoq_megatron.autograd.attention_backends import LocalAttention
 from agoq_megatron.autograd.attention_linear import AttentionLinear, AttentionLinearSpec
 from agoq_megatron.autograd.norm_linear import NormLinear, NormLinearSpec
+from agoq_megatron.autograd.products import Products
 from agoq_megatron.autograd.recompute import note_entry, quantized_checkpoint
 from agoq_megatron.autograd.run import Run
 from agoq_megatron.autograd.saving import SavedTensor
 from agoq_megatron.gradient_check import errors_of
+from agoq_megatron.modules.sites import (
+    ATTENTION,
+    ATTENTION_OUTPUT,
+    FC1_OUTPUT,
+    FC2_INPUT,
+    KEY,
+    LAYER_INPUT,
+    NORM1_INPUT,
+    NORM1_OUTPUT,
+    QKV,
+    QUERY,
+    VALUE,
+)
 from agoq_megatron.policy.policy import Rule
-from agoq_megatron.policy.sites import Site
 from tests.autograd.test_layer_gradients import (
     MIXED,
     OFF,
@@ -41,7 +55,7 @@ NF4 = Rule(Format(4, "nf4", 64, 8))
 INT8 = Rule(Format(8, "int", 64, 16))
 DICE = Rule(Format(5, "int", 64, 8, "stochastic"))
 RUN = Run()
-ATTENTION_SITES = (Site.QUERY, Site.KEY, Site.VALUE, Site.ATTENTION_OUTPUT)
+ATTENTION_SITES = (QUERY, KEY, VALUE, ATTENTION_OUTPUT)
 
 
 @pytest.fixture
@@ -60,12 +74,13 @@ def probed():
 def sums(tally: probing.GradientTally, name: str, row: int = 0) -> list[float]:
     """Relative errors of the input's and the weight's gradient."""
     return [
-        (error / square) ** 0.5 for error, square in tally.squares[row, probing.COLUMNS.index(name)].tolist()
+        (error / square) ** 0.5
+        for error, square in tally.squares[row, probing.columns().index(name)].tolist()
     ]
 
 
 def measured(tally: probing.GradientTally, row: int = 0) -> set[str]:
-    return {name for name, own in zip(probing.COLUMNS, tally.squares[row], strict=True) if own.any()}
+    return {name for name, own in zip(probing.columns(), tally.squares[row], strict=True) if own.any()}
 
 
 # --- The three functions, by themselves -----------------------------------------------------------
@@ -83,7 +98,7 @@ class Case:
         out = self.weight.shape[0]
         self.grad = torch.randn(11, 3, out, generator=rng, dtype=dtype)
         self.sites = {
-            "norm": (Site.NORM1_INPUT,), "attention": ATTENTION_SITES, "activation": (Site.FC1_OUTPUT,),
+            "norm": (NORM1_INPUT,), "attention": ATTENTION_SITES, "activation": (FC1_OUTPUT,),
         }[kind]  # fmt: skip
 
     def ours(self, x, weight, rules, layer=3, tokens=slice(None), **more):
@@ -92,16 +107,17 @@ class Case:
 
         if self.kind == "norm":
             spec = NormLinearSpec(
-                saved(Site.NORM1_INPUT), saved(Site.NORM1_OUTPUT), "RMSNorm", 1e-5, one_rank(), False, **more
+                saved(NORM1_INPUT), saved(NORM1_OUTPUT), "RMSNorm", 1e-5, one_rank(), False, **more
             )
             return NormLinear.apply(x, None, self.p["n1w"], None, weight, None, spec, True)[0]
         if self.kind == "attention":
             spec = AttentionLinearSpec(
-                *map(saved, ATTENTION_SITES), groups=GROUPS, head_dim=DIM, scale=1 / math.sqrt(DIM),
+                *map(saved, ATTENTION_SITES), groups=GROUPS, head_dim=DIM,
+                backend=LocalAttention(1 / math.sqrt(DIM)),
                 interleaved=False, recompute=False, **more,
             )  # fmt: skip
             return AttentionLinear.apply(x, self.p["angles"][tokens], weight, spec, True)
-        spec = ActivationLinearSpec(saved(Site.FC1_OUTPUT), saved(Site.FC2_INPUT), "swiglu", **more)
+        spec = ActivationLinearSpec(saved(FC1_OUTPUT), saved(FC2_INPUT), "swiglu", **more)
         return ActivationLinear.apply(x, weight, None, False, spec, True)
 
     def plain(self, x, weight):
@@ -127,11 +143,11 @@ def differences(found, exact) -> list[float]:
 
 
 RULES = {
-    "norm": {Site.NORM1_INPUT: NF4},
-    "activation": {Site.FC1_OUTPUT: NF4},
-    "attention": dict.fromkeys(ATTENTION_SITES, INT8) | {Site.VALUE: NF4},
-    "attention, output again": {Site.QUERY: NF4, Site.KEY: INT8, Site.VALUE: NF4},
-    "attention, one": {Site.QUERY: KEEP, Site.KEY: NF4, Site.VALUE: KEEP},
+    "norm": {NORM1_INPUT: NF4},
+    "activation": {FC1_OUTPUT: NF4},
+    "attention": dict.fromkeys(ATTENTION_SITES, INT8) | {VALUE: NF4},
+    "attention, output again": {QUERY: NF4, KEY: INT8, VALUE: NF4},
+    "attention, one": {QUERY: KEEP, KEY: NF4, VALUE: KEEP},
 }
 
 
@@ -148,7 +164,7 @@ def test_errors_are_those_of_the_gradients(rng, probed, name, detail):
     first = {"columns": slice(0, 1)}
     exact = case.gradients(case.plain, **first)
     together = differences(case.gradients(case.ours, rules, **first), exact)
-    column = rounded[0].value if len(rounded) == 1 else probing.ATTENTION
+    column = rounded[0].value if len(rounded) == 1 else ATTENTION
     print(f"{name}: {together}")
     assert sums(tally, column, 1) == pytest.approx(together, rel=1e-6, abs=1e-10)
     assert max(together) > 0.01
@@ -198,9 +214,7 @@ def test_the_call_stays_what_it_is(rng, probed, dtype):
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     # The two draws of one run are others, so the keys do count.
     assert not torch.equal(found[0][1], found[0][7])
-    assert {site.value for site, rule in rules.items() if rule.format} | {probing.ATTENTION} == measured(
-        tally
-    )
+    assert {site.value for site, rule in rules.items() if rule.format} | {ATTENTION} == measured(tally)
 
 
 def test_only_the_first_call_of_an_iteration(rng, probed):
@@ -223,7 +237,7 @@ def test_gradient_buffers_get_nothing(rng, probed, kind):
         weight = case.weight.detach().clone().requires_grad_()
         weight.main_grad = torch.zeros_like(weight)
         x = case.x.clone().requires_grad_()
-        case.ours(x * 1, weight, RULES[kind], fuse_weight_gradient=True).backward(case.grad)
+        case.ours(x * 1, weight, RULES[kind], products=Products(into_buffer=True)).backward(case.grad)
         buffers.append(weight.main_grad)
     assert torch.equal(*buffers) and buffers[0].any()
 
@@ -235,14 +249,14 @@ def test_statistics_of_other_scores_show(rng, probed):
     x = case.x.view(11, 3, GROUPS, HEADS // GROUPS + 2, DIM)
     x[..., :-1, :] *= 8
     kept = dict.fromkeys(ATTENTION_SITES, INT8)
-    for site, part in ((Site.QUERY, x[..., :-2, :]), (Site.KEY, x[..., -2, :])):
+    for site, part in ((QUERY, x[..., :-2, :]), (KEY, x[..., -2, :])):
         held = dequantize(*quantize(part.contiguous(), kept[site].format), kept[site].format, x.dtype)
         assert (held - part).norm() < 0.01 * part.norm()
     errors = []
-    for rules in (kept, kept | {Site.ATTENTION_OUTPUT: AGAIN}):
+    for rules in (kept, kept | {ATTENTION_OUTPUT: AGAIN}):
         tally = probed({3: False})
         case.gradients(case.ours, rules)
-        errors.append(errors_of(tally.squares[0].tolist())[probing.ATTENTION])
+        errors.append(errors_of(tally.squares[0].tolist())[ATTENTION])
     print(errors)
     assert errors[0] > max(0.25, 1.3 * errors[1])
 
@@ -250,9 +264,9 @@ def test_statistics_of_other_scores_show(rng, probed):
 def test_the_input_of_a_recomputed_region(rng, probed):
     """The pass in which gradients flow starts from what was kept of it; the error is of both."""
     case = Case("norm", rng, torch.float32)
-    for entry in (Site.NORM1_INPUT, Site.LAYER_INPUT):
+    for entry in (NORM1_INPUT, LAYER_INPUT):
         saved = SavedTensor(entry, 3, NF4, run=RUN)
-        rules = {Site.NORM1_INPUT: INT8 if entry is Site.LAYER_INPUT else NF4}
+        rules = {NORM1_INPUT: INT8 if entry is LAYER_INPUT else NF4}
 
         def region(x, weight, saved=saved, rules=rules):
             note_entry(saved)
@@ -275,14 +289,14 @@ def test_the_input_of_a_recomputed_region(rng, probed):
         exact = case.gradients(case.plain, columns=slice(0, 1))
         held = dequantize(*quantize(case.x, NF4.format), NF4.format, torch.float32)
         together = differences(at(held, rules), exact)
-        alone = {Site.LAYER_INPUT: differences(at(held, {Site.NORM1_INPUT: KEEP}), exact),
-                 Site.NORM1_INPUT: differences(at(case.x, rules), exact)}  # fmt: skip
-        if entry is Site.NORM1_INPUT:
+        alone = {LAYER_INPUT: differences(at(held, {NORM1_INPUT: KEEP}), exact),
+                 NORM1_INPUT: differences(at(case.x, rules), exact)}  # fmt: skip
+        if entry is NORM1_INPUT:
             assert measured(tally) == {entry.value}
             assert sums(tally, entry.value) == pytest.approx(together, rel=1e-3)
         else:
-            assert measured(tally) == {probing.QKV, *(site.value for site in alone)}
-            assert sums(tally, probing.QKV) == pytest.approx(together, rel=1e-3)
+            assert measured(tally) == {QKV, *(site.value for site in alone)}
+            assert sums(tally, QKV) == pytest.approx(together, rel=1e-3)
             for site, expected in alone.items():
                 assert sums(tally, site.value) == pytest.approx(expected, rel=1e-3)
         assert 0.05 < max(together) < 0.2
@@ -293,9 +307,9 @@ def test_what_a_call_holds_goes_with_its_backward_pass(rng, probed):
     nothing."""
     case = Case("norm", rng, torch.bfloat16)
     tally = probed({3: True})
-    entry = SimpleNamespace(layer_number=3, site=Site.LAYER_INPUT)
+    entry = SimpleNamespace(layer_number=3, site=LAYER_INPUT)
     tally.note_entry(entry, case.x)
-    out = case.ours(case.x.clone().requires_grad_(), case.weight, {Site.NORM1_INPUT: NF4})
+    out = case.ours(case.x.clone().requires_grad_(), case.weight, {NORM1_INPUT: NF4})
     probe = out.grad_fn.probe
     held = [weakref.ref(probe.exact), weakref.ref(probe.inputs[0])]
     assert all(ref() is not None for ref in held)
@@ -352,12 +366,12 @@ def test_sums_in_pieces(rng, monkeypatch, dtype, piece):
 def test_odd_numbers():
     """What is broken before it is rounded is no error of rounding; what rounding breaks is."""
     none = [[0.0, 0.0], [0.0, 0.0]]
-    columns = [none] * len(probing.COLUMNS)
+    columns = [none] * len(probing.columns())
     nan, inf = math.nan, math.inf
 
     def error(*own):
         found = errors_of([[list(pair) for pair in own], *columns[1:]])
-        return found.get(probing.COLUMNS[0])
+        return found.get(probing.columns()[0])
 
     assert error((0, 0), (0, 0)) is None
     assert error((1, 4), (0, 0)) == 0.5 and error((1, 4), (9, 16)) == 0.75

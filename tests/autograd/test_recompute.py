@@ -9,13 +9,13 @@ from torch.utils.checkpoint import checkpoint
 
 from agoq_megatron.autograd.recompute import note_entry, quantized_checkpoint
 from agoq_megatron.autograd.saving import SavedTensor
+from agoq_megatron.modules.sites import LAYER_INPUT
 from agoq_megatron.policy.policy import Rule
-from agoq_megatron.policy.sites import Site
 
 
 @pytest.mark.parametrize("rule,lives", [(Rule(format=Format(4, "nf4")), False), (Rule(keep=True), True)])
 def test_the_input_lives_where_it_is_kept(rng, rule, lives):
-    saved = SavedTensor(Site.LAYER_INPUT, 1, rule)
+    saved = SavedTensor(LAYER_INPUT, 1, rule)
 
     def region(x):
         note_entry(saved)

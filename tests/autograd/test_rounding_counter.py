@@ -17,8 +17,21 @@ from agoq_megatron.autograd.recompute import note_entry, quantized_checkpoint
 from agoq_megatron.autograd.rounding import RoundingCounter, held_in_parts, parameter_names
 from agoq_megatron.autograd.run import Run
 from agoq_megatron.autograd.saving import SavedTensor, saved_tensor
+from agoq_megatron.modules.sites import (
+    ATTENTION_OUTPUT,
+    FC1_OUTPUT,
+    FC2_INPUT,
+    KEY,
+    LAYER_INPUT,
+    NORM1_INPUT,
+    NORM1_OUTPUT,
+    NORM2_INPUT,
+    NORM2_OUTPUT,
+    QUERY,
+    VALUE,
+)
 from agoq_megatron.policy.policy import Rule, load_policy
-from agoq_megatron.policy.sites import Site
+from agoq_megatron.policy.sites import SITES
 from tests.autograd.test_layer_gradients import OFF, our_layer, parameters
 
 WEIGHTS = (
@@ -57,7 +70,7 @@ def test_names_that_differ_have_keys_that_differ(seed):
         counter.seed(seed, rank, part)
         counter.begin_iteration(7)
         keys += [counter.paired_key(0, name, in_parts=True) for name in names]
-        keys += [counter.key(layer, site.value, True) for layer in range(1, 101) for site in Site]
+        keys += [counter.key(layer, site.value, True) for layer in range(1, 101) for site in SITES]
     assert len(set(keys)) == len(keys)
     assert len({key & 0xFFFFFFFF for key in keys}) > 0.999 * len(keys)
 
@@ -76,10 +89,10 @@ def test_parts_of_a_tensor(seed):
 def test_which_tensors_are_in_parts(sequence_parallel):
     policy = load_policy("agoq")
     config = SimpleNamespace(sequence_parallel=sequence_parallel, agoq_run=Run())
-    whole = {site for site in Site if not saved_tensor(policy, site, 1, config).in_parts}
-    between = {Site.LAYER_INPUT, Site.NORM1_INPUT, Site.NORM1_OUTPUT, Site.NORM2_INPUT, Site.NORM2_OUTPUT}
+    whole = {site for site in SITES if not saved_tensor(policy, site, 1, config).in_parts}
+    between = {LAYER_INPUT, NORM1_INPUT, NORM1_OUTPUT, NORM2_INPUT, NORM2_OUTPUT}
     assert whole == (set() if sequence_parallel else between)
-    assert saved_tensor(policy, Site.KEY, 1, config).run is config.agoq_run
+    assert saved_tensor(policy, KEY, 1, config).run is config.agoq_run
 
 
 class Layer(nn.Module):
@@ -165,8 +178,8 @@ def test_recomputation_draws_the_same(rng, seed, micro_batches):
     backward passes come later and, as in a pipeline, in the same order."""
     dice = Rule(Format(5, "int", 32, 8, rounding="stochastic"))
     shape = 4, 2, 32
-    rules = OFF | dict.fromkeys((Site.NORM1_INPUT, Site.QUERY, Site.VALUE, Site.FC1_OUTPUT), dice)
-    rules |= {Site.NORM1_OUTPUT: Rule(), Site.FC2_INPUT: Rule(), Site.ATTENTION_OUTPUT: Rule()}
+    rules = OFF | dict.fromkeys((NORM1_INPUT, QUERY, VALUE, FC1_OUTPUT), dice)
+    rules |= {NORM1_OUTPUT: Rule(), FC2_INPUT: Rule(), ATTENTION_OUTPUT: Rule()}
     p = parameters(rng, 64, 96, shape, "RMSNorm", "swiglu", True, torch.float32)
     xs = torch.randn(micro_batches, 11, 2, 64, generator=rng)
     grad = torch.randn(11, 2, 64, generator=rng)
@@ -174,7 +187,7 @@ def test_recomputation_draws_the_same(rng, seed, micro_batches):
     for again in (False, True):
         run = Run()
         run.counter.seed(seed)
-        entry = SavedTensor(Site.LAYER_INPUT, 1, Rule(keep=True), run=run)
+        entry = SavedTensor(LAYER_INPUT, 1, Rule(keep=True), run=run)
 
         def layer(x, run=run, entry=entry):
             note_entry(entry)

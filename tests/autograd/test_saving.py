@@ -10,8 +10,8 @@ from agoq_kernels.formats import Format
 from agoq_kernels.ops import dequantize, quantize
 
 from agoq_megatron.autograd.saving import SavedTensor
+from agoq_megatron.modules.sites import FC1_OUTPUT, KEY, QUERY, VALUE
 from agoq_megatron.policy.policy import Rule
-from agoq_megatron.policy.sites import Site
 
 ROUNDED = Rule(Format(4, "int", 64, 16, rounding="stochastic"))
 
@@ -20,23 +20,23 @@ def test_every_layer_and_tensor_draws_its_own_numbers(rng):
     """One tensor kept in several layers, under several names: errors that have nothing to do with each other,
     also where each has a counter of its own, as on other pipeline stages. To the nearest none are drawn."""
     x = torch.randn(16, 2, 64, generator=rng)
-    places = list(itertools.product((1, 2, 3, 17), (Site.QUERY, Site.KEY, Site.FC1_OUTPUT)))
+    places = list(itertools.product((1, 2, 3, 17), (QUERY, KEY, FC1_OUTPUT)))
     kept = [SavedTensor(site, number, ROUNDED) for number, site in places]
     values = [saved.unpack(saved.pack(x), x.dtype) - x for saved in kept]
     for one, other in itertools.combinations(values, 2):
         assert torch.nn.functional.cosine_similarity(one.flatten(), other.flatten(), dim=0) < 0.2
-    assert SavedTensor(Site.QUERY, 1, Rule(Format(4, "int", 64, 16))).next_key() == 0
+    assert SavedTensor(QUERY, 1, Rule(Format(4, "int", 64, 16))).next_key() == 0
 
 
 @pytest.mark.parametrize("code", ["nf4", "int_asym"])
 def test_all_that_is_kept_is_announced(rng, code):
     """Codes, scales and, where there are any, zero points."""
     fmt, x, heard = Format(4, code, 64, 8), torch.randn(8, 2, 128, generator=rng), []
-    saved = SavedTensor(Site.VALUE, 7, Rule(fmt))
+    saved = SavedTensor(VALUE, 7, Rule(fmt))
     saved.run.listener = lambda *said: heard.append(said)
     kept = saved.pack(x)
     ((number, name, tensors),) = heard
-    assert (number, name) == (7, Site.VALUE.value) and len(tensors) == 2 + fmt.has_zero
+    assert (number, name) == (7, VALUE.value) and len(tensors) == 2 + fmt.has_zero
     assert sum(t.nbytes for t in tensors) == 8 * 2 * fmt.bytes_for(128)
     wanted = dequantize(*quantize(x, fmt), fmt, x.dtype)
-    assert torch.equal(SavedTensor(Site.VALUE, 7, Rule(fmt)).unpack(kept, x.dtype), wanted)
+    assert torch.equal(SavedTensor(VALUE, 7, Rule(fmt)).unpack(kept, x.dtype), wanted)

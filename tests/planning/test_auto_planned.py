@@ -9,6 +9,7 @@ import json
 import pytest
 from launch import run_planner
 
+from agoq_megatron.modules.sites import LAYER_INPUT
 from agoq_megatron.sizes import parse_size
 
 PP4 = "--pipeline-model-parallel-size 4 --num-layers-per-virtual-pipeline-stage 4"
@@ -86,9 +87,8 @@ def test_kept_inputs_get_widths_too(launcher):
 
 def test_shipped_files():
     """They are there, whole, of calibrate, and the nearest is taken."""
-    from agoq_megatron.planning.sensitivity import BEST_FORMATS, SITES, load_sensitivities
+    from agoq_megatron.planning.sensitivity import BEST_FORMATS, SOLVED, load_sensitivities
     from agoq_megatron.planning.shipped import FOLDER, nearest
-    from agoq_megatron.policy.sites import Site
 
     files = sorted(FOLDER.glob("*.json"))
     assert [path.stem for path in files] == ["gpt", "llama-gqa", "llama-mha"]
@@ -97,7 +97,7 @@ def test_shipped_files():
         assert file.data["checkpoint"] == file.data["made"]["iterations"] > 300
         assert file.data["command"].startswith("python -m agoq_megatron.calibrate")
         for number in range(1, 9):
-            for site in (*SITES, Site.LAYER_INPUT):
+            for site in (*SOLVED, LAYER_INPUT):
                 costs = [file.cost(number, site, width) for width in file.widths(number, site)]
                 assert file.widths(number, site) == tuple(BEST_FORMATS), (path, number, site)
                 # 4 bits in groups of 64 may be no better than 3 in groups of 32; all else is in order.

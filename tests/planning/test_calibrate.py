@@ -110,7 +110,8 @@ def whole_model(folder: Path) -> None:
     from agoq_megatron import compat, cpu, training
     from agoq_megatron.autograd.recompute import quantized_checkpoint
     from agoq_megatron.calibrate import batches, build_model
-    from agoq_megatron.planning.sensitivity import SITES, best_format
+    from agoq_megatron.modules.sites import LAYER_INPUT
+    from agoq_megatron.planning.sensitivity import SOLVED, best_format
     from agoq_megatron.policy.policy import Rule
     from agoq_megatron.policy.sites import Site
 
@@ -163,7 +164,7 @@ def whole_model(folder: Path) -> None:
 
     exact, found = gradients(Policy()), {}
     for number in CHECKED_LAYERS:
-        for site in (*SITES, Site.LAYER_INPUT):
+        for site in (*SOLVED, LAYER_INPUT):
             for width in CHECKED_WIDTHS:
                 pairs = zip(gradients(Policy(number, site, width))[number], exact[number], strict=True)
                 off = [((a - b).norm() / b.norm()).item() for a, b in pairs]

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from agoq_megatron.modules.sites import FC1_OUTPUT, KEY, LAYER_INPUT, NORM1_INPUT, NORM2_INPUT, QUERY
+
 
 def content() -> dict:
     """A small file's."""
@@ -35,20 +37,18 @@ def read(folder: Path, data):
 def test_cost(tmp_path):
     from agoq_kernels.formats import Format
 
-    from agoq_megatron.policy.sites import Site
-
     data = content()
     data["layers"]["2"]["mlp.linear_fc1.output"]["4"] |= {"own": 0.6, "format": "nf4 g32 s8"}
     it = read(tmp_path, data)
-    assert it.cost(1, Site.FC1_OUTPUT, 4) == pytest.approx(0.25)
+    assert it.cost(1, FC1_OUTPUT, 4) == pytest.approx(0.25)
     assert it.cost(2, "mlp.linear_fc1.output", 4) == pytest.approx(0.52)
-    assert it.widths(1, Site.FC1_OUTPUT) == (4, 8) and it.widths(1, Site.QUERY) == (8,)
-    assert it.format(1, Site.FC1_OUTPUT, 4) == Format(4, "nf4", 64, 8)
-    assert it.format(2, Site.FC1_OUTPUT, 4) == Format(4, "nf4", 32, 8)
+    assert it.widths(1, FC1_OUTPUT) == (4, 8) and it.widths(1, QUERY) == (8,)
+    assert it.format(1, FC1_OUTPUT, 4) == Format(4, "nf4", 64, 8)
+    assert it.format(2, FC1_OUTPUT, 4) == Format(4, "nf4", 32, 8)
     for layer, site, width, wrong in (
-        (3, Site.QUERY, 8, "layers 1 to 2, and no layer 3"),
-        (1, Site.KEY, 8, "core_attention.key of layer 1 was not measured"),
-        (1, Site.QUERY, 4, "not measured in 4 bits; it was in 8"),
+        (3, QUERY, 8, "layers 1 to 2, and no layer 3"),
+        (1, KEY, 8, "core_attention.key of layer 1 was not measured"),
+        (1, QUERY, 4, "not measured in 4 bits; it was in 8"),
     ):
         with pytest.raises(ValueError, match=f"some.json.*{wrong}"):
             it.cost(layer, site, width)
@@ -123,14 +123,13 @@ def test_groups_that_do_not_divide():
     from agoq_kernels.formats import Format
 
     from agoq_megatron.planning.sensitivity import BEST_FORMATS, format_for
-    from agoq_megatron.policy.sites import Site
 
-    assert all(format_for(Site.KEY, width, 128) == best for width, best in BEST_FORMATS.items())
+    assert all(format_for(KEY, width, 128) == best for width, best in BEST_FORMATS.items())
     for site, outliers in (
-        (Site.KEY, 0),
-        (Site.NORM1_INPUT, 1),
-        (Site.NORM2_INPUT, 1),
-        (Site.LAYER_INPUT, 1),
+        (KEY, 0),
+        (NORM1_INPUT, 1),
+        (NORM2_INPUT, 1),
+        (LAYER_INPUT, 1),
     ):
         assert format_for(site, 4, 96) == Format(4, "nf4", 32, 8, outliers=outliers)
         assert format_for(site, 2, 96) == BEST_FORMATS[2]
@@ -140,21 +139,20 @@ def test_groups_that_do_not_divide():
 def test_entries_name_other_formats_and_leave_out_what_is_not_finite():
     from agoq_megatron.planning.replay import OneTensor
     from agoq_megatron.planning.sensitivity import format_for, layer_entry, table
-    from agoq_megatron.policy.sites import Site
 
-    formats = [(Site.KEY, 2), (Site.KEY, 4), (Site.KEY, 8), (Site.QUERY, 3)]
+    formats = [(KEY, 2), (KEY, 4), (KEY, 8), (QUERY, 3)]
     tried = [OneTensor(site, format_for(site, width, 96)) for site, width in formats]
     entry = layer_entry(tried, [(math.inf, 1), (0.123456789, 0.5), (0.01, 0.02), (0.1, math.nan)])
     assert entry == {
-        Site.KEY.value: {
+        KEY.value: {
             "4": {"own": 0.123457, "flowing": 0.5, "bits": 4.25, "format": "nf4 g32 s8"},
             "8": {"own": 0.01, "flowing": 0.02, "bits": 8.5, "format": "int8 g32 s16"},
         },
-        Site.QUERY.value: {},
+        QUERY.value: {},
     }
-    lines = list(table({"1": entry, "2": layer_entry(tried[1:2], [(0.2, 0.3)]) | {Site.QUERY.value: {}}}))
-    assert lines[2].split() == [Site.KEY.value, *"- - 0.16 / 0.4 - - 0.01 / 0.02 - -".split()]
-    assert lines[3].split() == [Site.QUERY.value, *"--------"]
+    lines = list(table({"1": entry, "2": layer_entry(tried[1:2], [(0.2, 0.3)]) | {QUERY.value: {}}}))
+    assert lines[2].split() == [KEY.value, *"- - 0.16 / 0.4 - - 0.01 / 0.02 - -".split()]
+    assert lines[3].split() == [QUERY.value, *"--------"]
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):

@@ -12,12 +12,13 @@ from agoq_megatron.autograd.run import Run
 from agoq_megatron.memory import Plan
 from agoq_megatron.planning import watched
 from agoq_megatron.planning.watched import Watched
+from agoq_megatron.policy.sites import SITES
 from tests.autograd.test_layer_gradients import our_layer, parameters
 from tests.planning.test_moments import Live
 from tests.test_memory import config
 
 M = 2**20
-QKV, ATTENTION, FC1, FC2 = probing.FUNCTIONS
+QKV, ATTENTION, FC1, FC2 = probing.functions()
 
 
 def watch(plan: Plan, seq_length=4096, interval=0, at_a_time=4, check=True) -> Watched:
@@ -46,7 +47,7 @@ def test_a_comparison(rng, monkeypatch, dtype, piece, width):
     monkeypatch.setattr(probing, "PIECE", piece)
     monkeypatch.setattr(watched, "PIECE", piece)
     p = parameters(rng, h, width, shape, "RMSNorm", "swiglu", False, dtype)
-    rules = {site: plan.config.agoq.rule(site, 1) for site in watched.Site}
+    rules = {site: plan.config.agoq.rule(site, 1) for site in SITES}
     lived, stock = {}, probing.Probe.measure
 
     def measure(self, *grads):

@@ -10,10 +10,11 @@ import torch
 from agoq_kernels.formats import Format
 from agoq_kernels.ops import dequantize, quantize
 
+from agoq_megatron.modules.sites import ATTENTION_OUTPUT, FC1_OUTPUT, FC2_INPUT, KEY, QUERY, VALUE
 from agoq_megatron.policy.fitting import FittedPolicy, axes_of, fitted, fitting_rule, policy_for
 from agoq_megatron.policy.policy import BUILT_IN, PRESETS, Rule, load_policy
 from agoq_megatron.policy.raised import RaisedPolicy
-from agoq_megatron.policy.sites import HIDDEN_SITES, Site
+from agoq_megatron.policy.sites import SITES
 
 NF4 = Format(4, "nf4", 64, 8, "stochastic", 1)
 
@@ -46,10 +47,10 @@ def test_of_several_smaller_groups_the_largest():
 
 def test_axes_are_those_of_a_rank():
     axes = axes_of(model(tensor_model_parallel_size=2))
-    assert {axes[site] for site in HIDDEN_SITES} == {96}  # sequence parallelism cuts these elsewhere
-    expected = {Site.QUERY: 48, Site.KEY: 24, Site.VALUE: 24, Site.ATTENTION_OUTPUT: 48}
-    assert expected.items() <= axes.items() and axes[Site.FC1_OUTPUT] == 176 and axes[Site.FC2_INPUT] == 88
-    assert axes_of(model(gated_linear_unit=False))[Site.FC1_OUTPUT] == 176 and set(axes) == set(Site)
+    assert {axes[site] for site in SITES if site.hidden} == {96}  # sequence parallelism cuts these elsewhere
+    expected = {QUERY: 48, KEY: 24, VALUE: 24, ATTENTION_OUTPUT: 48}
+    assert expected.items() <= axes.items() and axes[FC1_OUTPUT] == 176 and axes[FC2_INPUT] == 88
+    assert axes_of(model(gated_linear_unit=False))[FC1_OUTPUT] == 176 and set(axes) == set(SITES)
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
@@ -57,7 +58,7 @@ def test_axes_are_those_of_a_rank():
 def test_every_built_in_policy_packs_every_tensor_of_any_model(name, tp, rng):
     settings = model(tensor_model_parallel_size=tp, num_query_groups=4)
     policy, axes = policy_for(settings, name), axes_of(settings)
-    for site in Site:
+    for site in SITES:
         rule, plain = policy.rule(site, 1), load_policy(name).rule(site, 1)
         assert rule.recompute == plain.recompute
         if rule.format is not None:
@@ -74,16 +75,16 @@ def test_what_fits_is_left_alone_and_files_are_taken_at_their_word(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text((PRESETS / "agoq.yaml").read_text())
     of_file = policy_for(model(), str(file))
-    assert of_file.rule(Site.KEY, 1).format.group == 64 and not isinstance(of_file, FittedPolicy)
+    assert of_file.rule(KEY, 1).format.group == 64 and not isinstance(of_file, FittedPolicy)
 
 
 def test_raised_widths_still_divide():
     """Also of what is kept as it is: nothing is left to raise there."""
     policy = fitted(load_policy("agoq"), model())
-    raised = RaisedPolicy(policy, {site.path(1): 12 for site in (Site.FC1_OUTPUT, Site.KEY)})
-    assert raised.rule(Site.FC1_OUTPUT, 1).format == Format(12, "int", 32, 8)
-    assert raised.rule(Site.FC1_OUTPUT, 2).format == Format(5, "cubic", 32, 8)
-    assert raised.rule(Site.KEY, 1).keep and raised.raised([1, 2]) == {(Site.FC1_OUTPUT, 12): [1]}
+    raised = RaisedPolicy(policy, {site.path(1): 12 for site in (FC1_OUTPUT, KEY)})
+    assert raised.rule(FC1_OUTPUT, 1).format == Format(12, "int", 32, 8)
+    assert raised.rule(FC1_OUTPUT, 2).format == Format(5, "cubic", 32, 8)
+    assert raised.rule(KEY, 1).keep and raised.raised([1, 2]) == {(FC1_OUTPUT, 12): [1]}
 
 
 def test_it_says_what_differs():

@@ -5,8 +5,20 @@ import itertools
 import pytest
 from bad_inputs import BROKEN_POLICIES
 
+from agoq_megatron.modules.sites import (
+    ATTENTION_OUTPUT,
+    FC1_OUTPUT,
+    KEY,
+    LAYER_INPUT,
+    NORM1_INPUT,
+    NORM1_OUTPUT,
+    NORM2_INPUT,
+    NORM2_OUTPUT,
+    QUERY,
+    VALUE,
+)
 from agoq_megatron.policy.policy import BUILT_IN, PolicyError, load_policy
-from agoq_megatron.policy.sites import Site
+from agoq_megatron.policy.sites import SITES
 
 GOOD = """
 configs:
@@ -37,31 +49,31 @@ def policy_file(tmp_path):
 def test_built_in_policies():
     assert set(BUILT_IN) == {"off", "agoq", "uniform4"}
     off, agoq, uniform = (load_policy(name) for name in ("off", "agoq", "uniform4"))
-    for site in Site:
+    for site in SITES:
         assert off.rule(site, 1).keep
         assert agoq.rule(site, 1).recompute == site.recomputable
-    attention = (Site.QUERY, Site.KEY, Site.VALUE)
+    attention = (QUERY, KEY, VALUE)
     assert [agoq.rule(site, 7).format.bits for site in attention] == [8, 10, 8]
-    assert all(uniform.rule(site, 7).format.bits == 4 for site in (*attention, Site.ATTENTION_OUTPUT))
-    for site in (Site.NORM1_INPUT, Site.NORM2_INPUT, Site.LAYER_INPUT):
+    assert all(uniform.rule(site, 7).format.bits == 4 for site in (*attention, ATTENTION_OUTPUT))
+    for site in (NORM1_INPUT, NORM2_INPUT, LAYER_INPUT):
         assert agoq.rule(site, 7).format.bits == 4 and agoq.rule(site, 7).format.outliers
-    assert str(agoq.rule(Site.FC1_OUTPUT, 7)) == "cubic5 g64 s8"
+    assert str(agoq.rule(FC1_OUTPUT, 7)) == "cubic5 g64 s8"
 
 
 def test_first_enabled_matcher_wins(policy_file):
     policy = load_policy(policy_file(GOOD))
-    assert policy.rule(Site.KEY, 1).keep  # layer 1 is decoder.layers.0
-    assert policy.rule(Site.KEY, 2).format.bits == 6
-    assert policy.rule(Site.QUERY, 2).format.code == "nf4"
-    assert policy.rule(Site.NORM1_OUTPUT, 11).recompute
-    assert policy.rule(Site.NORM1_OUTPUT, 1).keep
+    assert policy.rule(KEY, 1).keep  # layer 1 is decoder.layers.0
+    assert policy.rule(KEY, 2).format.bits == 6
+    assert policy.rule(QUERY, 2).format.code == "nf4"
+    assert policy.rule(NORM1_OUTPUT, 11).recompute
+    assert policy.rule(NORM1_OUTPUT, 1).keep
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 def test_rounding_flag_overrides_every_config(policy_file, rounding):
     policy = load_policy(policy_file(GOOD), rounding)
-    assert policy.rule(Site.KEY, 2).format.rounding == rounding
-    assert policy.rule(Site.QUERY, 2).format.rounding == rounding
+    assert policy.rule(KEY, 2).format.rounding == rounding
+    assert policy.rule(QUERY, 2).format.rounding == rounding
 
 
 @pytest.mark.parametrize(
@@ -75,7 +87,7 @@ def test_rounding_flag_overrides_every_config(policy_file, rounding):
         ("{bits: 16}", "{bits: 16, group: 64}", "nothing else may be set"),
         ("{bits: 16}", "16", "needs the key 'bits'"),
         ("config: six", "config: seven", "names config 'seven'"),
-        ("type: glob, pattern: \"*.key\"", "type: regex, pattern: \"*.key\"", "only 'glob'"),
+        ('type: glob, pattern: "*.key"', 'type: regex, pattern: "*.key"', "only 'glob'"),
         ("matchers:", "matches:", "two mappings"),
         ("configs:", "configs: [", "not a readable YAML"),
     ],
@@ -99,14 +111,14 @@ def test_rules_that_cannot_be(policy_file):
     path = "decoder.layers.1.self_attention.core_attention.query"
     named = rf"matcher 'rest' \(line 13\) gives config 'none' \(line 6\) to {path}. .*cannot be recomputed"
     with pytest.raises(PolicyError, match=named):
-        load_policy(policy_file(nothing)).rule(Site.QUERY, 2)
+        load_policy(policy_file(nothing)).rule(QUERY, 2)
     quantized = GOOD.replace("config: none", "config: four")
     named = r"matcher 'outputs' \(line 10\) gives config 'four' \(line 3\) to .*norm_output.* give it bits 0"
     with pytest.raises(PolicyError, match=named):
-        load_policy(policy_file(quantized)).rule(Site.NORM2_OUTPUT, 2)
+        load_policy(policy_file(quantized)).rule(NORM2_OUTPUT, 2)
     uncovered = GOOD.replace('pattern: "*", enabled: true', 'pattern: "x", enabled: true')
     with pytest.raises(PolicyError, match="no matcher takes decoder.layers.1"):
-        load_policy(policy_file(uncovered)).rule(Site.QUERY, 2)
+        load_policy(policy_file(uncovered)).rule(QUERY, 2)
 
 
 @pytest.mark.parametrize(
@@ -116,6 +128,6 @@ def test_whatever_is_broken_the_error_names_it_and_its_line(policy_file, text, w
     with pytest.raises(PolicyError) as error:
         policy = load_policy(policy_file(text))
         policy.check_patterns(2)
-        for site in Site:
+        for site in SITES:
             policy.rule(site, 1), policy.rule(site, 2)
     assert not [word for word in words if word not in str(error.value)], str(error.value)

@@ -10,11 +10,12 @@ import torch
 from agoq_kernels.formats import Format
 from agoq_kernels.ops import dequantize, quantize
 
+from agoq_megatron.modules.sites import ATTENTION_OUTPUT, FC1_OUTPUT, KEY
 from agoq_megatron.policy.policy import Rule, load_policy
 from agoq_megatron.policy.raised import RECOMPUTED, WIDER, RaisedPolicy, next_width, widened
-from agoq_megatron.policy.sites import Site
+from agoq_megatron.policy.sites import SITES
 
-KEYS = Site.KEY.path(2)
+KEYS = KEY.path(2)
 
 
 def test_the_ladder():
@@ -49,7 +50,7 @@ def test_recomputed_whatever_it_was():
     """Kept exactly too: beside rounded queries and keys it is as wrong."""
     for rule in (Rule(Format(8)), Rule(keep=True), Rule()):
         assert widened(rule, RECOMPUTED) == Rule()
-    output = Site.ATTENTION_OUTPUT
+    output = ATTENTION_OUTPUT
     policy = RaisedPolicy(load_policy("uniform4"), {output.path(2): RECOMPUTED})
     assert policy.rule(output, 2).recompute and policy.rule(output, 1).format
     assert policy.raised(range(1, 4)) == {(output, RECOMPUTED): [2]}
@@ -63,14 +64,14 @@ def test_what_has_as_many_bits_is_left_alone():
 
 def test_only_the_named_tensor_changes():
     base = load_policy("agoq")
-    policy = RaisedPolicy(base, {KEYS: 16, Site.FC1_OUTPUT.path(3): 6, Site.FC1_OUTPUT.path(99): 8})
-    for site in Site:
+    policy = RaisedPolicy(base, {KEYS: 16, FC1_OUTPUT.path(3): 6, FC1_OUTPUT.path(99): 8})
+    for site in SITES:
         for layer in range(1, 5):
-            if (site, layer) not in ((Site.KEY, 2), (Site.FC1_OUTPUT, 3)):
+            if (site, layer) not in ((KEY, 2), (FC1_OUTPUT, 3)):
                 assert policy.rule(site, layer) is base.rule(site, layer)
-    assert policy.rule(Site.KEY, 2).keep
-    assert policy.rule(Site.FC1_OUTPUT, 3).format.bits == 6
-    assert policy.raised(range(1, 5)) == {(Site.KEY, 16): [2], (Site.FC1_OUTPUT, 6): [3]}
+    assert policy.rule(KEY, 2).keep
+    assert policy.rule(FC1_OUTPUT, 3).format.bits == 6
+    assert policy.raised(range(1, 5)) == {(KEY, 16): [2], (FC1_OUTPUT, 6): [3]}
     assert copy.deepcopy(policy) is policy
 
 

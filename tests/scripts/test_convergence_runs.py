@@ -23,8 +23,9 @@ from convergence_study import (
     training_command,
 )
 
+from agoq_megatron.modules.sites import FC1_OUTPUT, KEY, LAYER_INPUT, NORM1_INPUT, NORM2_INPUT, QUERY, VALUE
 from agoq_megatron.policy.policy import load_policy
-from agoq_megatron.policy.sites import Site
+from agoq_megatron.policy.sites import SITES
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -51,12 +52,12 @@ FILES = sorted(POLICIES.glob("*.yaml"))
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_policy_files_differ_from_the_default_where_they_say(path):
     policy, default = load_policy(str(path)), load_policy("agoq")
-    changed = {s for s in Site if str(policy.rule(s, 1)) != str(default.rule(s, 1))}
-    attention = {Site.QUERY, Site.KEY, Site.VALUE}
+    changed = {s for s in SITES if str(policy.rule(s, 1)) != str(default.rule(s, 1))}
+    attention = {QUERY, KEY, VALUE}
     expected = {
-        "gate_up_3bit": {Site.FC1_OUTPUT},
-        "qk4": {Site.QUERY, Site.KEY},
-        "int_asym4": {Site.NORM1_INPUT, Site.NORM2_INPUT, Site.FC1_OUTPUT, Site.LAYER_INPUT},
+        "gate_up_3bit": {FC1_OUTPUT},
+        "qk4": {QUERY, KEY},
+        "int_asym4": {NORM1_INPUT, NORM2_INPUT, FC1_OUTPUT, LAYER_INPUT},
         "attention6": attention,
     }
     assert changed == expected[path.stem]

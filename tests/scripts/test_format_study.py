@@ -25,10 +25,11 @@ from format_transforms import (
     transformed,
 )
 
+from agoq_megatron.autograd.attention_backends import LocalAttention
 from agoq_megatron.autograd.attention_linear import AttentionLinear, AttentionLinearSpec
 from agoq_megatron.autograd.saving import SavedTensor
+from agoq_megatron.modules.sites import ATTENTION_OUTPUT, KEY, QUERY, VALUE
 from agoq_megatron.policy.policy import Rule
-from agoq_megatron.policy.sites import Site
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -79,7 +80,7 @@ def test_rotation_spreads_one_large_feature(rng):
 def test_pack_and_unpack(rng, rule, transform, dtype):
     x = torch.randn(SEQUENCE, BATCH, GROUPS * HEAD_DIM, generator=rng)
     x = (x + torch.randn(GROUPS * HEAD_DIM, generator=rng)).to(dtype)
-    saved = transformed(SavedTensor(Site.KEY, 1, rule), transform, HEAD_DIM)
+    saved = transformed(SavedTensor(KEY, 1, rule), transform, HEAD_DIM)
     kept = saved.pack(x)
     back = saved.unpack(kept, dtype)
     assert back.dtype == dtype and back.shape == x.shape
@@ -90,11 +91,11 @@ def test_pack_and_unpack(rng, rule, transform, dtype):
 def test_a_mean_is_taken_per_batch_element_and_counted(rng):
     x = torch.randn(SEQUENCE, BATCH, GROUPS * HEAD_DIM, generator=rng)
     counted = []
-    saved = SavedTensor(Site.KEY, 3, NF4)
+    saved = SavedTensor(KEY, 3, NF4)
     saved.run.listener = lambda number, name, tensors: counted.extend((number, name, t) for t in tensors)
     kept = transformed(saved, BOTH, HEAD_DIM).pack(x)
     torch.testing.assert_close(kept[-1][0], x.mean(0))
-    assert {(number, name) for number, name, _ in counted} == {(3, Site.KEY.value)}
+    assert {(number, name) for number, name, _ in counted} == {(3, KEY.value)}
     bits = 8 * sum(t.numel() * t.element_size() for *_, t in counted) / x.numel()
     assert bits == pytest.approx(BOTH.key_bits(NF4.format, SEQUENCE))
     assert bits == pytest.approx(NF4.format.bits_per_element + MEAN_BITS / SEQUENCE)
@@ -103,15 +104,15 @@ def test_a_mean_is_taken_per_batch_element_and_counted(rng):
 
 def test_a_query_keeps_its_mean(rng):
     x = torch.randn(SEQUENCE, BATCH, HEADS * HEAD_DIM, generator=rng)
-    query = SavedTensor(Site.QUERY, 1, NF4)
+    query = SavedTensor(QUERY, 1, NF4)
     for packed, plain in zip(transformed(query, CENTRED, HEAD_DIM).pack(x), query.pack(x), strict=True):
         assert torch.equal(packed, plain)
 
 
 def test_transforms_are_reduced_to_what_the_sites_use():
-    assert BOTH.for_sites((Site.QUERY,)) == ROTATED
-    assert BOTH.for_sites((Site.VALUE, Site.KEY)) == BOTH
-    assert CENTRED.for_sites((Site.QUERY, Site.VALUE)) == PLAIN == BOTH.for_sites((Site.VALUE,))
+    assert BOTH.for_sites((QUERY,)) == ROTATED
+    assert BOTH.for_sites((VALUE, KEY)) == BOTH
+    assert CENTRED.for_sites((QUERY, VALUE)) == PLAIN == BOTH.for_sites((VALUE,))
     assert len({str(t) for t in (PLAIN, ROTATED, CENTRED, BOTH)}) == 4
 
 
@@ -121,9 +122,14 @@ def test_transforms_are_reduced_to_what_the_sites_use():
 def attention_gradient(qkv, weight, grad, rules: dict, transform: Transform):
     """Gradient ``[s, b, (n + 2g) d]`` of ``qkv`` with Q, K, V kept by ``rules`` under ``transform``."""
     saved = [SavedTensor(site, 1, rules.get(site, KEEP))
-             for site in (Site.QUERY, Site.KEY, Site.VALUE, Site.ATTENTION_OUTPUT)]  # fmt: skip
+             for site in (QUERY, KEY, VALUE, ATTENTION_OUTPUT)]  # fmt: skip
     spec = AttentionLinearSpec(
-        *saved, groups=GROUPS, head_dim=HEAD_DIM, scale=HEAD_DIM**-0.5, interleaved=False, recompute=False
+        *saved,
+        groups=GROUPS,
+        head_dim=HEAD_DIM,
+        backend=LocalAttention(HEAD_DIM**-0.5),
+        interleaved=False,
+        recompute=False,
     )
     core = types.SimpleNamespace(spec=spec)
     transform_attention(core, transform)
@@ -164,7 +170,7 @@ def transform_kept_tensors(core, transform):
 
 def test_mean_removal_takes_a_common_offset_out_of_the_error(attention_case):
     exact = attention_gradient(*attention_case, {}, PLAIN)
-    key = {Site.KEY: NF4}
+    key = {KEY: NF4}
     errors = {t: error(attention_gradient(*attention_case, key, t), exact)
               for t in (PLAIN, ROTATED, CENTRED, BOTH)}  # fmt: skip
     print({str(t): round(e, 4) for t, e in errors.items()})
@@ -175,11 +181,11 @@ def test_mean_removal_takes_a_common_offset_out_of_the_error(attention_case):
 
 def test_both_transforms_reach_query_and_key(attention_case):
     exact = attention_gradient(*attention_case, {}, PLAIN)
-    for rules in ({Site.QUERY: NF4}, {Site.KEY: NF4}, {Site.QUERY: NF4, Site.KEY: NF4}):
+    for rules in ({QUERY: NF4}, {KEY: NF4}, {QUERY: NF4, KEY: NF4}):
         found = [attention_gradient(*attention_case, rules, t) for t in (PLAIN, ROTATED)]
         assert error(*found) > 1e-3
     coarse, fine = (
-        error(attention_gradient(*attention_case, {Site.QUERY: rule, Site.KEY: rule}, BOTH), exact)
+        error(attention_gradient(*attention_case, {QUERY: rule, KEY: rule}, BOTH), exact)
         for rule in (NF4, INT6)
     )
     assert 1e-3 < fine < coarse / 2

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from agoq_megatron import compat, seams
-from agoq_megatron.autograd.linear import add_product
+from agoq_megatron.autograd.products import add_product
 
 
 @pytest.mark.parametrize("installed", ["0.19.0", "0.19.2", "0.19.0rc1"])

@@ -10,11 +10,23 @@ import pytest
 from agoq_kernels.formats import Format
 
 from agoq_megatron import gradient_check
-from agoq_megatron.autograd.probing import ATTENTION, FUNCTIONS, QKV, TOKENS
+from agoq_megatron.autograd.probing import TOKENS, functions
 from agoq_megatron.gradient_check import Finding, Schedule, interval_of, over, paragraphs
+from agoq_megatron.modules.sites import (
+    ATTENTION,
+    ATTENTION_OUTPUT,
+    FC1_OUTPUT,
+    KEY,
+    LAYER_INPUT,
+    NORM1_INPUT,
+    NORM2_INPUT,
+    QKV,
+    QUERY,
+    VALUE,
+)
 from agoq_megatron.policy.policy import PRESETS, Rule, load_policy
 from agoq_megatron.policy.raised import RECOMPUTED, next_width
-from agoq_megatron.policy.sites import Site
+from agoq_megatron.policy.sites import SITES
 
 OLD = """
 configs:
@@ -83,15 +95,15 @@ def test_its_share_of_the_time(monkeypatch, layers, stages, micro_batches, size,
 
 # --- What -----------------------------------------------------------------------------------------
 
-V, K, Q, OUT = Site.VALUE, Site.KEY, Site.QUERY, Site.ATTENTION_OUTPUT
+V, K, Q, OUT = VALUE, KEY, QUERY, ATTENTION_OUTPUT
 
 
 def test_a_function_with_one_rounded_tensor():
-    found = list(over({3: {Site.FC1_OUTPUT.value: 0.3}}, 0.25, load_policy("agoq"), False))
-    assert found == [Finding(3, Site.FC1_OUTPUT, 0.3, Site.FC1_OUTPUT, 5, 6)]
-    assert not list(over({3: {Site.FC1_OUTPUT.value: 0.25}}, 0.25, load_policy("agoq"), False))
-    assert not list(over({3: {Site.FC1_OUTPUT.value: float("nan")}}, 0.25, load_policy("agoq"), False))
-    assert list(over({3: {Site.FC1_OUTPUT.value: float("inf")}}, 0.25, load_policy("agoq"), False))
+    found = list(over({3: {FC1_OUTPUT.value: 0.3}}, 0.25, load_policy("agoq"), False))
+    assert found == [Finding(3, FC1_OUTPUT, 0.3, FC1_OUTPUT, 5, 6)]
+    assert not list(over({3: {FC1_OUTPUT.value: 0.25}}, 0.25, load_policy("agoq"), False))
+    assert not list(over({3: {FC1_OUTPUT.value: float("nan")}}, 0.25, load_policy("agoq"), False))
+    assert list(over({3: {FC1_OUTPUT.value: float("inf")}}, 0.25, load_policy("agoq"), False))
 
 
 def test_of_several_the_one_that_puts_most_into_it():
@@ -104,10 +116,8 @@ def test_of_several_the_one_that_puts_most_into_it():
     ]
     # Alone they exceed it, together they do not: what is used is what counts.
     assert not list(over({2: {ATTENTION: 0.2} | alone}, 0.25, policy, False))
-    both = {QKV: 0.4, Site.LAYER_INPUT.value: 0.39, Site.NORM1_INPUT.value: 0.1}
-    assert list(over({2: both}, 0.25, policy, False)) == [
-        Finding(2, Site.LAYER_INPUT, 0.4, Site.LAYER_INPUT, 4, 5)
-    ]
+    both = {QKV: 0.4, LAYER_INPUT.value: 0.39, NORM1_INPUT.value: 0.1}
+    assert list(over({2: both}, 0.25, policy, False)) == [Finding(2, LAYER_INPUT, 0.4, LAYER_INPUT, 4, 5)]
 
 
 @pytest.mark.parametrize("output, old", [(Rule(Format(8, "int", 64, 16)), 8), (Rule(keep=True), 16)])
@@ -123,8 +133,8 @@ def test_an_output_that_is_kept_is_computed_again_first(output, old):
 
 def test_a_paragraph_a_tensor_and_remedy():
     findings = [Finding(1, K, 0.35, OUT, 8, RECOMPUTED), Finding(5, K, 7e8, OUT, 8, RECOMPUTED),
-                Finding(5, Site.FC1_OUTPUT, 0.3, Site.FC1_OUTPUT, 4, 5),
-                Finding(6, Site.NORM1_INPUT, 0.3, Site.NORM1_INPUT, 12, 16)]  # fmt: skip
+                Finding(5, FC1_OUTPUT, 0.3, FC1_OUTPUT, 4, 5),
+                Finding(6, NORM1_INPUT, 0.3, NORM1_INPUT, 12, 16)]  # fmt: skip
     first, second, third = paragraphs(7, findings, 0.25, widens=False)
     assert "iteration 7" in first and K.value in first and "1 (0.35), 5 (7e+08)" in first
     assert '{bits: 0} for the pattern "*.self_attention.core_attention.output"' in first
@@ -138,7 +148,7 @@ def test_a_paragraph_a_tensor_and_remedy():
 
 
 @pytest.mark.parametrize(
-    "tensor", [it for site in FUNCTIONS.values() for it in site], ids=lambda it: it.value
+    "tensor", [it for site in functions().values() for it in site], ids=lambda it: it.value
 )
 def test_the_remedy_is_a_policy_file(tmp_path, tensor):
     """Put first in a file it gives the tensor its new width in every layer, and no other one another rule."""
@@ -157,7 +167,7 @@ def test_the_remedy_is_a_policy_file(tmp_path, tensor):
     policy.check_patterns(25)
     for number in (1, 9, 10, 25):
         assert policy.rule(tensor, number).format.bits == 6
-        assert all(policy.rule(s, number) == before.rule(s, number) for s in Site if s is not tensor)
+        assert all(policy.rule(s, number) == before.rule(s, number) for s in SITES if s is not tensor)
 
 
 # --- Runs -----------------------------------------------------------------------------------------
@@ -180,7 +190,7 @@ def test_it_is_on_silent_and_changes_nothing(launcher):
     assert looked.keys() == {1, 2}
     for iteration, number in ((1, "1"), (2, "2")):
         assert looked[iteration].keys() == {
-            ATTENTION, Site.NORM1_INPUT.value, Site.NORM2_INPUT.value, Site.FC1_OUTPUT.value,
+            ATTENTION, NORM1_INPUT.value, NORM2_INPUT.value, FC1_OUTPUT.value,
         }  # fmt: skip
         assert all(of_layer.keys() == {number} for of_layer in looked[iteration].values())
     assert plain.report["tensor_gradient_errors"] == off.report["tensor_gradient_errors"] == []

@@ -19,7 +19,8 @@ from launch import covering
 from wandb_file import WandbRun, read_run, records
 
 from agoq_megatron import wandb_run
-from agoq_megatron.policy.sites import Site
+from agoq_megatron.modules.sites import FC1_OUTPUT, LAYER_INPUT, NORM1_INPUT, NORM2_INPUT
+from agoq_megatron.policy.sites import SITES
 from agoq_megatron.resuming.checksums import COMPLETE
 
 slow = pytest.mark.slow
@@ -54,11 +55,11 @@ def tensorboard(folder: Path) -> dict[str, dict[int, float]]:
 
 ALL = list(range(1, 7))
 MEASURED, LOGGED = [1, 3, 5], [1, 2, 4, 6]
-SAVED = [s.value for s in Site if s is not Site.LAYER_INPUT and not s.recomputable]
+SAVED = [s.value for s in SITES if s is not LAYER_INPUT and not s.recomputable]
 EXACT = "self_attention.core_attention.common_vectors"
 FUNCTIONS = [
     "self_attention.core_attention",
-    *(s.value for s in (Site.NORM1_INPUT, Site.NORM2_INPUT, Site.FC1_OUTPUT)),
+    *(s.value for s in (NORM1_INPUT, NORM2_INPUT, FC1_OUTPUT)),
 ]
 """What the check names that is on by default; it looks at one layer in each of the first iterations."""
 STEPS = {

@@ -10,8 +10,8 @@ import pytest
 from checkpoints import MIDDLE, assert_killed_and_resumed, train
 from launch import covering
 
+from agoq_megatron.modules.sites import KEY, QUERY, VALUE
 from agoq_megatron.policy.policy import load_policy
-from agoq_megatron.policy.sites import Site
 from tests.training.test_gradient_check import OLD
 from tests.training.test_parallel import LAYOUTS, MODEL, RECOMPUTE, TP2
 from tests.training.test_report import series
@@ -26,9 +26,7 @@ ATTENTION = "self_attention.core_attention"
 OUTPUT = f"{ATTENTION}.output"
 SINGLE = {NORM1: 4, NORM2: 4, FC1: 5}
 """Tensors that are the only one that their function rounds, and their bits by the default policy."""
-SEVERAL = {
-    site.value: load_policy("agoq").rule(site, 1).format.bits for site in (Site.QUERY, Site.KEY, Site.VALUE)
-}
+SEVERAL = {site.value: load_policy("agoq").rule(site, 1).format.bits for site in (QUERY, KEY, VALUE)}
 MEASURED = {*SINGLE, *SEVERAL, ATTENTION}
 PROBES = ["--no-agoq-check-gradients", "--agoq-probe-interval"]
 EVERY = [*PROBES, 1, "--agoq-probe-layers", 1]
