@@ -177,6 +177,9 @@ CARRIED = {
     "modules/linear.py": """
         tensor_model_parallel_size sequence_parallel add_bias_linear add_qkv_bias init_method_std
         use_cpu_initialization gradient_accumulation_fusion normalization layernorm_epsilon""",
+    "modules/sites.py": """
+        hidden_size num_attention_heads num_query_groups kv_channels ffn_hidden_size swiglu
+        tensor_model_parallel_size""",
     "modules/layer.py": """
         num_layers hidden_dropout bias_dropout_fusion mlp_chunks_for_training recompute_method
         recompute_num_layers""",
