@@ -3,7 +3,7 @@
 Each call of a ``custom_op`` passes through Python for autograd, for version counters and for checks of what
 is returned: several times what the dispatcher itself takes, and on small models the GPU waits for it. Ours
 are called from ``autograd.Function``, which needs none of that; nor the dispatcher, where nobody watches
-operators or replaces them.
+operators or replaces them (docs/log.md has what each way takes).
 """
 
 from __future__ import annotations
@@ -13,12 +13,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-# Kept where this module is loaded again: a namespace can be taken only once, and who calls an operator of a
-# library that has ended reads freed memory.
-_LIBRARY: torch.library.Library = globals().get("_LIBRARY") or torch.library.Library("agoq", "DEF")
-_SCHEMAS: dict[str, str] = globals().get("_SCHEMAS", {})
+_LIBRARY = torch.library.Library("agoq", "DEF")
 # What the dispatcher would call: by operator, then by device.
-_FUNCTIONS: dict[str, dict[str, Callable]] = globals().get("_FUNCTIONS", {})
+_FUNCTIONS: dict[str, dict[str, Callable]] = {}
 _PLAIN = torch.Tensor, torch.nn.Parameter
 
 
@@ -44,19 +41,15 @@ class Operator:
             Triton writes, on a GPU; torch's own operators, which serve the rest, move them.
 
     Raises:
-        RuntimeError: there is one of this name with another schema. With the same one, as when a module is
-            loaded again, the function takes the place of the earlier.
+        RuntimeError: there is one of this name.
     """
 
     def __init__(self, name: str, function: Callable, mutates_args: Sequence[str]):
         self.name, self.__doc__ = name, function.__doc__
-        schema = torch.library.infer_schema(function, mutates_args=mutates_args)
-        if _SCHEMAS.get(name) != schema:
-            _LIBRARY.define(name + schema)
-            _SCHEMAS[name] = schema
-        _LIBRARY.impl(name, function, "CompositeExplicitAutograd", allow_override=True)
+        _LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=mutates_args))
+        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
         self.overload = getattr(torch.ops.agoq, name).default
-        self._functions = _FUNCTIONS.setdefault(name, {})
+        self._functions = _FUNCTIONS[name] = {}
         self._functions["any"] = function
 
     def __call__(self, *args):
@@ -76,14 +69,14 @@ class Operator:
         """Decorate what serves that device instead."""
 
         def register(function: Callable) -> None:
-            _LIBRARY.impl(self.name, function, device.upper(), allow_override=True)
+            _LIBRARY.impl(self.name, function, device.upper())
             self._functions[device] = function
 
         return register
 
     def register_fake(self, function: Callable) -> None:
         """Decorate what gives the shapes of the results, for tracing."""
-        torch.library.register_fake(f"agoq::{self.name}", function, lib=_LIBRARY, allow_override=True)
+        torch.library.register_fake(f"agoq::{self.name}", function, lib=_LIBRARY)
 
 
 def operator(name: str, mutates_args: Sequence[str] = ()) -> Callable[[Callable], Operator]:

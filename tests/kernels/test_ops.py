@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from agoq_kernels.formats import CODES, Format
@@ -100,43 +97,6 @@ def test_a_shift_is_added_before_rounding(rng):
     assert torch.equal(dequantize(*packed, fmt, torch.bfloat16, shift), expected)
     with pytest.raises(ValueError, match="shift is"):
         dequantize(*packed, fmt, torch.bfloat16, shift[:1])
-
-
-RELOAD = """
-import importlib
-import torch
-from agoq_kernels import adam, cross_entropy, fused, gradients, operator, ops
-from agoq_kernels.formats import Format
-
-def outputs(quantize_op):
-    codes, scale, _ = quantize_op(x, *args)
-    y, _ = fused.activation_forward(x, "swiglu")
-    return codes, scale, y
-
-x, args, early = torch.randn(2, 128), (4, "nf4", 64, 8, "nearest", 0, 5), ops.quantize_op
-before = outputs(early)
-for modules in ([operator], [ops, fused], [operator, adam, cross_entropy, gradients, ops, fused]):
-    for module in modules:
-        importlib.reload(module)
-    assert (early is ops.quantize_op) == (modules == [operator])
-    assert all(map(torch.equal, outputs(ops.quantize_op), before))
-    assert all(map(torch.equal, outputs(early), before))
-torch.library.opcheck(ops.quantize_op.overload, (x, *args))
-
-@operator.operator("quantize")
-def changed(
-    x: torch.Tensor, bits: int, code: str, group: int, scale_bits: int, rounding: str, outliers: int, key: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return x + 1, x + 2, x + 3
-
-assert torch.equal(early(x, *args)[0], x + 1)  # the newest function, for those who have an earlier one too
-"""
-
-
-def test_modules_can_be_loaded_again():
-    """That of operators alone, and those that define some; in a process of its own."""
-    done = subprocess.run([sys.executable, "-c", RELOAD], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
 def test_the_dispatcher_is_passed_by_where_nobody_watches(monkeypatch):
