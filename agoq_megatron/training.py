@@ -22,55 +22,37 @@ from megatron.training.global_vars import set_global_variables
 from torch.distributed.checkpoint.api import CheckpointException
 
 from agoq_megatron import compat
-from agoq_megatron.agreement import agree_first, decisions
-from agoq_megatron.autograd.cross_entropy import vocab_parallel_cross_entropy
-from agoq_megatron.autograd.products import add_product
-from agoq_megatron.autograd.recompute import quantized_checkpoint
 from agoq_megatron.batches import schedule_from_args
+from agoq_megatron.bindings import (
+    bind_around_layers,
+    bind_checkpoints,
+    bind_gradients_and_optimizer,
+    bind_loop,
+)
 from agoq_megatron.command_line import parse_arguments
-from agoq_megatron.communicators import connect_first
 from agoq_megatron.data import datasets_provider, get_batch
 from agoq_megatron.devices import compare_devices
-from agoq_megatron.finite import REMEDY, NotFiniteError, stop_unless_finite
+from agoq_megatron.finite import REMEDY, NotFiniteError
 from agoq_megatron.finite import STATUS as NOT_FINITE
 from agoq_megatron.flag_register import remarks
-from agoq_megatron.gradients.data_parallel import QuantizedGradientDDP, wrap_embedding_reduction
 from agoq_megatron.gradients.settings import LayoutError
 from agoq_megatron.loss_in_parts import loss_in_parts
 from agoq_megatron.memory import Plan, plan_from_args
-from agoq_megatron.optimizer.quantized_gradients import (
-    QuantizedDistributedOptimizer,
-    QuantizedFloat16Optimizer,
-    QuantizedFP32Optimizer,
-)
-from agoq_megatron.optimizer.quantized_states import optimizer_of
-from agoq_megatron.optimizer.resumable import (
-    ResumableDistributedOptimizer,
-    ResumableFloat16Optimizer,
-    ResumableFP32Optimizer,
-)
-from agoq_megatron.optimizer.settings import optimizer_settings_from_args
-from agoq_megatron.optimizer.shard import wrap_clipping, wrap_counting_zeros
-from agoq_megatron.planning.auto import check_same_widths
 from agoq_megatron.planning.footprint import schedule_of
 from agoq_megatron.planning.policies import compute_policy
-from agoq_megatron.policy.policy import SOLVED, PolicyError
+from agoq_megatron.policy.policy import PolicyError
 from agoq_megatron.refusals import UsageError, refuse
 from agoq_megatron.report import LOSS, RunObserver
-from agoq_megatron.resuming import order
 from agoq_megatron.resuming.layouts import other_layout
 from agoq_megatron.resuming.loop import (
-    DurableTracker,
     guarded_arguments,
-    guarded_load,
-    guarded_save,
     peeked_state,
 )
 from agoq_megatron.resuming.rates import ResumableScheduler, check_rates
 from agoq_megatron.resuming.resume import CheckpointError
 from agoq_megatron.specs import model_config_from_args
 from agoq_megatron.wandb_run import wrap_opening
-from agoq_megatron.watching import check_watched, restore_widths, wrap_checking_loaded
+from agoq_megatron.watching import check_watched, restore_widths
 
 SPIKY_LOSS_FACTOR = 10
 """``--check-for-spiky-loss`` reports a loss this many times the largest seen before."""
@@ -224,32 +206,6 @@ def paragraph(problem: Exception) -> str:
     return f"{kind}{text} ({Path(frame.filename).name}, line {frame.lineno})"
 
 
-def bind_gradients_and_optimizer(args: argparse.Namespace) -> None:
-    """Let Megatron wrap and step the model with gradients and optimizer states as the flags say."""
-    distributed, float16, fp32 = (
-        ResumableDistributedOptimizer,
-        ResumableFloat16Optimizer,
-        ResumableFP32Optimizer,
-    )
-    states = optimizer_settings_from_args(args)
-    if args.agoq_grad_bits == 8:
-        compat.bind_data_parallel(QuantizedGradientDDP)
-        distributed, float16, fp32 = (
-            QuantizedDistributedOptimizer,
-            QuantizedFloat16Optimizer,
-            QuantizedFP32Optimizer,
-        )
-    if states is not None:
-        distributed = optimizer_of(states)
-    compat.bind_optimizers(
-        DistributedOptimizer=distributed,
-        Float16OptimizerWithFloat16Params=float16,
-        FP32Optimizer=fp32,
-    )
-    if args.agoq_grad_bits == 8 or states is not None:
-        compat.bind_gradient_statistics(wrap_clipping, wrap_counting_zeros, wrap_embedding_reduction)
-
-
 def main(on_cpu: bool) -> None:
     """Train. Call it from the entry script, under torchrun.
 
@@ -260,34 +216,21 @@ def main(on_cpu: bool) -> None:
         SystemExit: bad flags, a dry run, or one of Megatron's exits (signal, duration, interval).
     """
     args, plan = prepare(on_cpu)
-    compat.skip_compiling_helpers()
+    bind_around_layers(args, on_cpu)
     bind_gradients_and_optimizer(args)
-    compat.bind_checkpoint(quantized_checkpoint)
-    compat.bind_gradient_clipping()
-    compat.bind_scheduler(ResumableScheduler)
-    compat.bind_checking_checkpoint(wrap_checking_loaded(args))
-    compat.bind_checking_checkpoint(order.wrap_checking_loaded(args, compat.samples_of))
-    compat.bind_checkpoint_results(bool(args.save) and args.async_save)
-    checksums = args.agoq_checkpoint_checksums
-    compat.bind_checkpoint_files(
-        partial(guarded_save, checksums=checksums),
-        partial(guarded_load, args=args, verify=checksums),
-        DurableTracker,
-    )
-    if not on_cpu:
-        compat.bind_weight_gradient_product(add_product)
-    if args.agoq_loss == "in-place":
-        compat.bind_cross_entropy(vocab_parallel_cross_entropy)
+    bind_checkpoints(args)
     observer = RunObserver(args, plan)
-    observer.watch()
-    compat.bind_training_loop("train_step", partial(stop_unless_finite, args=args))
-    compat.bind_training_loop("setup_model_and_optimizer", connect_first)
-    agreed = agree_first(partial(decisions, args, plan), refuse)
-    compat.bind_training_loop("setup_model_and_optimizer", agreed)
-    if args.agoq_activations == SOLVED:
-        check = check_same_widths(plan.config.agoq, refuse)
-        compat.bind_training_loop("setup_model_and_optimizer", check)
+    observer.watch()  # what is bound later runs around it
+    bind_loop(args, plan)
+    train(args, observer)
 
+
+def train(args: argparse.Namespace, observer: RunObserver) -> None:
+    """Run Megatron's ``pretrain``; word what ends it early, and write the report in any case.
+
+    Raises:
+        SystemExit: one of Megatron's exits, or a refusal.
+    """
     model = model_config_from_args(args)
     try:
         pretrain(
