@@ -23,13 +23,13 @@ def _normalize(x: Tensor, eps: float, kind: str) -> tuple[Tensor, Tensor]:
     return x * rstd, rstd
 
 
-def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, kind: str) -> Tensor:
+def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, kind: str) -> Tensor:
     """Normalize ``x``.
 
     Args:
         x: ``[..., h]``.
-        weight: ``[h]``.
-        bias: ``[h]``, or None (RMSNorm has none).
+        weight: ``[h]``, or None (Megatron's L2Norm, an RMSNorm otherwise, has none).
+        bias: ``[h]``, or None (only LayerNorm has one).
         eps: added to the mean square.
         kind: ``"RMSNorm"`` or ``"LayerNorm"``.
 
@@ -37,15 +37,15 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, kind: str) 
         ``[..., h]`` in the dtype of ``x``.
     """
     normalized, _ = _normalize(x, eps, kind)
-    y = normalized * weight
+    y = normalized if weight is None else normalized * weight
     if bias is not None:
         y = y + bias
     return y.to(x.dtype)
 
 
 def norm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, kind: str
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, kind: str
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of :func:`norm` at ``x``.
 
     Args:
@@ -53,14 +53,15 @@ def norm_backward(
         x: ``[..., h]``, the norm's input, exact or dequantized.
 
     Returns:
-        Gradients of ``x`` (in the dtype of ``grad``), ``weight`` and ``bias``.
+        Gradients of ``x`` (in the dtype of ``grad``), ``weight`` and ``bias`` (None without one).
     """
     normalized, rstd = _normalize(x, eps, kind)
     g = grad.to(normalized.dtype)
     leading = tuple(range(g.dim() - 1))
-    grad_weight = (g * normalized).sum(leading).to(weight.dtype)
+    grad_weight = None if weight is None else (g * normalized).sum(leading).to(weight.dtype)
     grad_bias = None if bias is None else g.sum(leading).to(bias.dtype)
-    g = g * weight
+    if weight is not None:
+        g = g * weight
     grad_x = g - normalized * (g * normalized).mean(-1, keepdim=True)
     if kind == "LayerNorm":
         grad_x -= g.mean(-1, keepdim=True)

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import torch
 from agoq_kernels.formats import Format
-from agoq_kernels.triton import activation, rotary
+from agoq_kernels.head_norm import HeadNorm, KeptHeads, Parameters, Tables
+from agoq_kernels.rotary import split_qkv as unnormed_parts
+from agoq_kernels.triton import activation, head_norm, rotary
 from agoq_kernels.triton.norm import norm_backward, norm_forward, norm_from_kept
 from agoq_kernels.triton.quantize import Packed, dequantize, empty_packed, quantize
 from agoq_kernels.triton.rotary import common_vectors, merge_qkv
@@ -16,11 +18,14 @@ __all__ = [
     "activation_forward",
     "common_vectors",
     "dequantize",
+    "merge_normed_qkv",
     "merge_qkv",
     "norm_backward",
     "norm_forward",
     "norm_from_kept",
+    "normed_from_kept",
     "quantize",
+    "split_normed_qkv",
     "split_qkv",
 ]
 
@@ -68,3 +73,49 @@ def split_qkv(
                 parts[1] = rest.to(qkv.dtype)
         before += heads
     return tuple(parts), tuple(packed)
+
+
+def split_normed_qkv(
+    qkv: Tensor, tables: Tables, groups: int, head_dim: int, interleaved: bool, norm: HeadNorm,
+    parameters: Parameters, formats: tuple[Format | None, ...], keys: tuple[int, ...],
+    common: Tensor | None = None,
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Packed, Packed, Packed]]:  # fmt: skip
+    """See head_norm.split_normed_qkv()."""
+    fused = tuple(f if f is None or head_dim % f.group == 0 else None for f in formats)
+    parts, packed = head_norm.split_normed_qkv(
+        qkv, tables, groups, head_dim, interleaved, norm, parameters, fused, keys, common
+    )
+    if fused == formats:
+        return parts, packed
+    packed, before = list(packed), 0
+    for i, part in enumerate(unnormed_parts(qkv, groups, head_dim, None, interleaved)):
+        heads = part.shape[2]
+        if fused[i] != formats[i]:
+            rest = part if common is None else part.float() - common[:, before : before + heads]
+            packed[i] = quantize(rest.flatten(2), formats[i], keys[i])
+        before += heads
+    return parts, tuple(packed)
+
+
+def _within_heads(heads: KeptHeads, head_dim: int) -> KeptHeads:
+    """What a fused kernel can read: unpacked by itself where groups cross from one head to the next."""
+    if heads.fmt is None or head_dim % heads.fmt.group == 0:
+        return heads
+    x = dequantize(heads.kept, heads.fmt, torch.float32, heads.shift)
+    return KeptHeads((x, *empty_packed((), 0, None, x.device)[1:]), None)
+
+
+def normed_from_kept(kept: KeptHeads, head_dim: int, *rest) -> Tensor:
+    """See head_norm.normed_from_kept()."""
+    return head_norm.normed_from_kept(_within_heads(kept, head_dim), head_dim, *rest)
+
+
+def merge_normed_qkv(
+    grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, tables: Tables, interleaved: bool, norm: HeadNorm,
+    parameters: Parameters, query: KeptHeads, key: KeptHeads, first_group: int, out: Tensor,
+) -> Parameters:  # fmt: skip
+    """See head_norm.merge_normed_qkv()."""
+    query, key = (_within_heads(heads, grad_k.shape[-1]) for heads in (query, key))
+    return head_norm.merge_normed_qkv(
+        grad_q, grad_k, grad_v, tables, interleaved, norm, parameters, query, key, first_group, out
+    )

@@ -232,6 +232,23 @@ def split_qkv(
     return tuple(parts), tuple(packed)
 
 
+def token_stride(out: Tensor) -> int:
+    """Elements from a token of ``out`` ``[s, b, width]``, which is to be written to, to the next.
+
+    Raises:
+        ValueError: they do not lie at equal distances, or not apart.
+    """
+    s, b, width = out.shape
+    token = out.stride(1) if b > 1 else out.stride(0)
+    apart = b == 1 or s == 1 or out.stride(0) == b * token
+    if out.stride(2) != 1 or not apart or (s * b > 1 and token < width):
+        raise ValueError(
+            f"out is to be written to: a contiguous tensor, or some groups of one; it is {tuple(out.shape)} "
+            f"with strides {out.stride()}"
+        )
+    return token
+
+
 def merge_qkv(
     grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, tables: tuple[Tensor, Tensor] | None,
     interleaved: bool, out: Tensor,
@@ -240,13 +257,7 @@ def merge_qkv(
     s, b, groups, head_dim = grad_k.shape
     queries = grad_q.shape[2] // groups
     per_group = (queries + 2) * head_dim
-    token = out.stride(1) if b > 1 else out.stride(0)
-    apart = b == 1 or s == 1 or out.stride(0) == b * token  # tokens lie at equal distances
-    if out.stride(2) != 1 or not apart or (s * b > 1 and token < out.shape[2]):
-        raise ValueError(
-            f"out is to be written to: a contiguous tensor, or some groups of one; it is {tuple(out.shape)} "
-            f"with strides {out.stride()}"
-        )
+    token = token_stride(out)
     for i, part in enumerate((grad_q, grad_k, grad_v)):
         heads_a_group = (queries, 1, 1)[i]
         heads = groups * heads_a_group
