@@ -1,8 +1,8 @@
 """Norms of queries and keys: the split of QKV and its inverse for models that normalize each head of both.
 
 Megatron normalizes the d features of each query and key head, with one weight for all heads of either
-(``--qk-layernorm``: RMSNorm or LayerNorm; ``--qk-l2-norm``: RMSNorm without a weight), and rotates after that:
-``SelfAttention.get_query_key_value_tensors``. Here the norm and the rotation are one step, in FP32 and rounded
+(``--qk-layernorm``: RMSNorm or LayerNorm; ``--qk-l2-norm``: RMSNorm without a weight), and rotates after
+that (``SelfAttention.get_query_key_value_tensors``). Here norm and rotation are one step, in FP32 and rounded
 once at its end.
 
 What is kept of Q and K is the projection's own: the norm's backward needs its input, and both follow from it.
@@ -121,6 +121,12 @@ def _pair(cos: Tensor | None, sin: Tensor | None) -> Tables:
 # --- Forward --------------------------------------------------------------------------------------
 
 
+def unnormed_parts(qkv: Tensor, groups: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value ``[s, b, heads * d]`` as the projection made them, contiguous: what to keep of
+    those that are not quantized."""
+    return tuple(part.flatten(2) for part in split(qkv, groups, head_dim, None, False))
+
+
 def split_normed_qkv(
     qkv: Tensor, groups: int, head_dim: int, tables: Tables, interleaved: bool, norm: HeadNorm,
     parameters: Parameters, formats: tuple[Format | None, ...], keys: tuple[int, ...],
@@ -132,13 +138,13 @@ def split_normed_qkv(
         qkv: ``[s, b, groups * (r + 2) * head_dim]``.
         tables: FP32 cosine and sine ``[s, 1, 1, rot]``, or None for no rotation.
         parameters: weight and bias ``[d]`` of the queries, then of the keys; None for those it has not.
-        formats, keys: of query, key and value, packed as ``[s, b, heads * head_dim]`` before norm and rotation.
-            What is to be kept as it is (None) is not returned packed: ``rotary.split_qkv`` copies it out.
+        formats, keys: of query, key and value, packed as ``[s, b, heads * head_dim]`` before norm and
+            rotation. None packs nothing; what is kept as it is comes from :func:`unnormed_parts`.
         common: what ``common_vectors`` found without tables: it is taken off what is packed.
 
     Returns:
-        query ``[s, b, groups * r, d]`` and key ``[s, b, groups, d]``, normalized and rotated, and value; and the
-        three packed.
+        query ``[s, b, groups * r, d]`` and key ``[s, b, groups, d]``, normalized and rotated, and value; and
+        the three packed.
     """
     for weight, bias in (parameters[:2], parameters[2:]):
         norm.check(weight, bias, head_dim)
@@ -184,11 +190,11 @@ def normed_from_kept(
     heads: KeptHeads, head_dim: int, tables: Tables, interleaved: bool, norm: HeadNorm, weight: Tensor | None,
     bias: Tensor | None, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """Queries or keys ``[s, b, heads, d]``, normalized and rotated, in ``dtype``, from what was kept of them."""
+    """Queries or keys ``[s, b, heads, d]``, normalized and rotated, in ``dtype``, from what was kept."""
     norm.check(weight, bias, head_dim), heads.check(head_dim)
     return normed_from_kept_op(
-        *heads.kept, heads.shift, *_unpair(tables), weight, bias, format_name(heads.fmt), head_dim, interleaved,
-        norm.kind, norm.eps, dtype,
+        *heads.kept, heads.shift, *_unpair(tables), weight, bias, format_name(heads.fmt), head_dim,
+        interleaved, norm.kind, norm.eps, dtype,
     )  # fmt: skip
 
 
@@ -221,15 +227,15 @@ def merge_normed_qkv(
     """:func:`fused.merge_qkv` through the norms: gradients of the projection, and of the norms' parameters.
 
     Args:
-        grad_q, grad_k, grad_v: ``[s, b, heads, d]``, of all groups of heads or of some that follow each other.
+        grad_q, grad_k, grad_v: ``[s, b, heads, d]``, of all groups of heads or of neighbouring ones.
         parameters: as :func:`split_normed_qkv` takes them.
         query, key: what was kept of all heads; the norms are taken at these values.
         first_group: the group of heads that the gradients begin with.
         out: takes the result: a contiguous tensor, or some groups of a larger one's.
 
     Returns:
-        The gradient ``[s, b, groups * (r + 2) * d]`` of these groups of the projection; and of the parameters,
-        FP32 (FP64) ``[d]``, the sums over tokens and these heads, None for those that there are not.
+        The gradient ``[s, b, groups * (r + 2) * d]`` of these groups of the projection; and those of the
+        parameters, FP32 (FP64) ``[d]``: sums over tokens and these heads, None for those that there are not.
     """
     s, b, groups, head_dim = grad_k.shape
     for weight, bias in (parameters[:2], parameters[2:]):

@@ -4,10 +4,8 @@
     from what was kept  codes -> the heads normalized and rotated
     backward            codes, gradients of the heads -> gradient of the part, and of weight and bias
 
-A program holds R whole heads in registers: each of the N lanes [R, B] has a run of B features of every head,
-those of a format's groups one after another. The sums of a norm then are sums over lanes and one axis, and
-the partner of a feature in a rotation lies at the same place of another lane, or beside it. The gradients of
-parameters are summed as in norm.py.
+A program holds R whole heads in registers, in the lanes of heads.py. Gradients of parameters are summed by each
+program over its heads, then over programs by torch: in a fixed order, so that a run repeats.
 """
 
 from __future__ import annotations
@@ -19,153 +17,26 @@ import triton
 import triton.language as tl
 from agoq_kernels.formats import Format
 from agoq_kernels.head_norm import HeadNorm, KeptHeads, Parameters, Tables
-from agoq_kernels.triton.codec import load_dequantize, quantize_store
+from agoq_kernels.triton.codec import quantize_store
 from agoq_kernels.triton.constants import constants
+from agoq_kernels.triton.heads import (
+    add_lanes,
+    dot,
+    load_heads,
+    load_kept,
+    mean,
+    normalize,
+    scale,
+    shift,
+    store_heads,
+    turn,
+)
 from agoq_kernels.triton.launch import Kernel, cdiv
-from agoq_kernels.triton.numbers import cast, widen
 from agoq_kernels.triton.quantize import Packed, empty_packed, packed_arguments, signed_key
 from agoq_kernels.triton.rotary import _largest_power_of_2, _rotate, _tables, token_stride
 from torch import Tensor
 
 TILE = 2048  # elements a program, at most, or one head
-
-
-@triton.jit
-def _load(ptrs, mask, N: tl.constexpr, B: tl.constexpr):
-    """Lanes of FP32 at ptrs [R] and behind; 0 where mask [R] is False."""
-    run = tl.arange(0, B)[None, :]
-    xs = ()
-    for i in tl.static_range(N):
-        xs = xs + (widen(tl.load(ptrs[:, None] + (run + i * B), mask=mask[:, None], other=0.0)),)
-    return xs
-
-
-@triton.jit
-def _store(ptrs, xs, mask, dtype: tl.constexpr, N: tl.constexpr, B: tl.constexpr):
-    run = tl.arange(0, B)[None, :]
-    for i in tl.static_range(N):
-        tl.store(ptrs[:, None] + (run + i * B), cast(xs[i], dtype), mask=mask[:, None])
-
-
-@triton.jit
-def _add(xs, ys, N: tl.constexpr):
-    sums = ()
-    for i in tl.static_range(N):
-        sums = sums + (xs[i] + ys[i],)
-    return sums
-
-
-@triton.jit
-def _load_kept(
-    x_ptr, scale_ptr, zero_ptr, tables_ptr, shift_ptr, heads, shifts, mask,
-    QUANTIZED: tl.constexpr, SHIFT: tl.constexpr, N: tl.constexpr, B: tl.constexpr, FMT: tl.constexpr,
-):  # fmt: skip
-    """Lanes of FP32 of kept heads [R], their indices in the whole tensor; shifts [R]: those of their shift."""
-    if QUANTIZED:
-        GROUPS: tl.constexpr = N * B // FMT.group
-        xs = ()
-        for g in tl.static_range(GROUPS):
-            group = heads * GROUPS + g
-            xs = xs + load_dequantize(group, mask, x_ptr, scale_ptr, zero_ptr, tables_ptr, FMT)
-        if SHIFT:
-            xs = _add(xs, _load(shift_ptr + shifts * (N * B), mask, N, B), N)
-        return xs
-    else:
-        return _load(x_ptr + heads * (N * B), mask, N, B)
-
-
-@triton.jit
-def _dot(xs, ys, N: tl.constexpr):
-    """Sums [R, 1] over the features of each head."""
-    total = xs[0] * ys[0]
-    for i in tl.static_range(1, N):
-        total += xs[i] * ys[i]
-    return tl.sum(total, 1)[:, None]
-
-
-@triton.jit
-def _mean(xs, N: tl.constexpr, B: tl.constexpr):
-    total = xs[0]
-    for i in tl.static_range(1, N):
-        total += xs[i]
-    return tl.sum(total, 1)[:, None] / (N * B)
-
-
-@triton.jit
-def _normalize(xs, mask, eps, LAYER_NORM: tl.constexpr, N: tl.constexpr, B: tl.constexpr):
-    """Lanes of the normalized heads, and their reciprocal deviations [R, 1]: 0 of heads that do not exist."""
-    if LAYER_NORM:
-        mean = _mean(xs, N, B)
-        centred = ()
-        for i in tl.static_range(N):
-            centred = centred + (xs[i] - mean,)
-        xs = centred
-    rstd = tl.where(mask[:, None], tl.rsqrt(_dot(xs, xs, N) / (N * B) + eps), 0.0)
-    normalized = ()
-    for i in tl.static_range(N):
-        normalized = normalized + (xs[i] * rstd,)
-    return normalized, rstd
-
-
-@triton.jit
-def _scale(xs, weight_ptr, HAS_WEIGHT: tl.constexpr, N: tl.constexpr, B: tl.constexpr):
-    if HAS_WEIGHT:
-        run = tl.arange(0, B)[None, :]
-        ys = ()
-        for i in tl.static_range(N):
-            ys = ys + (xs[i] * widen(tl.load(weight_ptr + run + i * B)),)
-        return ys
-    else:
-        return xs
-
-
-@triton.jit
-def _shift(xs, bias_ptr, HAS_BIAS: tl.constexpr, N: tl.constexpr, B: tl.constexpr):
-    if HAS_BIAS:
-        run = tl.arange(0, B)[None, :]
-        ys = ()
-        for i in tl.static_range(N):
-            ys = ys + (xs[i] + widen(tl.load(bias_ptr + run + i * B)),)
-        return ys
-    else:
-        return xs
-
-
-@triton.jit
-def _neighbours(x, R: tl.constexpr, B: tl.constexpr):
-    """x [R, B] with the two of each pair of neighbours exchanged."""
-    even, odd = tl.split(tl.reshape(x, [R, B // 2, 2]))
-    return tl.reshape(tl.join(odd, even), [R, B])
-
-
-@triton.jit
-def _turn(
-    xs, cos_ptr, sin_ptr, token, mask, ROT: tl.constexpr, INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr,
-    R: tl.constexpr, N: tl.constexpr, B: tl.constexpr,
-):  # fmt: skip
-    """Rotate the first ROT features of the heads; token [R] of the sequence is their row of the tables."""
-    HALF: tl.constexpr = ROT // 2
-    run = tl.arange(0, B)[None, :]
-    turned = ()
-    for i in tl.static_range(N):
-        x = xs[i]
-        if i * B < ROT:
-            feature = run + i * B
-            inside = mask[:, None] & (feature < ROT)
-            at = token[:, None] * ROT + feature
-            cos = tl.load(cos_ptr + at, mask=inside, other=1.0)
-            sin = tl.load(sin_ptr + at, mask=inside, other=0.0)
-            if INVERSE:
-                sin = 0.0 - sin
-            if INTERLEAVED:
-                other = tl.where(inside, _neighbours(x, R, B), 0.0)
-                x = x * cos + tl.where(feature % 2 == 0, 0.0 - other, other) * sin
-            elif i * B < HALF:
-                x = x * cos - xs[i + HALF // B] * sin
-            else:
-                x = x * cos + xs[i - HALF // B] * sin
-        turned = turned + (x,)
-    return turned
 
 
 @functools.partial(Kernel, strided=("source_ptr",))
@@ -183,7 +54,7 @@ def _forward_kernel(
     mask = row < n_heads
     token, head = row // HEADS, row % HEADS
     inside = head // HEADS_A_GROUP * source_group + head % HEADS_A_GROUP * (N * B)
-    xs = _load(source_ptr + token * source_token + inside, mask, N, B)
+    xs = load_heads(source_ptr + token * source_token + inside, mask, N, B)
     if QUANTIZE:
         GROUPS: tl.constexpr = N * B // FMT.group
         common = common_ptr + token % batch * common_batch + head * (N * B)
@@ -198,10 +69,10 @@ def _forward_kernel(
                 rest = rest + (x,)
             group = row * GROUPS + g
             quantize_store(rest, group, mask, codes_ptr, scale_ptr, zero_ptr, tables_ptr, key_a, key_b, FMT)
-    ys, _ = _normalize(xs, mask, eps, LAYER_NORM, N, B)
-    ys = _shift(_scale(ys, weight_ptr, HAS_WEIGHT, N, B), bias_ptr, HAS_BIAS, N, B)
-    ys = _turn(ys, cos_ptr, sin_ptr, token // batch, mask, ROT, INTERLEAVED, False, R, N, B)
-    _store(out_ptr + row * (N * B), ys, mask, out_ptr.dtype.element_ty, N, B)
+    ys, _ = normalize(xs, mask, eps, LAYER_NORM, N, B)
+    ys = shift(scale(ys, weight_ptr, HAS_WEIGHT, N, B), bias_ptr, HAS_BIAS, N, B)
+    ys = turn(ys, cos_ptr, sin_ptr, token // batch, mask, ROT, INTERLEAVED, False, R, N, B)
+    store_heads(out_ptr + row * (N * B), ys, mask, out_ptr.dtype.element_ty, N, B)
 
 
 @Kernel
@@ -217,13 +88,13 @@ def _from_kept_kernel(
     mask = row < n_heads
     token = row // HEADS
     shifts = token % batch * HEADS + row % HEADS
-    xs = _load_kept(
+    xs = load_kept(
         x_ptr, scale_ptr, zero_ptr, tables_ptr, shift_ptr, row, shifts, mask, QUANTIZED, SHIFT, N, B, FMT
     )
-    ys, _ = _normalize(xs, mask, eps, LAYER_NORM, N, B)
-    ys = _shift(_scale(ys, weight_ptr, HAS_WEIGHT, N, B), bias_ptr, HAS_BIAS, N, B)
-    ys = _turn(ys, cos_ptr, sin_ptr, token // batch, mask, ROT, INTERLEAVED, False, R, N, B)
-    _store(out_ptr + row * (N * B), ys, mask, out_ptr.dtype.element_ty, N, B)
+    ys, _ = normalize(xs, mask, eps, LAYER_NORM, N, B)
+    ys = shift(scale(ys, weight_ptr, HAS_WEIGHT, N, B), bias_ptr, HAS_BIAS, N, B)
+    ys = turn(ys, cos_ptr, sin_ptr, token // batch, mask, ROT, INTERLEAVED, False, R, N, B)
+    store_heads(out_ptr + row * (N * B), ys, mask, out_ptr.dtype.element_ty, N, B)
 
 
 @functools.partial(Kernel, strided=("out_ptr",))
@@ -248,36 +119,36 @@ def _backward_kernel(
         row = start + tl.arange(0, R)
         mask = row < n_heads
         token, head = row // HEADS, row % HEADS
-        grads = _load(grad_ptr + row * (N * B), mask, N, B)
-        xs = _load_kept(
+        grads = load_heads(grad_ptr + row * (N * B), mask, N, B)
+        xs = load_kept(
             x_ptr, scale_ptr, zero_ptr, tables_ptr, shift_ptr, token * kept_heads + (first + head),
             token % batch * kept_heads + (first + head), mask, QUANTIZED, SHIFT, N, B, FMT,
         )  # fmt: skip
-        grads = _turn(grads, cos_ptr, sin_ptr, token // batch, mask, ROT, INTERLEAVED, True, R, N, B)
-        ys, rstd = _normalize(xs, mask, eps, LAYER_NORM, N, B)
+        grads = turn(grads, cos_ptr, sin_ptr, token // batch, mask, ROT, INTERLEAVED, True, R, N, B)
+        ys, rstd = normalize(xs, mask, eps, LAYER_NORM, N, B)
         if HAS_WEIGHT:
             products = ()
             for i in tl.static_range(N):
                 products = products + (grads[i] * ys[i],)
-            grad_weights = _add(grad_weights, products, N)
+            grad_weights = add_lanes(grad_weights, products, N)
         if HAS_BIAS:
-            grad_biases = _add(grad_biases, grads, N)
-        grads = _scale(grads, weight_ptr, HAS_WEIGHT, N, B)
-        along = _dot(grads, ys, N) / (N * B)
+            grad_biases = add_lanes(grad_biases, grads, N)
+        grads = scale(grads, weight_ptr, HAS_WEIGHT, N, B)
+        along = dot(grads, ys, N) / (N * B)
         grad_xs = ()
         for i in tl.static_range(N):
             grad_xs = grad_xs + (grads[i] - ys[i] * along,)
         if LAYER_NORM:
-            mean = _mean(grads, N, B)
+            middle = mean(grads, N, B)
             centred = ()
             for i in tl.static_range(N):
-                centred = centred + (grad_xs[i] - mean,)
+                centred = centred + (grad_xs[i] - middle,)
             grad_xs = centred
         scaled = ()
         for i in tl.static_range(N):
             scaled = scaled + (grad_xs[i] * rstd,)
         inside = head // HEADS_A_GROUP * out_group + head % HEADS_A_GROUP * (N * B)
-        _store(out_ptr + token * out_token + inside, scaled, mask, out_ptr.dtype.element_ty, N, B)
+        store_heads(out_ptr + token * out_token + inside, scaled, mask, out_ptr.dtype.element_ty, N, B)
         start += tl.num_programs(0).to(tl.int64) * R
 
     feature = program * (N * B) + tl.arange(0, B)
@@ -400,8 +271,10 @@ def merge_normed_qkv(
         tensors, constant = _parameters(norm, *parameters[2 * i : 2 * i + 2], part)
         shape = _shape(head_dim, tables, interleaved, fmt)
         programs = _programs(s * b * heads, shape, part.device)
-        sums = [None if p is None else torch.empty(programs, head_dim, dtype=torch.float32, device=part.device)
-                for p in parameters[2 * i : 2 * i + 2]]  # fmt: skip
+        sums = [
+            None if p is None else torch.empty(programs, head_dim, dtype=torch.float32, device=part.device)
+            for p in parameters[2 * i : 2 * i + 2]
+        ]
         if part.numel():
             _backward_kernel[(programs,)](
                 part, *packed_arguments(kept.kept, fmt), part if shift is None else shift.contiguous(), cos,
@@ -413,7 +286,7 @@ def merge_normed_qkv(
         found += [None if t is None else t.sum(0) for t in sums]
     strides = groups * head_dim, head_dim, token, per_group
     _rotate(
-        grad_v.contiguous(), out[..., (queries + 1) * head_dim :], None, groups, 1, head_dim, strides, s * b, b,
-        interleaved, True,
+        grad_v.contiguous(), out[..., (queries + 1) * head_dim :], None, groups, 1, head_dim, strides, s * b,
+        b, interleaved, True,
     )  # fmt: skip
     return tuple(found)

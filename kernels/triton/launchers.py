@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import torch
 from agoq_kernels.formats import Format
-from agoq_kernels.head_norm import HeadNorm, KeptHeads, Parameters, Tables
-from agoq_kernels.rotary import split_qkv as unnormed_parts
+from agoq_kernels.head_norm import HeadNorm, KeptHeads, Parameters, Tables, unnormed_parts
 from agoq_kernels.triton import activation, head_norm, rotary
 from agoq_kernels.triton.norm import norm_backward, norm_forward, norm_from_kept
 from agoq_kernels.triton.quantize import Packed, dequantize, empty_packed, quantize
@@ -88,12 +87,13 @@ def split_normed_qkv(
     if fused == formats:
         return parts, packed
     packed, before = list(packed), 0
-    for i, part in enumerate(unnormed_parts(qkv, groups, head_dim, None, interleaved)):
-        heads = part.shape[2]
+    shifts = None if common is None else common.flatten(1)
+    for i, part in enumerate(unnormed_parts(qkv, groups, head_dim)):
+        n = part.shape[2]
         if fused[i] != formats[i]:
-            rest = part if common is None else part.float() - common[:, before : before + heads]
-            packed[i] = quantize(rest.flatten(2), formats[i], keys[i])
-        before += heads
+            rest = part if common is None else part.float() - shifts[:, before : before + n]
+            packed[i] = quantize(rest, formats[i], keys[i])
+        before += n
     return parts, tuple(packed)
 
 
