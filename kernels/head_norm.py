@@ -7,9 +7,9 @@ once at its end.
 
 What is kept of Q and K is the projection's own: the norm's backward needs its input, and both follow from it.
 Their common vectors (``common_vectors`` without tables) are therefore those before the norm, and they come
-back before it, those of the keys too: no constant may be taken off the input of a norm. So the keys that
-backward sees hold what all tokens share, as those of the forward pass do, and statistics of that pass are
-theirs: there is nothing to centre.
+back before it, those of the keys too: no constant may be taken off the input of a norm. So the keys of the
+forward pass, whole, and their log-sum-exp go with those that :func:`normed_from_kept` gives. Where the
+attention is run again in backward anyway, ``centre`` takes off these what they share after norm and rotation.
 
 As in fused.py the composition in torch is what runs on a CPU, and Triton takes its place on a GPU.
 """
@@ -80,14 +80,19 @@ class KeptHeads:
     fmt: Format | None
     shift: Tensor | None = None
 
+    @property
+    def width(self) -> int:
+        """``heads * d``."""
+        n = self.kept[0].shape[-1]
+        return n if self.fmt is None else n * 8 // self.fmt.bits
+
     def check(self, head_dim: int) -> None:
         """Refuse what is not whole heads of ``[s, b, n]``."""
-        codes = self.kept[0]
-        n = codes.shape[-1] * 8 // self.fmt.bits if self.fmt else codes.shape[-1]
-        if codes.dim() != 3 or n % head_dim:
-            raise ValueError(f"what was kept, {tuple(codes.shape)}, is no [s, b, heads * {head_dim}]")
-        if self.fmt and self.shift is not None and tuple(self.shift.shape) != (codes.shape[1], n):
-            raise ValueError(f"shift is {tuple(self.shift.shape)}; it takes {(codes.shape[1], n)}")
+        shape = tuple(self.kept[0].shape)
+        if len(shape) != 3 or self.width % head_dim:
+            raise ValueError(f"what was kept, {shape}, is no [s, b, heads * {head_dim}]")
+        if self.fmt and self.shift is not None and tuple(self.shift.shape) != (shape[1], self.width):
+            raise ValueError(f"shift is {tuple(self.shift.shape)}; it takes {(shape[1], self.width)}")
 
 
 def _unnormed(codes: Tensor, scale: Tensor, zero: Tensor, shift: Tensor | None, fmt: str, head_dim: int,
@@ -104,10 +109,10 @@ def _unnormed(codes: Tensor, scale: Tensor, zero: Tensor, shift: Tensor | None, 
 
 
 def _normed(x: Tensor, weight: Tensor | None, bias: Tensor | None, tables: Tables, interleaved: bool,
-            kind: str, eps: float, dtype: torch.dtype) -> Tensor:  # fmt: skip
-    """The norm and the rotation of ``x`` ``[s, b, heads, d]``, rounded once."""
+            kind: str, eps: float) -> Tensor:  # fmt: skip
+    """The norm and the rotation of ``x`` ``[s, b, heads, d]``, in FP32 (or FP64), contiguous."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return rotate(norms.norm(wide, weight, bias, eps, kind), tables, interleaved).to(dtype).contiguous()
+    return rotate(norms.norm(wide, weight, bias, eps, kind), tables, interleaved)
 
 
 def _unpair(tables: Tables) -> tuple[Tensor | None, Tensor | None]:
@@ -163,8 +168,11 @@ def split_normed_qkv_op(
 ) -> list[Tensor]:  # fmt: skip
     parts = split(qkv, groups, head_dim, None, interleaved)
     shifts = [None] * 3 if common is None else common.split([part.shape[2] for part in parts], dim=1)
-    rest = _pair(cos, sin), interleaved, kind, eps, qkv.dtype
-    out = [_normed(parts[0], weight_q, bias_q, *rest), _normed(parts[1], weight_k, bias_k, *rest)]
+    rest = _pair(cos, sin), interleaved, kind, eps
+    out = [
+        _normed(part, weight, bias, *rest).to(qkv.dtype)
+        for part, weight, bias in ((parts[0], weight_q, bias_q), (parts[1], weight_k, bias_k))
+    ]
     out.append(parts[2].clone() if parts[2].data_ptr() == qkv.data_ptr() else parts[2])
     for part, shift, name, key in zip(parts, shifts, formats.split(","), keys, strict=True):
         part = part if shift is None else part.to(shift.dtype) - shift
@@ -188,32 +196,39 @@ def _(qkv, cos, sin, weight_q, bias_q, weight_k, bias_k, common, groups, head_di
 
 def normed_from_kept(
     heads: KeptHeads, head_dim: int, tables: Tables, interleaved: bool, norm: HeadNorm, weight: Tensor | None,
-    bias: Tensor | None, dtype: torch.dtype,
+    bias: Tensor | None, dtype: torch.dtype, centre: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Queries or keys ``[s, b, heads, d]``, normalized and rotated, in ``dtype``, from what was kept."""
+    """Queries or keys ``[s, b, heads, d]``, normalized and rotated, in ``dtype``, from what was kept.
+
+    ``centre``: FP32 ``[b, heads * d]``, taken off before the result is rounded. Of keys any vector may be: it
+    changes neither the softmax nor any gradient, and the mean of the tokens, a large one, costs precision.
+    """
     norm.check(weight, bias, head_dim), heads.check(head_dim)
+    expected = heads.kept[0].shape[1], heads.width
+    if centre is not None and tuple(centre.shape) != expected:
+        raise ValueError(f"centre is {tuple(centre.shape)}; it takes {expected}")
     return normed_from_kept_op(
-        *heads.kept, heads.shift, *_unpair(tables), weight, bias, format_name(heads.fmt), head_dim,
+        *heads.kept, heads.shift, centre, *_unpair(tables), weight, bias, format_name(heads.fmt), head_dim,
         interleaved, norm.kind, norm.eps, dtype,
     )  # fmt: skip
 
 
 @operator("normed_from_kept")
 def normed_from_kept_op(
-    x: Tensor, scale: Tensor, zero: Tensor, shift: Tensor | None, cos: Tensor | None, sin: Tensor | None,
-    weight: Tensor | None, bias: Tensor | None, fmt: str, head_dim: int, interleaved: bool, kind: str,
-    eps: float, dtype: torch.dtype,
+    x: Tensor, scale: Tensor, zero: Tensor, shift: Tensor | None, centre: Tensor | None, cos: Tensor | None,
+    sin: Tensor | None, weight: Tensor | None, bias: Tensor | None, fmt: str, head_dim: int,
+    interleaved: bool, kind: str, eps: float, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    wide = torch.promote_types(dtype, torch.float32)
-    x = _unnormed(x, scale, zero, shift, fmt, head_dim, wide)
-    return _normed(x, weight, bias, _pair(cos, sin), interleaved, kind, eps, dtype)
+    x = _unnormed(x, scale, zero, shift, fmt, head_dim, torch.promote_types(dtype, torch.float32))
+    y = _normed(x, weight, bias, _pair(cos, sin), interleaved, kind, eps)
+    return (y if centre is None else y - centre.view(-1, *y.shape[2:])).to(dtype)
 
 
 @normed_from_kept_op.register_kernel("cuda")
-def _(x, scale, zero, shift, cos, sin, weight, bias, fmt, head_dim, interleaved, kind, eps, dtype):
+def _(x, scale, zero, shift, centre, cos, sin, weight, bias, fmt, head_dim, interleaved, kind, eps, dtype):
     return _triton().normed_from_kept(
         KeptHeads((x, scale, zero), _format(fmt), shift), head_dim, _pair(cos, sin), interleaved,
-        HeadNorm(kind, eps), weight, bias, dtype,
+        HeadNorm(kind, eps), weight, bias, dtype, centre,
     )  # fmt: skip
 
 
@@ -240,7 +255,14 @@ def merge_normed_qkv(
     s, b, groups, head_dim = grad_k.shape
     for weight, bias in (parameters[:2], parameters[2:]):
         norm.check(weight, bias, head_dim)
-    query.check(head_dim), key.check(head_dim)
+    for kept, grad, name in ((query, grad_q, "query"), (key, grad_k, "key")):
+        kept.check(head_dim)
+        heads, first = kept.width // head_dim, first_group * (grad.shape[2] // groups)
+        if tuple(kept.kept[0].shape[:2]) != (s, b) or not 0 <= first <= heads - grad.shape[2]:
+            raise ValueError(
+                f"gradients {tuple(grad.shape)} of the {name}, from group {first_group} on, are not some of "
+                f"what was kept: {tuple(kept.kept[0].shape)}, {heads} heads"
+            )
     if out is None:
         out = grad_k.new_empty(s, b, (grad_q.shape[2] + 2 * groups) * head_dim)
     grads = merge_normed_qkv_op(

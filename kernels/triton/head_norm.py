@@ -4,8 +4,8 @@
     from what was kept  codes -> the heads normalized and rotated
     backward            codes, gradients of the heads -> gradient of the part, and of weight and bias
 
-A program holds R whole heads in registers, in the lanes of heads.py. Gradients of parameters are summed by each
-program over its heads, then over programs by torch: in a fixed order, so that a run repeats.
+A program holds R whole heads in registers, in the lanes of heads.py. Gradients of parameters are summed by
+each program over its heads, then over programs by torch: in a fixed order, so that a run repeats.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from agoq_kernels.triton.heads import (
     scale,
     shift,
     store_heads,
+    subtract_lanes,
     turn,
 )
 from agoq_kernels.triton.launch import Kernel, cdiv
@@ -78,11 +79,11 @@ def _forward_kernel(
 @Kernel
 @triton.jit(do_not_specialize=["n_heads"])
 def _from_kept_kernel(
-    x_ptr, scale_ptr, zero_ptr, tables_ptr, shift_ptr, cos_ptr, sin_ptr, weight_ptr, bias_ptr, out_ptr,
-    n_heads, batch, eps,
+    x_ptr, scale_ptr, zero_ptr, tables_ptr, shift_ptr, cos_ptr, sin_ptr, weight_ptr, bias_ptr, centre_ptr,
+    out_ptr, n_heads, batch, eps,
     HEADS: tl.constexpr, LAYER_NORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
     ROT: tl.constexpr, INTERLEAVED: tl.constexpr, QUANTIZED: tl.constexpr, SHIFT: tl.constexpr,
-    R: tl.constexpr, N: tl.constexpr, B: tl.constexpr, FMT: tl.constexpr,
+    CENTRE: tl.constexpr, R: tl.constexpr, N: tl.constexpr, B: tl.constexpr, FMT: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     mask = row < n_heads
@@ -94,6 +95,8 @@ def _from_kept_kernel(
     ys, _ = normalize(xs, mask, eps, LAYER_NORM, N, B)
     ys = shift(scale(ys, weight_ptr, HAS_WEIGHT, N, B), bias_ptr, HAS_BIAS, N, B)
     ys = turn(ys, cos_ptr, sin_ptr, token // batch, mask, ROT, INTERLEAVED, False, R, N, B)
+    if CENTRE:
+        ys = subtract_lanes(ys, load_heads(centre_ptr + shifts * (N * B), mask, N, B), N)
     store_heads(out_ptr + row * (N * B), ys, mask, out_ptr.dtype.element_ty, N, B)
 
 
@@ -224,12 +227,12 @@ def split_normed_qkv(
 
 def normed_from_kept(
     kept: KeptHeads, head_dim: int, tables: Tables, interleaved: bool, norm: HeadNorm, weight: Tensor | None,
-    bias: Tensor | None, dtype: torch.dtype,
+    bias: Tensor | None, dtype: torch.dtype, centre: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """See head_norm.normed_from_kept(); groups of a format lie within a head."""
     x, fmt, shift = kept.kept[0], kept.fmt, kept.shift if kept.fmt else None
-    s, b, n = x.shape
-    heads = (n if fmt is None else n * 8 // fmt.bits) // head_dim
+    s, b, _ = x.shape
+    heads = kept.width // head_dim
     out = torch.empty((s, b, heads, head_dim), dtype=dtype, device=x.device)
     cos, sin = _tables(tables, out)
     tensors, constant = _parameters(norm, weight, bias, out)
@@ -237,8 +240,9 @@ def normed_from_kept(
     if out.numel():
         _from_kept_kernel[(cdiv(s * b * heads, shape["R"]),)](
             *packed_arguments(kept.kept, fmt), out if shift is None else shift.contiguous(), cos, sin,
-            *tensors, out, s * b * heads, b, norm.eps, HEADS=heads, **constant, QUANTIZED=fmt is not None,
-            SHIFT=shift is not None, **shape,
+            *tensors, out if centre is None else centre.contiguous(), out, s * b * heads, b, norm.eps,
+            HEADS=heads, **constant, QUANTIZED=fmt is not None, SHIFT=shift is not None,
+            CENTRE=centre is not None, **shape,
         )  # fmt: skip
     return out
 
@@ -266,8 +270,6 @@ def merge_normed_qkv(
         heads_a_group = (queries, 1)[i]
         heads, fmt, shift = groups * heads_a_group, kept.fmt, kept.shift if kept.fmt else None
         part = part.contiguous()
-        n = kept.kept[0].shape[-1]
-        kept_heads = (n if fmt is None else n * 8 // fmt.bits) // head_dim
         tensors, constant = _parameters(norm, *parameters[2 * i : 2 * i + 2], part)
         shape = _shape(head_dim, tables, interleaved, fmt)
         programs = _programs(s * b * heads, shape, part.device)
@@ -280,7 +282,7 @@ def merge_normed_qkv(
                 part, *packed_arguments(kept.kept, fmt), part if shift is None else shift.contiguous(), cos,
                 sin, tensors[0], out[..., i * queries * head_dim :],
                 *(part if t is None else t for t in sums), s * b * heads, first_group * heads_a_group,
-                kept_heads, b, token, per_group, norm.eps, HEADS=heads, HEADS_A_GROUP=heads_a_group,
+                kept.width // head_dim, b, token, per_group, norm.eps, HEADS=heads, HEADS_A_GROUP=heads_a_group,
                 **constant, QUANTIZED=fmt is not None, SHIFT=shift is not None, **shape,
             )  # fmt: skip
         found += [None if t is None else t.sum(0) for t in sums]
