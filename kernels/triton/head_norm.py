@@ -282,8 +282,9 @@ def merge_normed_qkv(
                 part, *packed_arguments(kept.kept, fmt), part if shift is None else shift.contiguous(), cos,
                 sin, tensors[0], out[..., i * queries * head_dim :],
                 *(part if t is None else t for t in sums), s * b * heads, first_group * heads_a_group,
-                kept.width // head_dim, b, token, per_group, norm.eps, HEADS=heads, HEADS_A_GROUP=heads_a_group,
-                **constant, QUANTIZED=fmt is not None, SHIFT=shift is not None, **shape,
+                kept.width // head_dim, b, token, per_group, norm.eps, HEADS=heads,
+                HEADS_A_GROUP=heads_a_group, **constant, QUANTIZED=fmt is not None,
+                SHIFT=shift is not None, **shape,
             )  # fmt: skip
         found += [None if t is None else t.sum(0) for t in sums]
     strides = groups * head_dim, head_dim, token, per_group
