@@ -95,7 +95,8 @@ def common_vectors(
     the codes of the rest; and taken off the keys it changes no softmax. Any vector near the mean does, so
     a part of the tokens is enough.
 
-    Args: as :func:`split_qkv`.
+    Args: as :func:`split_qkv`. Without tables they are those before the rotation, and before a norm of heads
+        (``head_norm.py``), whose input is what is kept.
 
     Returns:
         FP32 (FP64 of FP64) ``[b, n + 2g, d]``: of the heads of query, key and value after the rotation.
