@@ -10,16 +10,16 @@ what would be saved and stops. Without a GPU the same command trains on the CPU.
 def main() -> None:
     import torch
 
-    from agoq_megatron import compat
+    from agoq_megatron.seams import compat
 
     compat.silence_missing_accelerators()
     on_cpu = not torch.cuda.is_available()
     if on_cpu:
-        from agoq_megatron import cpu
+        from agoq_megatron.seams import cpu
 
         cpu.install()
 
-    from agoq_megatron import training
+    from agoq_megatron.entries import training
 
     training.main(on_cpu)
 

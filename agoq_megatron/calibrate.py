@@ -26,11 +26,11 @@ from pathlib import Path
 
 import torch
 
-from agoq_megatron import compat
+from agoq_megatron.seams import compat
 
 compat.silence_missing_accelerators()
 if not torch.cuda.is_available():
-    from agoq_megatron import cpu  # before Megatron, whose imports read what it sets
+    from agoq_megatron.seams import cpu  # before Megatron, whose imports read what it sets
 
 from megatron.core import mpu  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
@@ -41,14 +41,14 @@ from megatron.training.global_vars import set_global_variables  # noqa: E402
 from megatron.training.initialize import initialize_megatron  # noqa: E402
 from megatron.training.utils import print_rank_0  # noqa: E402
 
-from agoq_megatron import command_line, training  # noqa: E402
 from agoq_megatron.autograd.cross_entropy import vocab_parallel_cross_entropy  # noqa: E402
 from agoq_megatron.autograd.recompute import quantized_checkpoint  # noqa: E402
-from agoq_megatron.data import datasets_provider  # noqa: E402
-from agoq_megatron.devices import compare_devices  # noqa: E402
+from agoq_megatron.entries import command_line, training  # noqa: E402
+from agoq_megatron.entries.data import datasets_provider  # noqa: E402
+from agoq_megatron.entries.specs import model_config_from_args  # noqa: E402
 from agoq_megatron.planning import replay, sensitivity  # noqa: E402
-from agoq_megatron.refusals import UsageError  # noqa: E402
-from agoq_megatron.specs import model_config_from_args  # noqa: E402
+from agoq_megatron.seams.devices import compare_devices  # noqa: E402
+from agoq_megatron.seams.refusals import UsageError  # noqa: E402
 
 SETTLED = [
     *"--hidden-dropout 0 --agoq-activations off --agoq-rounding policy --no-load-optim --no-load-rng".split(),

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from agoq_megatron.sizes import parse_size
+from agoq_megatron.seams.sizes import parse_size
 
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 EXACT = {"agoq_activations": "off", "recompute_granularity": None, "recompute_method": None}
@@ -103,8 +103,8 @@ class Planner:
 
     def footprints(self, **changes):
         """With other values of Megatron's arguments. The micro-batches of a step stay as many."""
+        from agoq_megatron.model.transformer_config import transformer_config_from_args
         from agoq_megatron.planning.footprint import footprints
-        from agoq_megatron.transformer_config import transformer_config_from_args
 
         coat = changes.pop("coat", False)
         args = copy.copy(self._args)
@@ -146,8 +146,9 @@ class Planner:
 
 def parse(argv: list[str]):
     """(this command's flags, Megatron's validated arguments)."""
-    from agoq_megatron import command_line, compat, training
+    from agoq_megatron.entries import command_line, training
     from agoq_megatron.planning.presets import preset_flags
+    from agoq_megatron.seams import compat
 
     mine, rest = parser().parse_known_args(argv)
     for flag, path in (("--plan-json", mine.plan_json), ("--plan-png", mine.plan_png)):
@@ -158,9 +159,9 @@ def parse(argv: list[str]):
     sys.argv[1:] = [*preset, *rest, "--agoq-dry-run"]
     with contextlib.redirect_stdout(io.StringIO()):  # Megatron lists all its arguments
         args = command_line.parse_arguments(on_cpu=True)
+    from agoq_megatron.observing.watching import restore_widths
     from agoq_megatron.planning.parameters import padded_vocabulary
     from agoq_megatron.planning.policies import compute_policy
-    from agoq_megatron.watching import restore_widths
 
     args.padded_vocab_size = padded_vocabulary(args)
     args.agoq_grad_node_size = args.agoq_grad_node_size or mine.gpus_per_node
@@ -171,18 +172,18 @@ def parse(argv: list[str]):
 
 
 def main(argv: list[str] | None = None) -> int:
-    from agoq_megatron import compat, cpu
+    from agoq_megatron.seams import compat, cpu
 
     compat.silence_missing_accelerators()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing is computed, and no GPU's memory taken
     cpu.install(quiet=True)
-    from agoq_megatron import training
+    from agoq_megatron.entries import training
+    from agoq_megatron.model.transformer_config import transformer_config_from_args
     from agoq_megatron.planning import table
     from agoq_megatron.planning.collectives import Network, collectives
     from agoq_megatron.planning.comparison import compare
     from agoq_megatron.planning.knapsack import Knapsack
     from agoq_megatron.planning.shipped import sensitivities_of
-    from agoq_megatron.transformer_config import transformer_config_from_args
 
     try:
         mine, args = parse(sys.argv[1:] if argv is None else argv)

@@ -21,6 +21,8 @@ import os
 import sys
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parent / "comparison"))
+
 import matplotlib
 import numpy as np
 from run_sources import Curve, Run, load

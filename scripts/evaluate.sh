@@ -15,4 +15,4 @@ if ! "$AGOQ_PYTHON" -c 'import lm_eval, accelerate' 2>/dev/null; then
         exit 1
     fi
 fi
-exec "$AGOQ_PYTHON" "$root/scripts/evaluate_checkpoint.py" "$@"
+exec "$AGOQ_PYTHON" "$root/scripts/evaluation/evaluate_checkpoint.py" "$@"

@@ -32,14 +32,16 @@ from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parent / "studies"))
+
 import torch
 
-from agoq_megatron import compat
+from agoq_megatron.seams import compat
 
 compat.silence_missing_accelerators()
 ON_CPU = not torch.cuda.is_available()
 if ON_CPU:
-    from agoq_megatron import cpu  # before Megatron, whose imports read what it sets
+    from agoq_megatron.seams import cpu  # before Megatron, whose imports read what it sets
 
 from megatron.training.global_vars import set_global_variables  # noqa: E402
 from megatron.training.initialize import initialize_megatron  # noqa: E402
@@ -51,15 +53,16 @@ from model_gradients import (  # noqa: E402
     sequences_of,
 )
 
-from agoq_megatron import calibrate, command_line, training  # noqa: E402
+from agoq_megatron import calibrate  # noqa: E402
 from agoq_megatron.autograd.cross_entropy import vocab_parallel_cross_entropy  # noqa: E402
 from agoq_megatron.autograd.recompute import quantized_checkpoint  # noqa: E402
 from agoq_megatron.convert.hf_store import load_tokenizer  # noqa: E402
 from agoq_megatron.convert.loading import Weights, weights_of_checkpoint, weights_of_hf  # noqa: E402
-from agoq_megatron.memory import plan_from_args  # noqa: E402
+from agoq_megatron.entries import command_line, training  # noqa: E402
+from agoq_megatron.model.memory import plan_from_args  # noqa: E402
 from agoq_megatron.policy.fitting import policy_for  # noqa: E402
 from agoq_megatron.policy.policy import COMPUTED, load_policy  # noqa: E402
-from agoq_megatron.refusals import UsageError  # noqa: E402
+from agoq_megatron.seams.refusals import UsageError  # noqa: E402
 
 REFERENCE = "off"
 TEXT = [Path(module.__file__) for module in (asyncio.base_events, statistics, argparse)]

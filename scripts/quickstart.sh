@@ -5,4 +5,4 @@ set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 source "$root/scripts/setup.sh"
 agoq_setup
-exec "$AGOQ_PYTHON" "$root/scripts/quickstart.py" "$@"
+exec "$AGOQ_PYTHON" "$root/scripts/quickstart/quickstart.py" "$@"

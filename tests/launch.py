@@ -28,7 +28,7 @@ from unittest import mock
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))  # this file is a script, too
+sys.path[:0] = map(str, (ROOT / "scripts", *ROOT.glob("scripts/*/")))  # this file is a script, too
 
 from forked_ranks import free_port, import_megatron  # noqa: E402
 

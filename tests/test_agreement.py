@@ -15,12 +15,12 @@ from agoq_kernels.gradients import BLOCK, GradientFormat
 from forked_ranks import free_port
 from launch import spawn_ranks
 
-from agoq_megatron import agreement, devices
 from agoq_megatron.gradients import settings
 from agoq_megatron.gradients.bucket import GradientBucket
 from agoq_megatron.gradients.settings import GradientSettings, LayoutError, hops_for
 from agoq_megatron.resuming import loop
 from agoq_megatron.resuming.loop import CheckpointError, guarded_load, tracked
+from agoq_megatron.seams import agreement, devices
 
 WORLD = 4
 TWO_AND_TWO, TWO_ONE_AND_ONE = ("2", "2", "2", "2"), ("2", "2", "1", "1")

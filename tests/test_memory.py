@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.recompute import checkpointed_forward
 
-from agoq_megatron.memory import Plan
+from agoq_megatron.model.memory import Plan
+from agoq_megatron.model.transformer_config import AGoQTransformerConfig
 from agoq_megatron.modules.sites import FC1_OUTPUT, KEY, LAYER_INPUT, NORM1_INPUT, QUERY, VALUE
 from agoq_megatron.policy.fitting import policy_for
 from agoq_megatron.policy.policy import PolicyError, load_policy
-from agoq_megatron.transformer_config import AGoQTransformerConfig
 
 
 def config(policy="agoq", **changes):

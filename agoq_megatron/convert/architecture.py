@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from agoq_megatron.refusals import Check, UsageError, is_set
+from agoq_megatron.seams.refusals import Check, UsageError, is_set
 
 LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """What Megatron's ``--use-rope-scaling`` holds fixed; only the factor is a flag."""

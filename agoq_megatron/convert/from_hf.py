@@ -22,7 +22,7 @@ from agoq_megatron.convert.hf_store import ModelReader, copy_tokenizer, load_tok
 from agoq_megatron.convert.megatron_store import RELEASE, Source, write_checkpoint
 from agoq_megatron.convert.output import check_output, quiet_imports, run_command, whole_folder
 from agoq_megatron.convert.weights import Weight, model_weights
-from agoq_megatron.refusals import UsageError
+from agoq_megatron.seams.refusals import UsageError
 
 FLAGS = "megatron_flags.txt"
 VOCABULARY_MULTIPLES = 128, 1024

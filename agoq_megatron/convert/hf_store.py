@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from agoq_megatron.refusals import UsageError
+from agoq_megatron.seams.refusals import UsageError
 
 INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
 TOKENIZER_FILES = (

@@ -36,9 +36,9 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from agoq_megatron.convert.weights import EMBEDDING, Weight
-from agoq_megatron.refusals import UsageError
 from agoq_megatron.resuming.checksums import find_damage, is_complete
 from agoq_megatron.resuming.resume import TRACKER, folder_name
+from agoq_megatron.seams.refusals import UsageError
 
 RELEASE = "release"
 _COMMON = "common_state/shard_0_1"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from agoq_megatron.refusals import UsageError
+from agoq_megatron.seams.refusals import UsageError
 
 
 def check_output(folder: Path, overwrite: bool, made_by_us: str) -> None:
@@ -62,7 +62,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 def quiet_imports() -> None:
     """Megatron and torch report at import what this machine lacks, none of which a conversion needs."""
-    from agoq_megatron import compat
+    from agoq_megatron.seams import compat
 
     compat.silence_missing_accelerators()
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")

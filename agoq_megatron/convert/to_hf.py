@@ -19,7 +19,7 @@ from agoq_megatron.convert.hf_store import CONFIG, ModelWriter, copy_tokenizer, 
 from agoq_megatron.convert.megatron_store import CheckpointReader, check_files, find_checkpoint
 from agoq_megatron.convert.output import check_output, quiet_imports, run_command, whole_folder
 from agoq_megatron.convert.weights import model_weights
-from agoq_megatron.refusals import UsageError
+from agoq_megatron.seams.refusals import UsageError
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

@@ -14,7 +14,6 @@ from megatron.core.pipeline_parallel.utils import is_pp_first_stage, is_pp_last_
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_attr_wrapped_model, get_pg_size
 
-from agoq_megatron import compat
 from agoq_megatron.gradients.buffer import (
     QuantizedGradient,
     check_kept_norms,
@@ -22,6 +21,7 @@ from agoq_megatron.gradients.buffer import (
     replaced_classes,
 )
 from agoq_megatron.gradients.settings import hops_for, waits_in_one_queue
+from agoq_megatron.seams import compat
 
 
 @functools.cache  # there may be several chunks

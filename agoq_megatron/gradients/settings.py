@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from agoq_kernels.gradients import BLOCK, GradientFormat, segment_bytes
 
-from agoq_megatron.communicators import connect
 from agoq_megatron.gradients.bucket import Hops
 from agoq_megatron.gradients.reduction import FEW_CONNECTIONS
+from agoq_megatron.seams.communicators import connect
 
 MIN_NUMEL = 4096
 """Parameters with fewer numbers keep FP32 gradients, as do all with one axis."""

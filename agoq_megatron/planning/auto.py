@@ -14,8 +14,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
-from agoq_megatron.agreement import everyones
-from agoq_megatron.memory import Plan, ranges
+from agoq_megatron.model.memory import Plan, ranges
 from agoq_megatron.modules.sites import FC1_OUTPUT
 from agoq_megatron.planning.footprint import FRAGMENTATION, OUTSIDE, Footprint, footprints
 from agoq_megatron.planning.knapsack import Knapsack, RulesPolicy, stage_of, with_policy
@@ -24,8 +23,9 @@ from agoq_megatron.planning.shipped import FOLDER, sensitivities_of
 from agoq_megatron.planning.solver import Choice, DoesNotFit
 from agoq_megatron.policy.fitting import policy_for
 from agoq_megatron.policy.policy import SOLVED, Rule
-from agoq_megatron.refusals import UsageError
-from agoq_megatron.sizes import parse_size, readable
+from agoq_megatron.seams.agreement import everyones
+from agoq_megatron.seams.refusals import UsageError
+from agoq_megatron.seams.sizes import parse_size, readable
 
 ROUNDS = 8
 """Of solving within what the last widths leave. Up to three were needed: narrower codes free bytes in every

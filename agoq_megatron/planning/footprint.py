@@ -1,13 +1,13 @@
 """The peak of allocated memory of each pipeline stage, part by part, predicted from the flags.
 
 Weights, gradients and optimizer states follow from the number of parameters. Saved activations are the
-plan's bytes (``agoq_megatron.memory``) times what Megatron's schedule holds (:mod:`in_flight`). What lives
-for a moment is the largest of these moments, in units of U, a hidden state, and F, an MLP's inner state,
-of one micro-batch: the loss (the logits and 5 U; where nothing holds the output layer's gradient in FP32 yet,
-then that gradient, the logits and 3 U), an MLP (backward 3 F and 1 U; where its input is not kept as it is,
-also forward: 2 F or 3 F, and 3 U; 1 F less where nothing gates), the backward pass of an attention (with
-cuDNN's workspace) and what is recomputed, a layer or its MLP alone (all it saves, and its own moment). These
-agree with measured peaks (docs/planner.md) and with what lives between the operations of a step
+plan's bytes (``agoq_megatron.model.memory``) times what Megatron's schedule holds (:mod:`in_flight`). What
+lives for a moment is the largest of these moments, in units of U, a hidden state, and F, an MLP's inner
+state, of one micro-batch: the loss (the logits and 5 U; where nothing holds the output layer's gradient in
+FP32 yet, then that gradient, the logits and 3 U), an MLP (backward 3 F and 1 U; where its input is not kept
+as it is, also forward: 2 F or 3 F, and 3 U; 1 F less where nothing gates), the backward pass of an attention
+(with cuDNN's workspace) and what is recomputed, a layer or its MLP alone (all it saves, and its own moment).
+These agree with measured peaks (docs/planner.md) and with what lives between the operations of a step
 (tests/planning/test_moments.py).
 """
 
@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from agoq_kernels.attention import groups_at_a_time
 from agoq_kernels.gradients import BLOCK, segment_bytes
 
-from agoq_megatron.batches import schedule_from_args
 from agoq_megatron.gradients.settings import format_from_args, launched_on_a_node, node_layout
-from agoq_megatron.memory import Plan
+from agoq_megatron.model.memory import Plan
 from agoq_megatron.modules.sites import ATTENTION_SITES, FC1_OUTPUT, FC2_INPUT, MLP_SITES, NORM2_INPUT
 from agoq_megatron.optimizer.settings import OptimizerSettings, optimizer_settings_from_args
+from agoq_megatron.planning.batches import schedule_from_args
 from agoq_megatron.planning.in_flight import Schedule
 from agoq_megatron.planning.parameters import Parameters, layers_of, parameters
 from agoq_megatron.planning.watched import Watched

@@ -15,7 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from agoq_kernels.formats import Format
 
-from agoq_megatron.memory import Plan, Row
+from agoq_megatron.model.memory import Plan, Row
+from agoq_megatron.model.transformer_config import AGoQTransformerConfig, transformer_config_from_args
 from agoq_megatron.modules.sites import LAYER_INPUT
 from agoq_megatron.planning.footprint import schedule_of
 from agoq_megatron.planning.parameters import layers_of
@@ -25,8 +26,7 @@ from agoq_megatron.planning.solver import Choice, Item, Layer, Limit, Option, so
 from agoq_megatron.policy.fitting import axes_of
 from agoq_megatron.policy.policy import Rule
 from agoq_megatron.policy.sites import SITES, Site
-from agoq_megatron.refusals import UsageError
-from agoq_megatron.transformer_config import AGoQTransformerConfig, transformer_config_from_args
+from agoq_megatron.seams.refusals import UsageError
 
 GAP = 1e-3
 """How far the sum of sensitivities may lie above the least, as a part of it: far below what calibrating twice

@@ -19,11 +19,11 @@ from pathlib import Path
 
 from agoq_kernels.formats import BIT_WIDTHS, CODES, GROUP_SIZES, OUTLIERS, SCALE_BITS, Format
 
+from agoq_megatron.model.transformer_config import AGoQTransformerConfig
 from agoq_megatron.modules.sites import ATTENTION_SITES, FC1_OUTPUT, LAYER_INPUT, NORM1_INPUT, NORM2_INPUT
 from agoq_megatron.planning.replay import OneTensor
 from agoq_megatron.policy.fitting import axes_of
 from agoq_megatron.policy.sites import SITES, Site
-from agoq_megatron.transformer_config import AGoQTransformerConfig
 
 VERSION = 2
 """1 measured other formats, and attention with the exact log-sum-exp."""

@@ -1,7 +1,7 @@
 """Sensitivities that come with the package, and which of them is nearest to a model.
 
-They are of small models, made by scripts/make_sensitivities.py (each file says how): of a stand-in's kind of
-tensors and of their order they say much, of a large model's numbers little. Measure your own.
+They are of small models, made by scripts/studies/make_sensitivities.py (each file says how): of a stand-in's
+kind of tensors and of their order they say much, of a large model's numbers little. Measure your own.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from agoq_megatron.modules.sites import KEY, QUERY
 from agoq_megatron.planning.sensitivity import Sensitivities, load_sensitivities
 from agoq_megatron.policy.sites import SITES
-from agoq_megatron.refusals import UsageError
+from agoq_megatron.seams.refusals import UsageError
 
 LEAST = dict.fromkeys(SITES, 3) | {QUERY: 6, KEY: 8}
 """Widths below which a stand-in is not believed. Errors of Q and K go through the softmax and grow with the

@@ -17,7 +17,7 @@ from fractions import Fraction
 import numpy as np
 
 from agoq_megatron.planning.program import Kind, Program, Row, Shape
-from agoq_megatron.sizes import readable
+from agoq_megatron.seams.sizes import readable
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 
 from agoq_megatron.autograd.probing import PIECE, TOKENS, functions
-from agoq_megatron.gradient_check import FIRST_ITERATIONS
-from agoq_megatron.memory import Plan
+from agoq_megatron.model.memory import Plan
 from agoq_megatron.modules.sites import (
     ATTENTION,
     ATTENTION_OUTPUT,
@@ -28,8 +27,9 @@ from agoq_megatron.modules.sites import (
     QUERY,
     VALUE,
 )
+from agoq_megatron.observing.gradient_check import FIRST_ITERATIONS
+from agoq_megatron.observing.watching import probed_layers, quantizes
 from agoq_megatron.policy.sites import Site
-from agoq_megatron.watching import probed_layers, quantizes
 
 
 def looked_at(args, plan: Plan) -> Iterator[set[int]]:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from agoq_megatron.agreement import everyones
+from agoq_megatron.seams.agreement import everyones
 
 MANIFEST = "agoq_checksums.json"
 COMPLETE = (".metadata", "metadata.json")

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from agoq_megatron.agreement import everyones
 from agoq_megatron.resuming.checksums import clear, rank_and_world, write_durably, write_manifest
 from agoq_megatron.resuming.resume import TRACKER, CheckpointError, candidates, choose, say
+from agoq_megatron.seams.agreement import everyones
 
 VISIBLE_SECONDS = 40
 """How long a rank looks for the tracker file that rank 0 sees: NFS may show a file 30 seconds late."""

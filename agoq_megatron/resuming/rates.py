@@ -24,7 +24,7 @@ from typing import NoReturn
 from megatron.core.optimizer.optimizer import MegatronOptimizer, param_group_identifier_keys
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from agoq_megatron.refusals import UsageError
+from agoq_megatron.seams.refusals import UsageError
 
 CONSTANTS = ("betas", "eps", "momentum")
 RATES = (*param_group_identifier_keys, *CONSTANTS)

@@ -8,7 +8,7 @@ import torch
 from agoq_megatron.autograd import probing
 from agoq_megatron.autograd.cross_entropy import vocab_parallel_cross_entropy
 from agoq_megatron.autograd.run import Run
-from agoq_megatron.gradient_check import errors_of
+from agoq_megatron.observing.gradient_check import errors_of
 from tests.autograd.test_layer_gradients import MIXED, OFF, our_layer, parameters
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

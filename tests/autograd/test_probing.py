@@ -22,7 +22,6 @@ from agoq_megatron.autograd.products import Products
 from agoq_megatron.autograd.recompute import note_entry, quantized_checkpoint
 from agoq_megatron.autograd.run import Run
 from agoq_megatron.autograd.saving import SavedTensor
-from agoq_megatron.gradient_check import errors_of
 from agoq_megatron.modules.sites import (
     ATTENTION,
     ATTENTION_OUTPUT,
@@ -36,6 +35,7 @@ from agoq_megatron.modules.sites import (
     QUERY,
     VALUE,
 )
+from agoq_megatron.observing.gradient_check import errors_of
 from agoq_megatron.policy.policy import Rule
 from tests.autograd.test_layer_gradients import (
     MIXED,

@@ -226,8 +226,8 @@ def test_keys_in_pairs(seed):
 def test_without_megatrons_arguments_there_is_no_clock(monkeypatch):
     from megatron.training import global_vars
 
-    from agoq_megatron import stock
-    from agoq_megatron.refusals import UsageError
+    from agoq_megatron.entries import stock
+    from agoq_megatron.seams.refusals import UsageError
 
     monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", None)
     with pytest.raises(UsageError, match="--spec agoq_megatron.specs agoq_layer_spec.*megatron.training"):

@@ -7,14 +7,14 @@ import os
 
 
 def main():
-    from agoq_megatron import compat, cpu
+    from agoq_megatron.seams import compat, cpu
 
     cpu.install()
     compat.silence_missing_accelerators()
     import megatron.training.training as loop
     import torch
 
-    from agoq_megatron import training
+    from agoq_megatron.entries import training
 
     def write_logits(forward_step, model, *args, **kwargs):
         tokens = torch.load(os.environ["LOGITS_TOKENS"])

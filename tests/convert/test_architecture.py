@@ -15,7 +15,7 @@ from agoq_megatron.convert.architecture import (
     architecture_from_args,
     architecture_from_hf,
 )
-from agoq_megatron.refusals import UsageError
+from agoq_megatron.seams.refusals import UsageError
 
 BIASES = pytest.mark.parametrize("biases", ["none", "qkv", "all"])
 

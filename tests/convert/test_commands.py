@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from agoq_megatron.convert import from_hf, hf_store, megatron_store, to_hf
 from agoq_megatron.convert.weights import model_weights
-from agoq_megatron.refusals import UsageError
 from agoq_megatron.resuming import checksums
+from agoq_megatron.seams.refusals import UsageError
 
 
 @pytest.fixture

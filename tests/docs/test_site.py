@@ -146,9 +146,9 @@ def test_the_navigation_takes_what_is_there():
     hooks = pytest.importorskip("mkdocs") and module("hooks")
     nav = hooks.navigation({"index", "design", "a-new-page"})
     assert nav == [{"Start": ["index.md"]}, {"Inside": ["design.md"]}, {"More": ["a-new-page.md"]}]
-    links = "[a](../README.md), [`b`](../scripts/bench_step.py), [c](results/), [d](flags.md), ![e](../x.png)"
+    links = "[a](../README.md), [`b`](../scripts/test.sh), [c](results/), [d](flags.md), ![e](../x.png)"
     assert hooks.outside_links(links, "page.md") == (
-        "a (`README.md`), `b` (`scripts/bench_step.py`), c (`docs/results`), [d](flags.md), ![e](../x.png)"
+        "a (`README.md`), `b` (`scripts/test.sh`), c (`docs/results`), [d](flags.md), ![e](../x.png)"
     )
 
 
@@ -178,7 +178,7 @@ def test_the_timeline_is_the_schedule():
 def test_figures_show_what_the_code_computes(tmp_path):
     """The stored ones: the sums beside their bars."""
     run = subprocess.run(
-        [sys.executable, ROOT / "scripts/docs_figures.py", "--output", tmp_path],
+        [sys.executable, ROOT / "scripts/docs/docs_figures.py", "--output", tmp_path],
         cwd=ROOT, capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]

@@ -1,4 +1,5 @@
-"""Training with 8-bit gradients against stock Megatron's, on gloo ranks: some of scripts/gradient_grid.py.
+"""Training with 8-bit gradients against stock Megatron's, on gloo ranks: some of
+scripts/bench/gradient_grid.py.
 
 Run as a script, this file trains; the tests read what it found. (One process imports Megatron and forks all
 ranks, and what makes Megatron run on a CPU changes a process for good.)
@@ -96,7 +97,7 @@ def watch(folder: Path, bad: bool) -> None:
     """
     from megatron.core.distributed import DistributedDataParallel
 
-    from agoq_megatron import compat
+    from agoq_megatron.seams import compat
 
     rank = int(os.environ["RANK"])
     found = {"norms": [], "said": [], "live": []}

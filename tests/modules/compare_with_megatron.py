@@ -12,7 +12,7 @@ import types
 import torch
 
 if not torch.cuda.is_available():
-    from agoq_megatron import cpu
+    from agoq_megatron.seams import cpu
 
     cpu.install()
 
@@ -21,9 +21,9 @@ from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
 
+from agoq_megatron.model.transformer_config import AGoQTransformerConfig  # noqa: E402
 from agoq_megatron.policy.policy import load_policy  # noqa: E402
 from agoq_megatron.specs import agoq_layer_spec  # noqa: E402
-from agoq_megatron.transformer_config import AGoQTransformerConfig  # noqa: E402
 
 LLAMA = dict(
     num_query_groups=2, gated_linear_unit=True, activation_func=F.silu, add_bias_linear=False,

@@ -20,7 +20,7 @@ import sys
 import torch
 
 if not torch.cuda.is_available():
-    from agoq_megatron import cpu
+    from agoq_megatron.seams import cpu
 
     cpu.install()
 
@@ -33,8 +33,9 @@ from megatron.training.argument_utils import core_transformer_config_from_args, 
 from megatron.training.arguments import add_megatron_arguments, validate_args
 from megatron.training.global_vars import set_args
 
-from agoq_megatron import calibrate, flag_register
-from agoq_megatron.command_line import DEFAULTS, add_arguments
+from agoq_megatron import calibrate
+from agoq_megatron.checks import flag_register
+from agoq_megatron.entries.command_line import DEFAULTS, add_arguments
 from agoq_megatron.specs import agoq_layer_spec, model_config_from_args
 
 BASE = [*TINY, "--train-iters", "10", "--agoq-activations", "off", "--distributed-backend", "gloo"]

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from agoq_megatron import flag_register
-from agoq_megatron.flag_register import CARRIED, megatron_flags, standing
+from agoq_megatron.checks import flag_register
+from agoq_megatron.checks.flag_register import CARRIED, megatron_flags, standing
 
 SCRIPT = Path(__file__).with_name("flag_by_flag.py")
-MODULES = Path(flag_register.__file__).parent / "modules"
+MODULES = Path(flag_register.__file__).parents[1] / "modules"
 
 # What Megatron's local layers and ours are compared with: a base, and what is set
 CASES = (

@@ -13,7 +13,7 @@ import zlib
 
 
 def main() -> None:
-    from agoq_megatron import compat, cpu
+    from agoq_megatron.seams import compat, cpu
 
     compat.silence_missing_accelerators()
     cpu.install()
@@ -22,7 +22,7 @@ def main() -> None:
     from megatron.core.rerun_state_machine import RerunMode, RerunState, RerunStateMachine
     from megatron.training import initialize
 
-    from agoq_megatron import training
+    from agoq_megatron.entries import training
 
     if "RERUN_STATS" in os.environ:
         initialize.RerunMode = lambda _: RerunMode.REPORT_DETERMINISM_STATS

@@ -313,8 +313,8 @@ def make(check: str, seed: int) -> None:
 def on_a_rank(rank: int, world: int, folder: str, seed: int) -> None:
     from megatron.core import parallel_state
 
-    from agoq_megatron import compat
     from agoq_megatron.optimizer.shard import wrap_clipping, wrap_counting_zeros
+    from agoq_megatron.seams import compat
 
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     with tempfile.TemporaryDirectory() as own:
@@ -337,7 +337,7 @@ def on_a_rank(rank: int, world: int, folder: str, seed: int) -> None:
 
 
 def main() -> None:
-    from agoq_megatron import cpu
+    from agoq_megatron.seams import cpu
 
     cpu.install()
     import agoq_megatron.gradients.data_parallel  # noqa: F401  (before the ranks are forked)

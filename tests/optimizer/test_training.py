@@ -31,7 +31,7 @@ class Case:
     """One comparison.
 
     Attributes:
-        grid: ranks and more, as in scripts/gradient_grid.py.
+        grid: ranks and more, as in scripts/bench/gradient_grid.py.
         bits: of gradients, in both runs.
         flags: of the run that is compared.
         steps: of both.

@@ -145,7 +145,7 @@ class InFlight:
 
 def watch(out: Path) -> None:
     """Before a training run: leave the last step's gradients and the peak of what was kept."""
-    from agoq_megatron import compat
+    from agoq_megatron.seams import compat
 
     steps, rank = [0], os.environ["RANK"]
 
@@ -172,7 +172,8 @@ def watch(out: Path) -> None:
 
 
 def train(flags: list[str], prepare=lambda: None) -> None:
-    from agoq_megatron import cpu, training
+    from agoq_megatron.entries import training
+    from agoq_megatron.seams import cpu
 
     cpu.install()
     sys.argv = ["pretrain_gpt_agoq.py", *MODEL, *flags]
@@ -196,7 +197,8 @@ def calibrate(folder: Path) -> None:
 
 def predict(ranks: int, flags: list[str], out: Path) -> None:
     """By the planner alone: saved bytes of each stage at its peak."""
-    from agoq_megatron import cpu, plan
+    from agoq_megatron import plan
+    from agoq_megatron.seams import cpu
 
     cpu.install(quiet=True)
     _, args = plan.parse(["--gpus", str(ranks), *MODEL, *flags])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from agoq_megatron.sizes import parse_size
+from agoq_megatron.seams.sizes import parse_size
 
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 LONG = "--seq-length 32768 --micro-batch-size 1 --mlp-chunks-for-training 4 --agoq-loss-chunks 8"
@@ -45,7 +45,7 @@ GROUPS_DO_NOT_DIVIDE = 1, "--ffn-hidden-size 14352"  # LLaMA-3-8B has 14336
 
 def plan_all() -> dict:
     """In the script: of each case needed and saved bytes, with and without rounds; and the refusal."""
-    from agoq_megatron import compat, cpu
+    from agoq_megatron.seams import compat, cpu
 
     compat.silence_missing_accelerators()
     cpu.install()
@@ -54,7 +54,7 @@ def plan_all() -> dict:
     from agoq_megatron.planning.knapsack import Knapsack
     from agoq_megatron.planning.shipped import FOLDER, sensitivities_of
     from agoq_megatron.policy.policy import load_policy
-    from agoq_megatron.refusals import UsageError
+    from agoq_megatron.seams.refusals import UsageError
 
     sys.path.append(str(Path(__file__).parent))
     from test_plan import measured_flags

@@ -10,7 +10,7 @@ import pytest
 from launch import run_planner
 
 from agoq_megatron.modules.sites import LAYER_INPUT
-from agoq_megatron.sizes import parse_size
+from agoq_megatron.seams.sizes import parse_size
 
 PP4 = "--pipeline-model-parallel-size 4 --num-layers-per-virtual-pipeline-stage 4"
 PLANNED = f"--gpus 4 {PP4} --global-batch-size 8"

@@ -89,7 +89,8 @@ REFUSED = {
 
 def pretrain(folder: Path) -> None:
     """Train a little, and save the weights of all runs."""
-    from agoq_megatron import cpu, training
+    from agoq_megatron.entries import training
+    from agoq_megatron.seams import cpu
 
     cpu.install()
     sys.argv = ["pretrain_gpt_agoq.py", *MODEL, "--save", str(folder), "--save-interval", "3"]
@@ -107,13 +108,14 @@ def whole_model(folder: Path) -> None:
     """The second way: quantize one tensor of one layer within the whole model, and take all gradients."""
     from megatron.training.initialize import initialize_megatron
 
-    from agoq_megatron import compat, cpu, training
     from agoq_megatron.autograd.recompute import quantized_checkpoint
     from agoq_megatron.calibrate import batches, build_model
+    from agoq_megatron.entries import training
     from agoq_megatron.modules.sites import LAYER_INPUT
     from agoq_megatron.planning.sensitivity import SOLVED, best_format
     from agoq_megatron.policy.policy import Rule
     from agoq_megatron.policy.sites import Site
+    from agoq_megatron.seams import compat, cpu
 
     @dataclass(frozen=True)
     class Policy:

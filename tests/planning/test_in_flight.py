@@ -98,7 +98,7 @@ def watch(out: Path, refusals: bool) -> None:
     """
     from megatron.core.pipeline_parallel import schedules
 
-    from agoq_megatron import compat
+    from agoq_megatron.seams import compat
 
     rank = int(os.environ["RANK"])
     alive: Counter = Counter()

@@ -101,9 +101,10 @@ def measure(flags: str, out: Path) -> None:
     import megatron.training.training as megatron
     from megatron.training import get_args
 
-    from agoq_megatron import cpu, training
+    from agoq_megatron.entries import training
+    from agoq_megatron.model.transformer_config import transformer_config_from_args
     from agoq_megatron.planning import footprint
-    from agoq_megatron.transformer_config import transformer_config_from_args
+    from agoq_megatron.seams import cpu
 
     live, calls, stock = Live(), [], megatron.get_forward_backward_func
     checked = "CHECKED" in flags

@@ -38,7 +38,7 @@ RUNS = {
     ),
 }  # fmt: skip
 
-# One H100 80GB, scripts/bench_step.py; docs/performance.md names the raw results. (model, flags, MiB)
+# One H100 80GB, scripts/bench/bench_step.py; docs/performance.md names the raw results. (model, flags, MiB)
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 CHECKED = "CHECKED"  # with the check of gradients, which all others were measured without
 CODES_ALONE = "--agoq-grad-bits 8 --agoq-grad-residual-bits 0"  # the default when most of this was measured
@@ -80,7 +80,7 @@ MEASURED = {
     ),
 }  # fmt: skip
 
-# Two H100 80GB, scripts/bench_gpus.py: (layout, row): MiB of each pipeline stage.
+# Two H100 80GB, scripts/bench/bench_gpus.py: (layout, row): MiB of each pipeline stage.
 ON_TWO_GPUS = {
     ("dp", "bf16"): [27987],
     ("dp", "ag"): [18896],
@@ -151,7 +151,7 @@ def flags_on_two_gpus(layout: str, row: str) -> list[str]:
 
 def plan_all(tiny: list[str]) -> dict:
     """In the script: stages' parts of every run, and of everything that was measured."""
-    from agoq_megatron import compat, cpu
+    from agoq_megatron.seams import compat, cpu
 
     compat.silence_missing_accelerators()
     cpu.install()

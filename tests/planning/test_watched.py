@@ -9,7 +9,7 @@ import torch
 
 from agoq_megatron.autograd import probing
 from agoq_megatron.autograd.run import Run
-from agoq_megatron.memory import Plan
+from agoq_megatron.model.memory import Plan
 from agoq_megatron.planning import watched
 from agoq_megatron.planning.watched import Watched
 from agoq_megatron.policy.sites import SITES

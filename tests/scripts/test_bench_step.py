@@ -347,7 +347,8 @@ def test_cuda_that_was_started_is_seen(tmp_path):
     """Without NVML torch asks CUDA itself for GPUs."""
     script = "import forked_ranks; forked_ranks.import_megatron(on_cpu=False)"
     command = [sys.executable, "-c", script]
-    done = subprocess.run(command, cwd=ROOT / "scripts", capture_output=True, text=True, timeout=100)
+    folder = ROOT / "scripts" / "bench"
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=100)
     assert "Importing Megatron has started CUDA" in done.stderr and done.returncode == 1
 
 
@@ -453,7 +454,7 @@ def tiny(folder: Path, ranks: int, *runs: str) -> list[str]:
     return [*flags, *(word for run in runs for word in ("--run", run))]
 
 
-SCRIPT = ROOT / "scripts" / "bench_step.py"
+SCRIPT = ROOT / "scripts" / "bench" / "bench_step.py"
 
 
 def bench_tiny(launcher, arguments: list[str]) -> list[dict]:
@@ -490,7 +491,7 @@ def test_forked_ranks_of_the_tiny_model(launcher, tmp_path):
 
     out = json.loads((tmp_path / "out.json").read_text())
     assert out["card"] and out["versions"]["torch"] and out["versions"]["megatron-core"]
-    assert "scripts/bench_step.py" in out["command"] and out["date"]
+    assert "scripts/bench/bench_step.py" in out["command"] and out["date"]
     assert [row["name"] for row in out["medians"]] == ["off", "bad", "agoq"]
     assert out["medians"][2]["ratio"] == pytest.approx(agoq["step_ms"] / off["step_ms"], abs=1e-3)
     assert list(out["runs"][0]["iterations_ms"]) == [str(i) for i in range(1, 7)]

@@ -20,7 +20,7 @@ LAUNCHER = ["-m", "torch.distributed.run", "--standalone"]
 
 def call(*arguments) -> str:
     """The script as a user calls it."""
-    command = [sys.executable, str(ROOT / "scripts" / "convergence.py"), *map(str, arguments)]
+    command = [sys.executable, str(ROOT / "scripts" / "studies" / "convergence.py"), *map(str, arguments)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout

@@ -34,7 +34,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def call(*arguments, code: int = 0) -> str:
-    command = [sys.executable, str(ROOT / "scripts" / "convergence.py"), "pretrained", *map(str, arguments)]
+    script = ROOT / "scripts" / "studies" / "convergence.py"
+    command = [sys.executable, str(script), "pretrained", *map(str, arguments)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert result.returncode == code, result.stdout + result.stderr
     return result.stdout + result.stderr

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from agoq_megatron.convert import from_hf
 from agoq_megatron.convert.architecture import Architecture
 from agoq_megatron.convert.weights import model_weights
-from agoq_megatron.refusals import UsageError
+from agoq_megatron.seams.refusals import UsageError
 
 needs_lm_eval = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None or importlib.util.find_spec("accelerate") is None,

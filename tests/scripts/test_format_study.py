@@ -201,9 +201,9 @@ def run_study(output: Path) -> None:
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.models.gpt import GPTModel
 
+    from agoq_megatron.model.transformer_config import AGoQTransformerConfig
     from agoq_megatron.policy.policy import load_policy
     from agoq_megatron.specs import agoq_layer_spec
-    from agoq_megatron.transformer_config import AGoQTransformerConfig
 
     sys.argv[1:] = ["--num-layers", "2", "--study-output", str(output), "--study-tables", "formats"]
     flags = format_study.study_arguments()
@@ -245,7 +245,7 @@ def run_study(output: Path) -> None:
 def study(tmp_path_factory):
     """The tables as read from JSON, and what was printed."""
     output = tmp_path_factory.mktemp("study") / "study.json"
-    paths = [str(ROOT / "scripts"), os.environ.get("PYTHONPATH", "")]
+    paths = [str(ROOT / "scripts" / "studies"), os.environ.get("PYTHONPATH", "")]
     run = subprocess.run(
         [sys.executable, __file__, str(output)], capture_output=True, text=True, timeout=120,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},

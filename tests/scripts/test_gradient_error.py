@@ -20,7 +20,7 @@ from tiny_qwen import EPSILON, HEAD_SIZE, HEADS, LAYERS, QUERY_GROUPS, ROPE_BASE
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from agoq_megatron.refusals import UsageError
+from agoq_megatron.seams.refusals import UsageError
 
 LENGTH, SEQUENCES = 40, 3
 POLICY = """

@@ -220,7 +220,7 @@ def test_the_whole_quickstart(tmp_path):
     for i in range(60):
         lines = (f"def function_{i}_{j}(value):\n    return value + {j}\n" for j in range(40))
         (source / f"file{i}.py").write_text("\n".join(lines))
-    command = [sys.executable, str(ROOT / "scripts" / "quickstart.py"), "--smoke"]
+    command = [sys.executable, str(ROOT / "scripts" / "quickstart" / "quickstart.py"), "--smoke"]
     command += ["--input", str(source), "--output", str(tmp_path / "out")]
     command += ["--", "--train-iters", "6", "--lr-decay-iters", "6", "--eval-interval", "3"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=280)

@@ -12,16 +12,16 @@ import pytest
 import support_matrix
 from support_matrix import FEATURES, Contradiction, checks, marks, standings, status
 
-from agoq_megatron.flag_register import UNTESTED, megatron_flags
+from agoq_megatron.checks.flag_register import UNTESTED, megatron_flags
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_page_is_up_to_date():
-    """Where it fails: python scripts/support_matrix.py writes it."""
+    """Where it fails: python scripts/docs/support_matrix.py writes it."""
     if support_matrix.stamp(version("megatron-core")) not in support_matrix.PAGE.read_text():
         pytest.skip("the page is of another version of Megatron, which has other flags")
-    script = ROOT / "scripts/support_matrix.py"
+    script = ROOT / "scripts/docs/support_matrix.py"
     check = subprocess.run(
         [sys.executable, script, "--check"], cwd=ROOT, capture_output=True, text=True, timeout=200
     )

@@ -8,12 +8,12 @@ SECONDS = 0.6
 
 
 def main() -> None:
-    from agoq_megatron import compat, cpu
+    from agoq_megatron.seams import compat, cpu
 
     compat.silence_missing_accelerators()
     cpu.install()
 
-    from agoq_megatron import training
+    from agoq_megatron.entries import training
     from agoq_megatron.resuming import loop
 
     write = loop.write_durably

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 
 def main() -> None:
-    from agoq_megatron import compat, cpu
+    from agoq_megatron.seams import compat, cpu
 
     compat.silence_missing_accelerators()
     cpu.install()
@@ -13,7 +13,7 @@ def main() -> None:
     import torch
     from megatron.training import get_args
 
-    from agoq_megatron import training
+    from agoq_megatron.entries import training
 
     draw, count = training.get_batch, {}
 

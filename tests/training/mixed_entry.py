@@ -6,14 +6,14 @@ import os
 
 
 def main() -> None:
-    from agoq_megatron import compat, cpu
+    from agoq_megatron.seams import compat, cpu
 
     compat.silence_missing_accelerators()
     cpu.install()
 
     import torch
 
-    from agoq_megatron import training
+    from agoq_megatron.entries import training
 
     if os.environ["RANK"] == "1":
         torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 2

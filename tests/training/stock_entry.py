@@ -11,7 +11,7 @@ from functools import partial, wraps
 
 
 def main():
-    from agoq_megatron import compat, cpu
+    from agoq_megatron.seams import compat, cpu
 
     cpu.install()
     compat.skip_compiling_helpers()
@@ -25,7 +25,7 @@ def main():
     )
     from megatron.training.arguments import parse_and_validate_args
 
-    from agoq_megatron.data import datasets_provider, get_batch
+    from agoq_megatron.entries.data import datasets_provider, get_batch
 
     def flags(parser):
         parser.set_defaults(

@@ -8,10 +8,10 @@ from argparse import Namespace
 import pytest
 from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
 
-from agoq_megatron import compat
-from agoq_megatron.batches import BatchSchedule, count_by_samples
-from agoq_megatron.refusals import UsageError
+from agoq_megatron.planning.batches import BatchSchedule, count_by_samples
 from agoq_megatron.resuming.rates import ResumableScheduler
+from agoq_megatron.seams import compat
+from agoq_megatron.seams.refusals import UsageError
 
 LENGTH = 64
 
@@ -143,7 +143,7 @@ def test_batches_that_ranks_cannot_share_are_refused_while_they_lie_ahead():
 ])  # fmt: skip
 def test_batches_that_virtual_stages_cannot_share_are_refused(growing, group, said):
     """Which Megatron does in the first step of such a size."""
-    from agoq_megatron.training import check_batches
+    from agoq_megatron.entries.training import check_batches
 
     args = Namespace(
         **{"global_batch_size": 4} | growing, micro_batch_size=1, data_parallel_size=1, seq_length=LENGTH,

@@ -14,8 +14,8 @@ from importlib.metadata import PackageNotFoundError
 import pytest
 import torch
 
-from agoq_megatron import compat, seams
 from agoq_megatron.autograd.products import add_product
+from agoq_megatron.seams import compat, register
 
 
 @pytest.mark.parametrize("installed", ["0.19.0", "0.19.2", "0.19.0rc1"])
@@ -241,13 +241,13 @@ def test_the_scheduler_is_replaced_where_it_is_built(monkeypatch):
 
 
 def seam(name: str):
-    return next(s for s in seams.all_seams() if s.name == name)
+    return next(s for s in register.all_seams() if s.name == name)
 
 
 def test_this_megatron_is_the_one_that_was_looked_at():
-    assert seams.problems(seams.all_seams()) == []
+    assert register.problems(register.all_seams()) == []
     start = time.process_time()
-    seams.problems(seams.all_seams())
+    register.problems(register.all_seams())
     assert time.process_time() - start < 0.2  # 0.04 s; the bar is 0.05, on a machine that does nothing else
 
 
@@ -266,7 +266,7 @@ def changed(found):
     return other
 
 
-@pytest.mark.parametrize("place", [f"{s.module}:{s.name}" for s in seams.all_seams()])
+@pytest.mark.parametrize("place", [f"{s.module}:{s.name}" for s in register.all_seams()])
 def test_each_broken_seam_is_named(monkeypatch, place):
     """Gone, with another parameter, or with another body: the message names it and what is wrong."""
     module, name = place.split(":")
@@ -279,7 +279,7 @@ def test_each_broken_seam_is_named(monkeypatch, place):
 
     with monkeypatch.context() as patch:
         patch.delattr(owner, last)
-        (text,) = seams.problems([broken])
+        (text,) = register.problems([broken])
         assert text.startswith(f"{module}.{name} is missing ") and broken.why in text
     if not (broken.takes or broken.uses or broken.returns or broken.copied):
         return
@@ -288,7 +288,7 @@ def test_each_broken_seam_is_named(monkeypatch, place):
         if broken.takes is not None and not (broken.uses or broken.returns or broken.copied):
             other = lambda self, one, more: None  # noqa: E731
         patch.setattr(owner, last, other)
-        (text,) = seams.problems([broken])
+        (text,) = register.problems([broken])
         assert text.startswith(f"{module}.{name} ") and broken.why in text
 
 
@@ -302,7 +302,7 @@ def test_other_results_of_a_step_are_named(monkeypatch):
     linecache.cache["a patch release"] = len(text), None, text.splitlines(True), "a patch release"
     exec(compile(text, "a patch release", "exec"), vars(training), patched := {})
     monkeypatch.setattr(training, "train_step", patched["train_step"])
-    (found,) = seams.problems([seam("train_step")])
+    (found,) = register.problems([seam("train_step")])
     assert found.startswith("megatron.training.training.train_step returns num_tokens at position 5 instead")
     monkeypatch.setattr(compat, "broken_seams", compat.broken_seams.__wrapped__)
     with pytest.raises(
@@ -318,8 +318,8 @@ def test_comments_and_what_is_ours_change_nothing(monkeypatch):
 
     stock = clip_grads.clip_grad_by_total_norm_fp32
     monkeypatch.setattr(clip_grads, stock.__name__, functools.wraps(stock)(lambda *args: None))
-    assert seams.problems([seam("clip_grad_by_total_norm_fp32")]) == []
+    assert register.problems([seam("clip_grad_by_total_norm_fp32")]) == []
     text = inspect.getsource(stock).replace('):\n    """', '):\n\n    # another comment\n    """', 1)
     linecache.cache["commented"] = len(text), None, text.splitlines(True), "commented"
     exec(compile(text, "commented", "exec"), vars(clip_grads), patched := {})
-    assert seams.checksum(patched[stock.__name__]) == seams.checksum(stock)
+    assert register.checksum(patched[stock.__name__]) == register.checksum(stock)

@@ -19,7 +19,7 @@ def gather_often() -> None:
     import megatron.core.distributed.param_and_grad_buffer as buffers
     import torch.distributed as dist
 
-    from agoq_megatron import cpu
+    from agoq_megatron.seams import cpu
 
     cpu.install()
     dist.init_process_group("gloo")
@@ -43,7 +43,7 @@ def gather_often() -> None:
 
 def multiply() -> None:
     """On a rank: products of BF16 matrices on a processor without instructions for them."""
-    from agoq_megatron import cpu
+    from agoq_megatron.seams import cpu
 
     seed = int.from_bytes(os.urandom(4))
     print("seed", seed)
@@ -130,7 +130,8 @@ def test_asynchronous_gathers_are_sound(launcher, tmp_path):
 
 
 def test_there_is_no_gpu_however_torch_asks():
-    script = "from agoq_megatron import cpu; cpu.install(); import torch; print(torch.cuda.is_available())"
+    script = "from agoq_megatron.seams import cpu; cpu.install()\n"
+    script += "import torch; print(torch.cuda.is_available())"
     environment = os.environ | {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "CUDA_VISIBLE_DEVICES": ""}
     root = Path(__file__).resolve().parents[2]
     command = [sys.executable, "-c", script]

@@ -13,10 +13,10 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset as StockDataset
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from agoq_megatron import compat
-from agoq_megatron.data import DatasetConfig, GPTDataset, check_length, samples_to_read, without_empty
-from agoq_megatron.refusals import UsageError
+from agoq_megatron.entries.data import DatasetConfig, GPTDataset, check_length, samples_to_read, without_empty
 from agoq_megatron.resuming import order
+from agoq_megatron.seams import compat
+from agoq_megatron.seams.refusals import UsageError
 
 LENGTH, VOCABULARY, PAD = 16, 4000, 3
 

@@ -1,5 +1,6 @@
 """Faults: a run stops or goes on as docs/faults.md says, never silently wrong. The whole is
-``scripts/throw_faults.py``; this is a part of it that covers each kind, and the pieces by themselves."""
+``scripts/faults/throw_faults.py``; this is a part of it that covers each kind, and the pieces by
+themselves."""
 
 from __future__ import annotations
 
@@ -17,10 +18,10 @@ import torch
 from checkpoints import assert_killed, assert_same_tensors, saved_iteration
 from launch import ROOT
 
-from agoq_megatron.finite import NotFiniteError, stop_unless_finite
 from agoq_megatron.resuming import checksums, resume
 from agoq_megatron.resuming.loop import DurableTracker, guarded_load, guarded_save
 from agoq_megatron.resuming.resume import CheckpointError, choose
+from agoq_megatron.seams.finite import NotFiniteError, stop_unless_finite
 
 ITERATIONS, INTERVAL = 9, 3
 EIGHT = (
@@ -241,7 +242,7 @@ def test_a_save_that_fails(saved, problem, ours):
 
 HELPER = """
 import multiprocessing, os, signal
-from agoq_megatron import compat
+from agoq_megatron.seams import compat
 if __name__ == "__main__":
     compat.bind_checkpoint_results({})
     helpers = multiprocessing.active_children() + [manager._process for manager in compat._managers]
@@ -333,7 +334,8 @@ FAULTS = "full-disk nan-collective kill-overwriting".split()
 def test_the_script(launcher, tmp_path):
     """A kill and other faults at runs in 8 bits; no row is wrong. (In 32 bits: test_resume.py.)"""
     launcher.script(
-        str(ROOT / "scripts" / "throw_faults.py"), "--only", *FAULTS, "kills", "bad-input", "--kills", 1,
+        str(ROOT / "scripts" / "faults" / "throw_faults.py"), "--only", *FAULTS, "kills", "bad-input",
+        "--kills", 1,
         *("--worlds", "DP2", "--inputs", 6, "--seed", random.randrange(10**6)),
         *("--json", tmp_path / "rows.json"), timeout=280,
     )  # fmt: skip

@@ -9,8 +9,8 @@ from fnmatch import fnmatch
 import pytest
 from launch import TINY
 
-from agoq_megatron import flag_register, state_validation
-from agoq_megatron.flag_register import (
+from agoq_megatron.checks import flag_register, states
+from agoq_megatron.checks.flag_register import (
     CARRIED,
     IDLE,
     MEGATRONS,
@@ -21,7 +21,7 @@ from agoq_megatron.flag_register import (
     remarks,
     standing,
 )
-from agoq_megatron.refusals import UsageError
+from agoq_megatron.seams.refusals import UsageError
 
 
 def test_every_flag_is_known():
@@ -42,8 +42,8 @@ def test_every_flag_is_known():
 # --- What is refused ------------------------------------------------------------------------------
 
 PARTS = {"": REFUSED}
-PARTS["--agoq-grad-bits 8"] = state_validation._NOT_WITH_8_BIT_GRADIENTS
-PARTS["--agoq-optimizer-bits 8 --use-distributed-optimizer"] = state_validation._NOT_WITH_OUR_STATES
+PARTS["--agoq-grad-bits 8"] = states._NOT_WITH_8_BIT_GRADIENTS
+PARTS["--agoq-optimizer-bits 8 --use-distributed-optimizer"] = states._NOT_WITH_OUR_STATES
 VALUES = {
     "--context-parallel-size": "2", "--cuda-graph-impl": "local",
     "--fp8-format": "hybrid", "--fp4-format": "e2m1", "--experimental-attention-variant": "dsa",
@@ -60,13 +60,13 @@ VALUES = {
 def own_parser():
     from megatron.training.arguments import add_megatron_arguments
 
-    from agoq_megatron.command_line import DEFAULTS, add_arguments
+    from agoq_megatron.entries.command_line import DEFAULTS, add_arguments
 
     return add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)), DEFAULTS)
 
 
 def refusal(parser, words: list[str], without: str = "", ranks: int = 1) -> str:
-    from agoq_megatron.validation import check
+    from agoq_megatron.checks.validation import check
 
     args = parser.parse_args([*(w for w in TINY if w != without), "--train-iters", "2", *words])
     args.rank, args.world_size = 0, ranks
@@ -136,7 +136,7 @@ def test_numbers_out_of_range(own_parser, flags):
 
 def test_what_only_a_gpu_cannot(own_parser):
     """Heads of any multiple of 8 on a CPU, and in FP32; and sizes at the bounds."""
-    from agoq_megatron.shape_validation import check_numbers, check_shapes
+    from agoq_megatron.checks.shapes import check_numbers, check_shapes
 
     for words, on_cpu in (("--kv-channels 264", True), ("--kv-channels 256", False), ("", False)):
         args = own_parser.parse_args([*TINY, *words.split()])

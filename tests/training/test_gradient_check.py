@@ -9,9 +9,7 @@ from types import SimpleNamespace
 import pytest
 from agoq_kernels.formats import Format
 
-from agoq_megatron import gradient_check
 from agoq_megatron.autograd.probing import TOKENS, functions
-from agoq_megatron.gradient_check import Finding, Schedule, interval_of, over, paragraphs
 from agoq_megatron.modules.sites import (
     ATTENTION,
     ATTENTION_OUTPUT,
@@ -24,6 +22,8 @@ from agoq_megatron.modules.sites import (
     QUERY,
     VALUE,
 )
+from agoq_megatron.observing import gradient_check
+from agoq_megatron.observing.gradient_check import Finding, Schedule, interval_of, over, paragraphs
 from agoq_megatron.policy.policy import PRESETS, Rule, load_policy
 from agoq_megatron.policy.raised import RECOMPUTED, next_width
 from agoq_megatron.policy.sites import SITES
@@ -229,12 +229,12 @@ MATCHER = """matchers:
 """
 LARGE_SCORES = """
 def main():
-    from agoq_megatron import compat, cpu
+    from agoq_megatron.seams import compat, cpu
 
     compat.silence_missing_accelerators()
     cpu.install()
     import torch
-    from agoq_megatron import training
+    from agoq_megatron.entries import training
     from agoq_megatron.modules.attention import CoreAttention
 
     forward = CoreAttention.forward

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from agoq_megatron import loss_in_parts as module
-from agoq_megatron.loss_in_parts import loss_in_parts
+from agoq_megatron.entries import loss_in_parts as module
+from agoq_megatron.entries.loss_in_parts import loss_in_parts
 
 S, B, H, V = 6, 2, 8, 12
 ONE_RANK = SimpleNamespace(size=lambda: 1, rank=lambda: 0)

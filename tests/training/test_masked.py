@@ -37,7 +37,7 @@ def test_masked_batches(launcher, tmp_path, name):
 
 def test_what_is_logged(rng, monkeypatch):
     """Against sums in FP64, over micro-batches and ranks with and without tokens, as Megatron adds them."""
-    from agoq_megatron import training
+    from agoq_megatron.entries import training
 
     args = SimpleNamespace(check_for_nan_in_loss_and_grad=True, check_for_spiky_loss=False)
     machine = SimpleNamespace(validate_result=lambda result, rejection_func, **_: None)
@@ -58,7 +58,7 @@ def test_what_is_logged(rng, monkeypatch):
 
 def test_the_loss_that_a_second_run_is_compared_with_stays_whole(rng, monkeypatch):
     """Megatron's rerun machine keeps the very tensor, and its schedules divide the loss in place."""
-    from agoq_megatron import training
+    from agoq_megatron.entries import training
 
     kept = []
     args = SimpleNamespace(check_for_nan_in_loss_and_grad=True, check_for_spiky_loss=True)

@@ -11,8 +11,8 @@ import pytest
 import torch
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from agoq_megatron.refusals import UsageError
 from agoq_megatron.resuming.rates import FLAGS, KeepsRates, ResumableScheduler, check_rates, partners
+from agoq_megatron.seams.refusals import UsageError
 
 FLAG = {
     "init_lr": "--lr-warmup-init", "max_lr": "--lr", "min_lr": "--min-lr",

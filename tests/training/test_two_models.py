@@ -79,11 +79,11 @@ class Trained:
 
         from agoq_megatron.gradients.data_parallel import QuantizedGradientDDP
         from agoq_megatron.gradients.settings import GradientFormat, GradientSettings
+        from agoq_megatron.model.transformer_config import AGoQTransformerConfig
         from agoq_megatron.optimizer.quantized_states import optimizer_of
         from agoq_megatron.optimizer.settings import OptimizerSettings
         from agoq_megatron.policy.policy import load_policy
         from agoq_megatron.specs import agoq_layer_spec
-        from agoq_megatron.transformer_config import AGoQTransformerConfig
 
         hidden, rounding, layers = size
         tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
@@ -163,7 +163,7 @@ def connect(path: str) -> None:
 
 
 def main(path: Path, seed: int) -> None:
-    from agoq_megatron import compat, cpu
+    from agoq_megatron.seams import compat, cpu
 
     compat.silence_missing_accelerators()
     cpu.install()

@@ -18,8 +18,8 @@ import pytest
 from launch import covering
 from wandb_file import WandbRun, read_run, records
 
-from agoq_megatron import wandb_run
 from agoq_megatron.modules.sites import FC1_OUTPUT, LAYER_INPUT, NORM1_INPUT, NORM2_INPUT
+from agoq_megatron.observing import wandb_run
 from agoq_megatron.policy.sites import SITES
 from agoq_megatron.resuming.checksums import COMPLETE
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 
 def main() -> None:
-    from agoq_megatron import compat, cpu
+    from agoq_megatron.seams import compat, cpu
 
     compat.silence_missing_accelerators()
     cpu.install()
 
     import psutil
 
-    from agoq_megatron import training
+    from agoq_megatron.entries import training
 
     prepare = training.prepare
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 
 def main() -> None:
-    from agoq_megatron import compat, cpu
+    from agoq_megatron.seams import compat, cpu
 
     compat.silence_missing_accelerators()
     cpu.install()
 
-    from agoq_megatron import training
-    from agoq_megatron.report import RunObserver
+    from agoq_megatron.entries import training
+    from agoq_megatron.observing.report import RunObserver
 
     finish = RunObserver.finish
 

@@ -1,0 +1,128 @@
+"""Refuses sizes and numbers with which Megatron builds no model, or fails in its first pass over one; see
+``validation.py``."""
+
+from __future__ import annotations
+
+import math
+from argparse import Namespace
+from collections.abc import Callable
+
+from agoq_kernels.attention import LARGEST_HEAD
+
+from agoq_megatron.seams.refusals import UsageError
+
+_POSITIVE = "give a number above 0"
+_NUMBERS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    ("layernorm_epsilon", lambda x: x >= 0, "give 0 or more"),
+    ("adam_eps", lambda x: x >= 0, "give 0 or more"),
+    ("adam_beta1", lambda x: 0 <= x < 1, "give 0 or more, below 1"),
+    ("adam_beta2", lambda x: 0 <= x < 1, "give 0 or more, below 1"),
+    ("rotary_base", lambda x: x > 0, _POSITIVE),
+    (
+        "rotary_percent",
+        lambda x: 0 < x <= 1,
+        "give the share of a head's features that turn, above 0, up to 1",
+    ),
+    ("rotary_seq_len_interpolation_factor", lambda x: x > 0, _POSITIVE),
+    ("rope_scaling_factor", lambda x: x > 0, _POSITIVE),
+    ("hidden_dropout", lambda x: 0 <= x < 1, "give a probability of 0 or more, below 1"),
+    ("init_method_std", lambda x: x >= 0, "give a standard deviation of 0 or more"),
+    ("embedding_init_method_std", lambda x: x >= 0, "give a standard deviation of 0 or more"),
+    ("recompute_num_layers", lambda x: x >= 1, "give a number of layers"),
+    ("make_vocab_size_divisible_by", lambda x: x >= 1, "give a positive number"),
+    ("ffn_hidden_size", lambda x: x >= 1, "give a positive number"),
+    ("kv_channels", lambda x: x >= 1, "give a positive number"),
+    ("max_position_embeddings", lambda x: x >= 1, "give a positive number"),
+)
+"""Attribute of Megatron's arguments, what it takes, what to do. Megatron asks none of this: there these are
+tracebacks, or losses that are NaN."""
+
+
+def check_numbers(args: Namespace) -> None:
+    """Of numbers by themselves.
+
+    Raises:
+        UsageError: one is out of range.
+    """
+    for name, fits, remedy in _NUMBERS:
+        value = getattr(args, name, None)
+        if value is not None and not (math.isfinite(value) and fits(value)):
+            flag = name.replace("layernorm", "norm").replace("_", "-")
+            raise UsageError(f"--{flag} {value}: {remedy}.")
+
+
+def check_shapes(args: Namespace, on_cpu: bool) -> None:
+    """Of a model's sizes among themselves, and of the ranks that they are divided over.
+
+    Args:
+        on_cpu: there is no GPU.
+
+    Raises:
+        UsageError: they do not fit.
+    """
+    for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length"):
+        value = getattr(args, name)
+        if value is None and name != "seq_length" and getattr(args, "use_checkpoint_args", False):
+            return
+        if value is None or value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {value}: give a positive number.")
+    tp = args.tensor_model_parallel_size
+    shards = getattr(args, "tensor_parallel_num_weight_shards", None)
+    if shards not in (None, tp):
+        raise UsageError(
+            f"--tensor-parallel-num-weight-shards {shards}: weights in more pieces than the {tp} of "
+            "--tensor-model-parallel-size are not carried yet; leave it out."
+        )
+    _check_heads(args, tp, on_cpu)
+    unit = 2 * tp if args.swiglu else tp  # Megatron tries its own SwiGLU on halves of what a rank has of it
+    if args.ffn_hidden_size is not None and args.ffn_hidden_size % unit:
+        twice = ", twice with --swiglu" if args.swiglu else ""
+        raise UsageError(
+            f"--ffn-hidden-size {args.ffn_hidden_size}: give a multiple of {unit} "
+            f"(--tensor-model-parallel-size {tp}{twice})."
+        )
+    if args.sequence_parallel and args.seq_length % tp:
+        raise UsageError(
+            f"--sequence-parallel: --tensor-model-parallel-size {tp} must divide --seq-length "
+            f"{args.seq_length}."
+        )
+    _check_stages(args)
+
+
+def _check_heads(args: Namespace, tp: int, on_cpu: bool) -> None:
+    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+    if args.group_query_attention and (not groups or args.num_attention_heads % groups):
+        raise UsageError(
+            f"--num-query-groups {groups}: it must divide --num-attention-heads {args.num_attention_heads}."
+        )
+    if groups % tp:
+        raise UsageError(
+            f"--tensor-model-parallel-size {tp}: it must divide the {groups} key/value heads "
+            "(--num-query-groups); sharing one head between ranks is not carried yet."
+        )
+    head_dim = args.kv_channels or args.hidden_size // args.num_attention_heads
+    heads = f"--hidden-size {args.hidden_size} with --num-attention-heads {args.num_attention_heads}"
+    if args.kv_channels:
+        heads = f"--kv-channels {args.kv_channels}"
+    if head_dim % 8:
+        raise UsageError(
+            f"{heads}: heads of {head_dim} features; the fused attention kernels take multiples of 8."
+        )
+    if head_dim > LARGEST_HEAD and not on_cpu and (args.bf16 or args.fp16):
+        raise UsageError(
+            f"{heads}: heads of {head_dim} features; on a GPU the fused attention kernels take up to "
+            f"{LARGEST_HEAD} in 16 bits. Give more heads, or smaller ones (--kv-channels)."
+        )
+
+
+def _check_stages(args: Namespace) -> None:
+    if args.pipeline_model_parallel_size == 1:
+        return
+    ends = [
+        (f"--decoder-{end}-pipeline-num-layers", getattr(args, f"decoder_{end}_pipeline_num_layers", None))
+        for end in ("first", "last")
+    ]
+    given = [(flag, n) for flag, n in ends if n is not None]
+    if sum(n for _, n in given) > args.num_layers:
+        said = " and ".join(f"{flag} {n}" for flag, n in given)
+        raise UsageError(f"{said}: more than the {args.num_layers} of --num-layers.")

@@ -1,0 +1,116 @@
+"""How the layers enter Megatron: a backend's spec provider and a layer spec, for our entry point and, by
+``--spec agoq_megatron.specs agoq_layer_spec``, for Megatron-LM's own."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import BackendSpecProvider
+from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from megatron.training.argument_utils import gpt_config_from_args
+from megatron.training.models import GPTModelConfig
+
+from agoq_megatron.entries.stock import prepare_stock
+from agoq_megatron.model.transformer_config import complete_model_config, transformer_config_from_args
+from agoq_megatron.modules.attention import CoreAttention, SelfAttention
+from agoq_megatron.modules.layer import TransformerLayer
+from agoq_megatron.modules.linear import FusedRowParallelLinear, LayerNormColumnParallelLinear
+from agoq_megatron.modules.mlp import MLP
+from agoq_megatron.modules.norm import Norm
+
+
+class AGoQSpecProvider(BackendSpecProvider):
+    """The modules of this project, by Megatron's protocol for backends."""
+
+    def column_parallel_linear(self) -> type:
+        raise NotImplementedError("every column-parallel linear here follows a norm")
+
+    def row_parallel_linear(self) -> type:
+        return FusedRowParallelLinear
+
+    def fuse_layernorm_and_linear(self) -> bool:
+        return True
+
+    def column_parallel_layer_norm_linear(self) -> type:
+        return LayerNormColumnParallelLinear
+
+    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False) -> type:
+        return Norm
+
+    def core_attention(self) -> type:
+        return CoreAttention
+
+    def grouped_mlp_modules(self, moe_use_grouped_gemm: bool):
+        raise NotImplementedError("mixture of experts is not carried")
+
+    def activation_func(self) -> None:
+        return None
+
+
+def layer_spec(provider: BackendSpecProvider | None = None) -> ModuleSpec:
+    """One decoder layer, in the layout (and with the parameter names) of Megatron's TE spec."""
+    provider = provider or AGoQSpecProvider()
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=provider.column_parallel_layer_norm_linear(),
+                    core_attention=provider.core_attention(),
+                    linear_proj=provider.row_parallel_linear(),
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            mlp=partial(
+                MLP.as_mlp_submodule,
+                submodules=MLPSubmodules(
+                    linear_fc1=provider.column_parallel_layer_norm_linear(),
+                    linear_fc2=provider.row_parallel_linear(),
+                ),
+            ),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def agoq_layer_spec(config, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """The decoder's layers on this pipeline stage, for ``GPTModelConfig.transformer_layer_spec``.
+
+    Args:
+        config: Megatron's ``GPTModelConfig``. Around an :class:`AGoQTransformerConfig`, whose policy is in
+            force; around any other, the run is stock Megatron's and the policy comes from its environment.
+        vp_stage: virtual pipeline stage, or None.
+
+    Raises:
+        SystemExit: in a stock run, flags that cannot work.
+    """
+    if getattr(config.transformer, "agoq", None) is None:
+        prepare_stock(config)
+    provider = AGoQSpecProvider()
+    layers = get_num_layers_to_build(config.transformer, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(
+        layer_specs=[layer_spec(provider)] * layers, layer_norm=provider.layer_norm()
+    )
+
+
+def model_config_from_args(args) -> GPTModelConfig:
+    """Megatron's config of a GPT with the layers of this project, from its arguments and ours.
+
+    Raises:
+        PolicyError: the policy cannot be used.
+    """
+    config = gpt_config_from_args(args, config=transformer_config_from_args(args))
+    complete_model_config(config, args)
+    config.transformer_layer_spec = agoq_layer_spec
+    return config

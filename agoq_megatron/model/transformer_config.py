@@ -1,0 +1,61 @@
+"""Megatron's transformer config with what this project adds to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.training.argument_utils import core_transformer_config_from_args
+from megatron.training.models import GPTModelConfig
+
+import agoq_megatron.modules.sites  # noqa: F401  (contributes what the layers may keep)
+from agoq_megatron.autograd.run import Run
+from agoq_megatron.gradients.settings import GradientSettings, settings_from_args
+from agoq_megatron.optimizer.settings import OptimizerSettings, optimizer_settings_from_args
+from agoq_megatron.policy.fitting import policy_for
+from agoq_megatron.policy.policy import ActivationPolicy
+from agoq_megatron.policy.raised import RaisedPolicy
+
+
+@dataclass
+class AGoQTransformerConfig(TransformerConfig):
+    """Megatron's transformer config, the policy of saved activations, how gradients and the optimizer's
+    states are kept (None: as Megatron does), a sequence's tokens, and what its training has of its own."""
+
+    agoq: ActivationPolicy | None = None
+    agoq_gradients: GradientSettings | None = None
+    agoq_optimizer: OptimizerSettings | None = None
+    agoq_sequence: int = 0
+    agoq_run: Run = field(default_factory=Run, compare=False, repr=False)
+
+
+def transformer_config_from_args(args) -> AGoQTransformerConfig:
+    """Build the config from Megatron's arguments and load the policy that they name.
+
+    Raises:
+        PolicyError: the policy cannot be used.
+    """
+    config = core_transformer_config_from_args(args, AGoQTransformerConfig)
+    config.agoq_sequence = args.seq_length
+    config.agoq = policy_for(config, args.agoq_activations, args.agoq_rounding)
+    raised = getattr(args, "agoq_raised_widths", None)  # of the run so far: see observing/watching.py
+    if raised:
+        config.agoq = RaisedPolicy(config.agoq, raised)
+    config.agoq_gradients = settings_from_args(args)
+    config.agoq_optimizer = optimizer_settings_from_args(args)
+    if config.agoq_gradients is not None:
+        # There is no buffer to add products to: DDP adds each micro-batch's gradient to the codes.
+        config.gradient_accumulation_fusion = False
+    if not torch.cuda.is_available():
+        # A CPU has no product of 16-bit factors into an FP32 buffer: DDP adds the gradients there.
+        config.gradient_accumulation_fusion = False
+    return config
+
+
+def complete_model_config(config: GPTModelConfig, args) -> None:
+    """Put into Megatron's model config what its ``gpt_config_from_args`` leaves at the default though there
+    is a flag: it passes ``--use-rope-scaling`` on, but not the factor. (``tests/modules/test_flags.py`` looks
+    for others.) Before the model is built; a layer spec is called in time.
+    """
+    config.rope_scaling_factor = args.rope_scaling_factor
