@@ -28,23 +28,14 @@ from agoq_megatron.autograd.collectives import (
 )
 from agoq_megatron.autograd.function import Function, in_order
 from agoq_megatron.autograd.kept import restore, save
+from agoq_megatron.autograd.linear import LinearSpec
 from agoq_megatron.autograd.norm import NormSpec, norm
-from agoq_megatron.autograd.products import Products, bias_gradient
+from agoq_megatron.autograd.products import bias_gradient
 
 
 @dataclass(frozen=True)
-class NormLinearSpec(NormSpec):
-    """What does not change from call to call, of the norm and of the linear layer.
-
-    Attributes:
-        group: tensor-parallel process group.
-        sequence_parallel: the input holds ``s / t`` of the sequence and is gathered.
-        products: how they are computed.
-    """
-
-    group: object
-    sequence_parallel: bool
-    products: Products = Products()
+class NormLinearSpec(LinearSpec, NormSpec):
+    """What does not change from call to call: of the norm, then of the linear layer."""
 
 
 class NormLinear(Function):

@@ -19,7 +19,8 @@ from agoq_megatron.policy.policy import ActivationPolicy
 
 
 class CoreAttention(MegatronModule):
-    """Rotary embedding, causal attention and the product with the projection's weight."""
+    """What does not change from call to call of rotary embedding, causal attention and projection. The
+    projection's module runs them."""
 
     def __init__(
         self,
@@ -55,11 +56,6 @@ class CoreAttention(MegatronModule):
             recompute=selective and "core_attn" in config.recompute_modules,
             products=Products(config.gradient_accumulation_fusion),
         )
-
-    def forward(self, qkv: Tensor, angles: Tensor | None, weight: Tensor) -> Tensor:
-        """``[s, b, (n + 2g) d]`` -> this rank's partial ``[s, b, h]``; ``angles`` ``[s, 1, 1, rot]``."""
-        keeps = torch.is_grad_enabled()
-        return AttentionLinear.call(qkv=qkv, angles=angles, weight=weight, spec=self.spec, keeps=keeps)
 
 
 class SelfAttention(MegatronSelfAttention):
@@ -113,4 +109,10 @@ class SelfAttention(MegatronSelfAttention):
         if isinstance(rotary_pos_emb, tuple):  # the same table for query and key
             rotary_pos_emb = rotary_pos_emb[0]
         qkv, _ = self.linear_qkv(hidden_states)
-        return self.linear_proj(lambda weight, *_: self.core_attention(qkv, rotary_pos_emb, weight))
+        return self.linear_proj(
+            AttentionLinear,
+            qkv=qkv,
+            angles=rotary_pos_emb,
+            spec=self.core_attention.spec,
+            keeps=torch.is_grad_enabled(),
+        )

@@ -5,7 +5,6 @@ Both keep Megatron's construction, initialization and checkpoint layout; only th
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -16,6 +15,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
+from agoq_megatron.autograd.function import Function
 from agoq_megatron.autograd.norm_linear import NormLinear, NormLinearSpec
 from agoq_megatron.autograd.products import Products, gradient_without_memory
 from agoq_megatron.autograd.saving import SavedTensor
@@ -86,21 +86,26 @@ class FusedRowParallelLinear(RowParallelLinear):
             gradient_without_memory(self.weight.shape, self.weight.dtype, self.weight.device)
 
     def forward(
-        self, product: Callable[[Tensor, Tensor | None, bool], Tensor], stream: ResidualStream | None = None
+        self, function: type[Function], stream: ResidualStream | None = None, **inputs
     ) -> tuple[Tensor, Tensor | None]:
-        """Run ``product(weight, None, False)``, this rank's partial ``[s, b, h]``, and sum it over the ranks
-        (with sequence parallelism also scatter it: ``[s / t, b, h]``). Returns the sum, and the bias
-        unadded.
+        """Call ``function`` with this layer's weight and sum this rank's partial ``[s, b, h]`` over the ranks
+        (with sequence parallelism also scatter it: ``[s / t, b, h]``). Returns the sum, and the bias unadded.
 
-        Where nothing comes between the product and the addition to the stream, ``product(weight, total,
-        writable)`` adds to its total (in place, if nobody else holds that), and leaves the stream without.
+        Where nothing comes between the product and the addition to the stream, the function adds to its total
+        (in place, if nobody else holds that), and leaves the stream without.
 
-        The product is handed in, and run here, because Megatron's DDP waits for the gather of a
-        module's weights (``--overlap-param-gather``) in a hook on that module's call.
+        It is called here, because Megatron's DDP waits for the gather of a module's weights
+        (``--overlap-param-gather``) in a hook on that module's call.
+
+        Args:
+            function: takes "weight", and with a stream "total" and "overwrite".
+            inputs: its other arguments, by name.
         """
         if stream is not None and stream.plain and self.tp_group.size() == 1 and self.bias is None:
-            return product(self.weight, stream.take_total(), stream.writable), None
-        partial = product(self.weight, None, False)
+            overwrite = stream.writable
+            total = stream.take_total()
+            return function.call(weight=self.weight, total=total, overwrite=overwrite, **inputs), None
+        partial = function.call(weight=self.weight, **inputs)
         if self.sequence_parallel:
             output = reduce_scatter_to_sequence_parallel_region(partial, group=self.tp_group)
         else:

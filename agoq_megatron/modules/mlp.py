@@ -67,12 +67,10 @@ class MLP(MegatronMLP):
         if self._pieces_done is not None:
             self._pieces_done += 1
         pre_activation, _ = self.linear_fc1(hidden_states, reports)
-        keeps = torch.is_grad_enabled()
-        spec = self.spec if reports else silent(self.spec)
-
-        def product(weight: Tensor, total: Tensor | None, overwrite: bool) -> Tensor:
-            return ActivationLinear.call(
-                x=pre_activation, weight=weight, total=total, overwrite=overwrite, spec=spec, keeps=keeps
-            )
-
-        return self.linear_fc2(product, hidden_states if isinstance(hidden_states, ResidualStream) else None)
+        return self.linear_fc2(
+            ActivationLinear,
+            stream=hidden_states if isinstance(hidden_states, ResidualStream) else None,
+            x=pre_activation,
+            spec=self.spec if reports else silent(self.spec),
+            keeps=torch.is_grad_enabled(),
+        )

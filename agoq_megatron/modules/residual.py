@@ -9,7 +9,8 @@ from torch import Tensor
 
 @dataclass
 class ResidualStream:
-    """What a layer's modules read from and hand on.
+    """What a layer's modules read from and hand on: one object, so that who takes a tensor is the last to
+    hold it. Names and argument tuples on the way would keep it while the MLP runs, where memory peaks.
 
     Attributes:
         total: sum so far ``[s, b, h]`` (``[s / t, b, h]`` with sequence parallelism).

@@ -121,7 +121,9 @@ def test_pieces_of_an_mlp_report_once():
             self.spec = ActivationLinearSpec(None, None, "swiglu")
             self.linear_fc1 = lambda x, reports: (seen.append(reports), None)
             self.linear_fc1.spec = types.SimpleNamespace(norm_input=None)
-            self.linear_fc2 = lambda product, stream: (None, None)
+            self.linear_fc2 = lambda function, stream, x, spec, keeps: (
+                seen.append(spec.products.reports) or (None, None)
+            )
 
     mlp = Watched()
     mlp(None)
@@ -130,4 +132,5 @@ def test_pieces_of_an_mlp_report_once():
             for _ in range(3):
                 mlp(None)
     mlp(None)
-    assert seen == [True, *2 * [True, False, False], True]
+    of_fc1 = [True, *2 * [True, False, False], True]
+    assert seen == [reports for both in zip(of_fc1, of_fc1, strict=True) for reports in both]
