@@ -160,7 +160,7 @@ def _sizes(args, config) -> _Sizes:
         output_gradient = args.padded_vocab_size / tp * config.hidden_size * width
     return _Sizes(
         tokens, u, u / tp if config.sequence_parallel else u,
-        tokens * config.ffn_hidden_size / tp * itemsize, logits, output_gradient,
+        tokens * FC2_INPUT.axis(config) * itemsize, logits, output_gradient,
     )  # fmt: skip
 
 
@@ -272,13 +272,11 @@ def _again(config, first: int, sizes: _Sizes, layers: int, beside: float) -> flo
 def _attention_moment(config, plan: Plan, number: int, tokens: int) -> float:
     """Bytes beside what is kept where the attention of a layer runs backward: Q, K, V, O as far as they are
     not kept as they are, the gradients of all four, and workspace; less what the MLP kept, which is gone."""
-    tp = config.tensor_model_parallel_size
-    q = o = config.num_attention_heads * config.kv_channels / tp
-    k = v = config.num_query_groups * config.kv_channels / tp
+    q, k, v, o = (site.axis(config) for site in ATTENTION_SITES)
     # An output that is recomputed has no bytes in the plan.
     held = [config.agoq.rule(s, number).keep and plan.bytes_of(s, number) > 0 for s in ATTENTION_SITES]
     here = config.params_dtype.itemsize * tokens
-    groups = config.num_query_groups // tp
+    groups = config.num_query_groups // config.tensor_model_parallel_size
     some = groups_at_a_time(int(q * tokens), groups) / groups  # of the heads
     inputs = o + sum(n for n, kept in zip((q, k, v, o), held, strict=True) if not kept)
     outputs = q + k + v if some == 1 else (1 + some) * (q + k + v)

@@ -19,11 +19,14 @@ from agoq_megatron.modules.sites import (
     FC1,
     FC1_OUTPUT,
     FC2,
+    FC2_INPUT,
     KEY,
     LAYER_INPUT,
     MLP_SITES,
+    NORM1_INPUT,
     NORM2_INPUT,
     QKV,
+    QKV_SITES,
     QUERY,
     VALUE,
 )
@@ -63,10 +66,9 @@ class Watched:
         tp = config.tensor_model_parallel_size
         split = tp if config.sequence_parallel else 1
         self._tokens = min(TOKENS, args.seq_length)
-        h, f = config.hidden_size, config.ffn_hidden_size / tp
-        self._query = query = config.num_attention_heads * config.kv_channels / tp
-        qkv = query + 2 * config.num_query_groups * config.kv_channels / tp
-        fc1 = f * (2 if config.gated_linear_unit else 1)
+        h, f, fc1 = NORM1_INPUT.axis(config), FC2_INPUT.axis(config), FC1_OUTPUT.axis(config)
+        self._query = query = QUERY.axis(config)
+        qkv = sum(site.axis(config) for site in QKV_SITES)
         # Of each function: features of its input and output, numbers of its weight, and features of all that
         # lives at the worst moment of its second run: exact input gradient, output's gradient and its own.
         gathered = 2 * h / split + 2 * h if split > 1 else 3 * h
