@@ -1,157 +1,22 @@
-"""The bench's arithmetic on made-up logs, its command lines, and one real run of the tiny model."""
+"""The bench's turns and trials with made-up runs, its command lines, and one real run of the tiny model."""
 
 from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import bench_step as bench
 import pytest
 import torch
+from made_up_runs import TIMES, make_log, make_report, make_run
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMED = range(4, 10)
 KEYS = {"name", "step_ms", "tokens_per_s", "peak_allocated_mib", "loss"}
-
-
-def make_log(times: list[float]) -> str:
-    """Megatron's lines for iterations of these milliseconds: its second one tells the mean of two."""
-    shown = [times[0], (times[0] + times[1]) / 2, *times[2:]]
-    line = (
-        " [2026-01-02 03:04:05.678901] iteration {:8d}/{:8d} | consumed samples: {:12d} |"
-        " elapsed time per iteration (ms): {:.1f} | learning rate: 1.000000E-04 |"
-        " global batch size:     4 | lm loss: 1.036146E+01 | loss scale: 1.0 |"
-    )
-    lines = [line.format(i, len(times), 4 * i, ms) for i, ms in enumerate(shown, start=1)]
-    return "\n".join(["using world size: 1", *lines, "[rank0] (after 10 iterations) memory (MB)"])
-
-
-def make_report(iterations: int, peak: int | None) -> dict:
-    return {
-        "tokens": iterations * 8 * 4096,
-        "iterations": iterations,
-        "peak_memory_bytes": peak,
-        "train": [{"iteration": i, "lm loss": 11 - i / 10} for i in range(1, iterations + 1)],
-    }
-
-
-TIMES = [9000.0, 700.0, 600.0, 510.0, 500.0, 530.0, 520.0, 550.0, 540.0, 5000.0]
-
-
-def test_the_median_is_of_iterations_4_to_9():
-    assert bench.iteration_times(make_log(TIMES)) == dict(enumerate(TIMES, start=1))
-    run = bench.result("off", make_log(TIMES), make_report(10, 3 * 2**29), TIMED)
-    assert run.pop("iterations_ms") == dict(enumerate(TIMES, start=1))
-    assert run.pop("losses") == [11 - i / 10 for i in range(1, 11)]
-    assert run == {
-        "name": "off",
-        "step_ms": 525.0,
-        "tokens_per_s": pytest.approx(8 * 4096 / 0.525, abs=0.1),
-        "peak_allocated_mib": 1536.0,
-        "loss": 10.0,
-    }
-
-
-def test_iterations_added_for_a_trace_do_not_count():
-    log = make_log([*TIMES, 9999.0, 9999.0])
-    run = bench.result("off", log, make_report(12, None), TIMED)
-    assert run["step_ms"] == 525.0 and run["loss"] == 10.0
-    assert run["tokens_per_s"] == pytest.approx(8 * 4096 / 0.525, abs=0.1)
-    assert run["peak_allocated_mib"] is None
-
-
-def test_peaks_of_ranks():
-    line = (
-        "[Rank {}] (after 2 iterations) memory (MB) | allocated: 14.77 | max allocated: {:.2f} | reserved: 9"
-    )
-    log = "\n".join(line.format(*pair) for pair in ((3, 19.5), (0, 20.25), (3, 21.0), (3, 20.0), (0, 20.25)))
-    assert bench.rank_peaks(log) == {0: 20.25, 3: 21.0}
-    run = bench.result("off", make_log(TIMES) + "\n" + log, make_report(10, 3 * 2**29), TIMED)
-    assert run["peaks_mib"] == {0: 20.25, 3: 21.0}
-    assert bench.rank_peaks(make_log(TIMES)) == {}
-
-
-def test_a_log_without_all_times_is_a_failure():
-    run = bench.result("off", make_log(TIMES[:7]), make_report(7, None), TIMED)
-    assert run == {"name": "off", "error": "the log tells no time of iterations [8, 9]"}
-
-
-LAUNCHER = """\
-Traceback (most recent call last):
-  File "torch/distributed/run.py", line 981, in run
-torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
-============================================================
-pretrain_gpt_agoq.py FAILED
-  exitcode  : -15 (pid: 29931)
-  traceback : Signal {} received by PID 29931
-============================================================
-"""
-
-
-@pytest.mark.parametrize(
-    ("log", "reason"),
-    [
-        (
-            "  error_injection_type ... transient_error\n"
-            "[rank0]: Traceback (most recent call last):\n"
-            "[rank0]: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.\n"
-            "[rank1]: torch.distributed.DistBackendError: NCCL communicator was aborted\n",
-            "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.",
-        ),
-        (
-            "[rank0]: KeyError: 'a'\n[rank0]: During handling of the above exception, another:\n"
-            "[rank0]: ValueError: no such thing\n[rank0]: frame #3\n",
-            "ValueError: no such thing",
-        ),
-        ("pretrain_gpt_agoq.py: error: --fp8: no.\n", "pretrain_gpt_agoq.py: error: --fp8: no."),
-        ("training ...\n", "traceback : Signal 15 (SIGTERM) received by PID 29931"),
-    ],
-)
-def test_the_reason_of_a_failure(log, reason):
-    assert bench.failure_reason(log + LAUNCHER.format("15 (SIGTERM)")) == reason
-
-
-def test_a_failure_without_a_reason():
-    assert bench.failure_reason("") == "nothing was printed"
-    assert bench.failure_reason("\nlast words\n\n") == "last words"
-
-
-def make_run(name: str, step_ms: float, peak: float | None = 100.0) -> dict:
-    return {
-        "name": name,
-        "step_ms": step_ms,
-        "tokens_per_s": 1e6 / step_ms,
-        "peak_allocated_mib": peak,
-        "loss": 10.25,
-    }
-
-
-def test_medians_spread_and_ratio():
-    runs = [make_run("off", 200.0), make_run("agoq", 230.0, 50.0), {"name": "bad", "error": "no"}]
-    runs += [make_run("off", 190.0), make_run("agoq", 240.0, 51.0), {"name": "bad", "error": "no"}]
-    runs += [make_run("off", 220.0), {"name": "agoq", "error": "no"}, {"name": "bad", "error": "no"}]
-    off, agoq, bad = rows = bench.summarize(runs, ["off", "agoq", "bad"])
-    assert off["step_ms"] == 200 and (off["min_ms"], off["max_ms"]) == (190, 220)
-    assert off["ratio"] == 1 and off["tokens_per_s"] == 5000 and off["runs"] == 3
-    assert agoq["step_ms"] == 235 and agoq["ratio"] == 1.175 and agoq["peak_allocated_mib"] == 51
-    assert (agoq["runs"], agoq["failed"]) == (2, 1)
-    assert bad == {"name": "bad", "runs": 0, "failed": 3}
-    lines = [line.split() for line in bench.table(rows).splitlines()]
-    assert lines[0] == "name step_ms min_ms max_ms ratio tokens_per_s peak_allocated_mib loss failed".split()
-    assert lines[2] == "agoq 235.0 230.0 240.0 1.175 4257 51 10.2500 1".split()
-    assert lines[3] == ["bad", *"-" * 7, "3"]
-
-
-def test_no_ratio_where_the_first_configuration_failed():
-    rows = bench.summarize([{"name": "off", "error": "no"}, make_run("agoq", 230.0, None)], ["off", "agoq"])
-    assert rows[1]["ratio"] is None and rows[1]["peak_allocated_mib"] is None
-    assert bench.table(rows).splitlines()[2].split()[4] == "-"
 
 
 @pytest.mark.parametrize("start", [4096, 8192, 16384])
@@ -296,19 +161,6 @@ def test_a_bad_command_line(argv, capsys):
     assert "error: --" in capsys.readouterr().err
 
 
-def write(text: str) -> None:
-    os.write(1, text.encode())  # sys.stdout is pytest's here
-
-
-def fork(monkeypatch, tmp_path, main, *more: str) -> tuple[int | None, str]:
-    """Exit status and log of a forked run of two ranks, each of which calls ``main``."""
-    monkeypatch.setitem(sys.modules, "pretrain_gpt_agoq", SimpleNamespace(main=main))
-    args = parse("--nproc-per-node", "2", "--fork", *more)
-    args.logs = tmp_path
-    command = bench.build_command(args, "off", "off-1", args.shape, 10)
-    return bench.execute_forked(args, command, tmp_path / "log"), (tmp_path / "log").read_text()
-
-
 @pytest.mark.parametrize("more", [(), ("--check-gradients",)])
 def test_the_check_of_gradients_is_off_unless_asked_for(tmp_path, more):
     args = parse(*more)
@@ -316,82 +168,6 @@ def test_the_check_of_gradients_is_off_unless_asked_for(tmp_path, more):
     assert ("--no-agoq-check-gradients" in bench.build_command(args, "off", "off-1", args.shape, 10)) == (
         not more
     )
-
-
-def rank_is(number: int) -> bool:
-    return os.environ["RANK"] == str(number)
-
-
-@pytest.mark.parametrize("more,told", [(["--one-gpu"], "rank-0 0, rank-1 0, "), ([], "none 0, none 1, ")])
-def test_forked_ranks(monkeypatch, tmp_path, more, told):
-    def main():
-        write(f"{os.environ.get('NCCL_HOSTID', 'none')} {os.environ['LOCAL_RANK']}, ")
-        assert sys.argv[1] == "--swiglu"
-
-    assert fork(monkeypatch, tmp_path, main, *more) == (0, told)
-
-
-def test_a_forked_run_that_hangs_is_ended(monkeypatch, tmp_path):
-    def main():
-        write("started\n")
-        time.sleep(100)
-
-    start = time.monotonic()
-    code, log = fork(monkeypatch, tmp_path, main, "--timeout", "1.5")
-    assert code is None and log.startswith("started\nstarted\n")
-    assert time.monotonic() - start < 20
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="NVML answers")
-def test_cuda_that_was_started_is_seen(tmp_path):
-    """Without NVML torch asks CUDA itself for GPUs."""
-    script = "import forked_ranks; forked_ranks.import_megatron(on_cpu=False)"
-    command = [sys.executable, "-c", script]
-    folder = ROOT / "scripts" / "bench"
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=100)
-    assert "Importing Megatron has started CUDA" in done.stderr and done.returncode == 1
-
-
-def fails_first():
-    time.sleep(0.2 * rank_is(1))
-    write("ValueError: mine\n" if rank_is(0) else "RuntimeError: the other is gone\n")
-    sys.exit(1)
-
-
-def is_killed():
-    write("iteration 5\n")
-    os.kill(os.getpid(), signal.SIGKILL) if rank_is(1) else time.sleep(100)
-
-
-@pytest.mark.parametrize(
-    "main,reason",
-    [(fails_first, "ValueError: mine"), (is_killed, "rank 1 of 2 was ended by Signal 9 (SIGKILL):")],
-)
-def test_the_reason_of_a_forked_runs_failure(monkeypatch, tmp_path, main, reason):
-    code, log = fork(monkeypatch, tmp_path, main)
-    assert code == 1 and bench.failure_reason(log) == reason
-
-
-def test_an_interrupt_leaves_no_forked_rank(monkeypatch, tmp_path):
-    def main():
-        write(f"{os.getpid()} ")
-        if rank_is(1):
-            time.sleep(0.5)
-            os.kill(parent, signal.SIGINT)
-        time.sleep(100)
-
-    parent = os.getpid()
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            fork(monkeypatch, tmp_path, main)
-    finally:
-        signal.signal(signal.SIGINT, before)
-    pids = (tmp_path / "log").read_text().split()
-    assert len(pids) == 2
-    for pid in pids:
-        with pytest.raises(ProcessLookupError):
-            os.kill(int(pid), 0)
 
 
 @pytest.mark.parametrize("more,way", [([], "execute"), (["--fork"], "execute_forked")])
