@@ -22,18 +22,9 @@ from pathlib import Path
 import pytest
 import torch
 from forked_ranks import RunFailed, fork_ranks, import_megatron
-from gradient_grid import (
-    MODEL,
-    Comparison,
-    Configuration,
-    Dump,
-    compare,
-    configurations,
-    faults,
-    run_all,
-    train_rank,
-)
+from gradient_grid import MODEL, Configuration, configurations, faults, run_all
 from launch import covering
+from run_dumps import Comparison, Dump, compare, train_rank
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # Each value of each axis, and most pairs of them. The last is a part of the one before, and --exhaustive's.

@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 from forked_ranks import RunFailed, fork_ranks, import_megatron
-from gradient_grid import Configuration, compare, load_dumps, train_rank
+from gradient_grid import Configuration
 from launch import covering
+from run_dumps import compare, load_dumps, train_rank
 
 SPLIT = "--agoq-master-weights split"
 EIGHT = "--agoq-optimizer-bits 8"
