@@ -12,7 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
-pytest.register_assert_rewrite("checkpoints")
+pytest.register_assert_rewrite("checkpoints", "solver_instances")
 
 from checkpoints import MIDDLE, train  # noqa: E402
 from launch import Launcher  # noqa: E402
