@@ -119,8 +119,8 @@ def test_two_readers_of_a_norm(rng, rules):
 
     tensors = [x, p["n1w"], p["qkv"], p["fc1"]]
     found, wanted = gradients(apart, tensors, grads), gradients(joined, tensors, grads)
-    for a, b in zip(found, wanted, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    for a, b in zip(found, wanted, strict=True):  # sums in another order
+        assert (a - b).norm() < 1e-5 * b.norm()
     assert len(heard) == 1 + (rules[1] is KEEP)  # kept once, whoever reads it
 
 
