@@ -1,4 +1,4 @@
-"""Write a Hugging Face LLaMA or Qwen2 as a checkpoint that training starts from.
+"""Write a Hugging Face model as a checkpoint that training starts from.
 
     python -m agoq_megatron.convert.from_hf --input DIR --output CKPT
 
@@ -17,7 +17,7 @@ import argparse
 import shlex
 from pathlib import Path
 
-from agoq_megatron.convert.architecture import architecture_from_hf
+from agoq_megatron.convert.hf_config import architecture_from_hf, family_of
 from agoq_megatron.convert.hf_store import ModelReader, copy_tokenizer, load_tokenizer
 from agoq_megatron.convert.megatron_store import RELEASE, Source, write_checkpoint
 from agoq_megatron.convert.output import check_output, quiet_imports, run_command, whole_folder
@@ -49,7 +49,8 @@ def convert(options: argparse.Namespace) -> list[str]:
     check_output(options.output, options.overwrite, made_by_us=RELEASE)
     with ModelReader(options.input) as reader:
         model = architecture_from_hf(reader.config)
-        weights = model_weights(model)
+        row = family_of(reader.config)
+        weights = model_weights(model, row.layer)
         reader.check({name: shape for w in weights for name, shape in w.parts.items()}, model.tied)
         sources = [_source(reader, weight) for weight in weights]
         with whole_folder(options.output) as folder:
@@ -65,13 +66,15 @@ def convert(options: argparse.Namespace) -> list[str]:
                 no_save_optim=True,
                 no_save_rng=True,
                 ckpt_format="torch_dist",
+                # And to_hf for this, as long as no run has saved it with arguments of its own.
+                hf_model_type=row.model_type,
             )
             write_checkpoint(folder, sources, model.layers, args)
             flags = model.flags() + [str(word) for pair in tokenizer.items() for word in pair]
             (folder / FLAGS).write_text(shlex.join(flags) + "\n")
     print(
-        f"{options.output}: {sum(w.numel for w in weights):,} parameters in {sources[0].dtype}. Flags of the "
-        f"model, in {options.output / FLAGS}:\n{shlex.join(flags)}\n"
+        f"{options.output}: {row.hf_class}, {sum(w.numel for w in weights):,} parameters in "
+        f"{sources[0].dtype}. Flags of the model, in {options.output / FLAGS}:\n{shlex.join(flags)}\n"
         "(--use-checkpoint-args reads them from the checkpoint; Megatron's own scripts leave out "
         "--norm-epsilon and --use-rope-scaling: there, pass the flags.)"
     )

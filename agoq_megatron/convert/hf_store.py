@@ -19,6 +19,7 @@ TOKENIZER_FILES = (
     "merges.txt", "added_tokens.json", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+EMBED, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _IGNORED = "rotary_emb.inv_freq"  # a constant that old files hold
 
 
@@ -41,6 +42,10 @@ class ModelReader:
             index = _read_json(folder / INDEX, flag).get("weight_map")
             if not isinstance(index, dict):
                 raise UsageError(f"{flag}: {folder / INDEX} has no weight_map.")
+            if wrong := [
+                name for name, file in index.items() if not isinstance(file, str) or Path(file).name != file
+            ]:
+                raise UsageError(f"{flag}: {folder / INDEX} names no file of this folder for {wrong[0]}.")
             files = sorted(set(index.values()))
         elif (folder / SINGLE).is_file():
             files = [SINGLE]
@@ -58,6 +63,8 @@ class ModelReader:
                 opened = self._stack.enter_context(safe_open(folder / file, framework="pt"))
             except SafetensorError as problem:  # a download that was cut, say
                 raise UsageError(f"{flag}: {folder / file} cannot be read: {problem}.") from problem
+            if twice := self._file_of.keys() & opened.keys():
+                raise UsageError(f"{flag}: {folder} holds {min(twice)} twice, the second time in {file}.")
             self._file_of |= dict.fromkeys(opened.keys(), opened)
 
     def __enter__(self) -> ModelReader:
@@ -93,10 +100,18 @@ class ModelReader:
                 raise UsageError(
                     f"{self.flag}: {name} has the shape {stored}; by config.json {shape} is due."
                 )
-        known = parts.keys() | ({"lm_head.weight"} if tied else set())
+        known = parts.keys() | ({LM_HEAD} if tied else set())
         left = [name for name in self._file_of if name not in known and not name.endswith(_IGNORED)]
         if left:
             raise UsageError(f"{self.flag}: the model has no place for {', '.join(sorted(left)[:5])}.")
+        if tied and LM_HEAD in self._file_of:
+            head, embedding = self.read((LM_HEAD, EMBED))
+            if head.dtype != embedding.dtype or not torch.equal(head, embedding):
+                raise UsageError(
+                    f"{self.flag}: tie_word_embeddings is true in config.json, and {LM_HEAD} differs from "
+                    f"{EMBED}. transformers 4 and 5 compute different things then: put false there, or take "
+                    "the tensor out."
+                )
 
     def read(self, names: Iterable[str]) -> list[Tensor]:
         return [self._file_of[name].get_tensor(name) for name in names]

@@ -9,16 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from agoq_megatron.convert.architecture import (
-    Architecture,
-    architecture_from_args,
-    architecture_from_hf,
-)
+from agoq_megatron.convert.architecture import Architecture
+from agoq_megatron.convert.hf_config import architecture_from_hf, family_of
 from agoq_megatron.convert.hf_store import ModelReader
+from agoq_megatron.convert.megatron_config import architecture_from_args
 from agoq_megatron.convert.megatron_store import CheckpointReader, find_checkpoint
-from agoq_megatron.convert.weights import Weight, model_weights
+from agoq_megatron.convert.weights import OUTPUT, Weight, model_weights
 
-OUTPUT = "output_layer.weight"
 _LAYERS = "decoder.layers."
 
 
@@ -73,7 +70,7 @@ def weights_of_hf(folder: Path, flag: str) -> Weights:
     """
     reader = ModelReader(folder, flag)
     model = architecture_from_hf(reader.config)
-    weights = model_weights(model)
+    weights = model_weights(model, family_of(reader.config).layer)
     reader.check({name: shape for w in weights for name, shape in w.parts.items()}, model.tied)
     for weight in weights:
         reader.dtype(weight.parts)

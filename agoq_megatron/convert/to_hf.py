@@ -14,8 +14,10 @@ from pathlib import Path
 
 import torch
 
-from agoq_megatron.convert.architecture import architecture_from_args
+from agoq_megatron.convert.architecture import Architecture
+from agoq_megatron.convert.families import FAMILIES, Family
 from agoq_megatron.convert.hf_store import CONFIG, ModelWriter, copy_tokenizer, load_tokenizer, shards
+from agoq_megatron.convert.megatron_config import architecture_from_args
 from agoq_megatron.convert.megatron_store import CheckpointReader, check_files, find_checkpoint
 from agoq_megatron.convert.output import check_output, quiet_imports, run_command, whole_folder
 from agoq_megatron.convert.weights import model_weights
@@ -33,6 +35,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokenizer", type=Path, help="its folder (default: the run's --tokenizer-model)")
     parser.add_argument(
         "--vocab-size", type=int, help="rows of the embedding to export (default: the tokenizer's tokens)"
+    )
+    parser.add_argument(
+        "--model-type", choices=FAMILIES, help="architecture to write, where several hold the model"
     )
     parser.add_argument("--dtype", choices=DTYPES, help="convert the weights (default: as stored)")
     parser.add_argument(
@@ -59,7 +64,8 @@ def convert(options: argparse.Namespace) -> None:
     tokenizer_folder = _tokenizer_folder(options, reader.args)
     tokenizer = None if tokenizer_folder is None else load_tokenizer(tokenizer_folder, "--tokenizer")
     model = architecture_from_args(reader.args, _vocabulary(options, reader, tokenizer))
-    weights = model_weights(model)
+    row = _family(options, model, reader.args)
+    weights = model_weights(model, row.layer)
     reader.check(weights)
     stored = reader.dtype(weights[0])
     dtype = DTYPES[options.dtype] if options.dtype else stored
@@ -68,7 +74,7 @@ def convert(options: argparse.Namespace) -> None:
         raise UsageError(f"--dtype: the weights are stored as {stored}; choose one of {', '.join(DTYPES)}.")
     tokens = {}
     if tokenizer is not None:
-        tokens = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+        tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
 
     files = shards([w.numel * dtype.itemsize for w in weights], int(options.max_shard_gb * 1e9))
     with whole_folder(options.output) as folder:
@@ -80,13 +86,28 @@ def convert(options: argparse.Namespace) -> None:
                 parts = zip(weight.parts, weight.split(tensor), strict=True)
                 tensors |= {name: part.to(dtype).contiguous() for name, part in parts}
             writer.add(number, tensors)
-        writer.finish(model.hf_config(name, **tokens))
+        writer.finish(model.hf_config(name, row.model_type, **tokens))
         copied = [] if tokenizer_folder is None else copy_tokenizer(tokenizer_folder, folder)
     print(
-        f"{options.output}: iteration {reader.iteration}, {sum(w.numel for w in weights):,} parameters in "
-        f"{name}, {len(files)} file{'s' * (len(files) > 1)}; tokenizer: {', '.join(copied) or 'none'}. "
-        "The optimizer's state is not exported."
+        f"{options.output}: {row.hf_class} (transformers {row.since} or newer), "
+        f"iteration {reader.iteration}, {sum(w.numel for w in weights):,} parameters in {name}, {len(files)} "
+        f"file{'s' * (len(files) > 1)}; tokenizer: {', '.join(copied) or 'none'}. The optimizer's state is "
+        "not exported."
     )
+
+
+def _family(options: argparse.Namespace, model: Architecture, args: argparse.Namespace) -> Family:
+    """The row of the table to write: as told, as from_hf found it, or the first that holds the model."""
+    if options.model_type is not None:
+        return model.family(options.model_type)
+    rows = {row.model_type: row for row in model.families()}
+    came_as = getattr(args, "hf_model_type", None)
+    if came_as in rows:
+        return rows[came_as]
+    if len(rows) > 1:
+        first, *others = rows
+        print(f"Written as {first}; {', '.join(others)} would compute the same (--model-type).")
+    return model.family()
 
 
 def _tokenizer_folder(options: argparse.Namespace, args: argparse.Namespace) -> Path | None:

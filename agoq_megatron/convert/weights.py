@@ -1,4 +1,4 @@
-"""Which tensors of one format are which of the other, and how they lie in each other.
+"""How the tensors of one format lie in the other's. (Which are which: families.py.)
 
 h is the hidden size, f the MLP's, n the attention heads, g the key/value heads, d a head's size. Megatron
 keeps in one tensor what one product computes:
@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 
 from agoq_megatron.convert.architecture import Architecture
+from agoq_megatron.convert.families import SEPARATE, Rule
+from agoq_megatron.convert.hf_store import EMBED, LM_HEAD
 
-EMBEDDING = "embedding.word_embeddings.weight"
+EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
 @dataclass(frozen=True)
@@ -68,47 +70,56 @@ def join_qkv(query: Tensor, key: Tensor, value: Tensor, model: Architecture) -> 
     return torch.cat(parts, dim=1).view(-1, *rest)
 
 
-def model_weights(model: Architecture) -> list[Weight]:
-    """All tensors of the model, in the order in which they are used."""
+def model_weights(model: Architecture, layer: Sequence[Rule] = SEPARATE) -> list[Weight]:
+    """All tensors of the model, in the order in which they are used.
+
+    Args:
+        layer: how a layer's lie in Megatron's: ``layer`` of the row of the table.
+    """
 
     def same(name: str, hf_name: str, *shape: int) -> Weight:
-        return Weight(name, None, {hf_name: shape}, lambda t: (t,), lambda parts: parts[0])
+        return Weight(name, None, {hf_name: shape}, *_whole(model))
 
-    weights = [same(EMBEDDING, "model.embed_tokens.weight", model.vocabulary, model.hidden)]
-    for layer in range(model.layers):
-        weights += _layer_weights(model, layer)
+    rules = [rule for rule in layer if model.biases in rule.biases and (model.qk_norm or not rule.qk_norm)]
+    weights = [same(EMBEDDING, EMBED, model.vocabulary, model.hidden)]
+    weights += [_layer_weight(model, number, rule) for number in range(model.layers) for rule in rules]
     weights.append(same("decoder.final_layernorm.weight", "model.norm.weight", model.hidden))
     if not model.tied:
-        weights.append(same("output_layer.weight", "lm_head.weight", model.vocabulary, model.hidden))
+        weights.append(same(OUTPUT, LM_HEAD, model.vocabulary, model.hidden))
     return weights
 
 
-def _layer_weights(model: Architecture, layer: int) -> list[Weight]:
-    h, f, q, kv = model.hidden, model.ffn, model.heads * model.head_dim, model.groups * model.head_dim
+def _layer_weight(model: Architecture, number: int, rule: Rule) -> Weight:
+    q, k = model.heads * model.head_dim, model.groups * model.head_dim
+    sizes = {"h": model.hidden, "f": model.ffn, "2f": 2 * model.ffn, "q": q, "k": k, "q+2k": q + 2 * k}
+    sizes["d"] = model.head_dim
+    parts = {
+        f"model.layers.{number}.{name}": tuple(sizes[axis] for axis in axes.split())
+        for name, axes in rule.parts.items()
+    }
+    return Weight(f"decoder.layers.{rule.name}", number, parts, *_ORDERS[rule.order](model))
 
-    def weight(name: str, parts: dict[str, tuple], split=lambda t: (t,), join=lambda parts: parts[0]):
-        named = {f"model.layers.{layer}.{part}": shape for part, shape in parts.items()}
-        return Weight(f"decoder.layers.{name}", layer, named, split, join)
 
-    qkv = (lambda t: split_qkv(t, model), lambda parts: join_qkv(*parts, model))
-    halves = (lambda t: t.chunk(2), torch.cat)
-    weights = [
-        weight("self_attention.linear_qkv.layer_norm_weight", {"input_layernorm.weight": (h,)}),
-        weight("mlp.linear_fc1.layer_norm_weight", {"post_attention_layernorm.weight": (h,)}),
-    ]
+def _whole(model: Architecture):
+    return lambda tensor: (tensor,), lambda parts: parts[0]
 
-    def linear(kind: str, module: str, parts: dict[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:
-        return {f"{module}.{name}.{kind}": s if kind == "weight" else s[:1] for name, s in parts.items()}
 
-    projections = {"q_proj": (q, h), "k_proj": (kv, h), "v_proj": (kv, h)}
-    for kind in ("weight",) if model.biases == "none" else ("weight", "bias"):
-        attention = linear(kind, "self_attn", projections)
-        weights.append(weight(f"self_attention.linear_qkv.{kind}", attention, *qkv))
-    for kind in ("weight", "bias") if model.biases == "all" else ("weight",):
-        gated = linear(kind, "mlp", {"gate_proj": (f, h), "up_proj": (f, h)})
-        weights += [
-            weight(f"self_attention.linear_proj.{kind}", linear(kind, "self_attn", {"o_proj": (h, q)})),
-            weight(f"mlp.linear_fc1.{kind}", gated, *halves),
-            weight(f"mlp.linear_fc2.{kind}", linear(kind, "mlp", {"down_proj": (h, f)})),
-        ]
-    return weights
+def _stacked(model: Architecture):
+    return lambda tensor: tensor.chunk(2), torch.cat
+
+
+def _heads(model: Architecture):
+    return lambda tensor: split_qkv(tensor, model), lambda parts: join_qkv(*parts, model)
+
+
+def _rows(model: Architecture):
+    """One part with all rows of query, then of key, then of value."""
+    q, k = model.heads * model.head_dim, model.groups * model.head_dim
+    return (
+        lambda tensor: (torch.cat(split_qkv(tensor, model)),),
+        lambda parts: join_qkv(*parts[0].split((q, k, k)), model),
+    )
+
+
+_ORDERS = {"whole": _whole, "stacked": _stacked, "heads": _heads, "rows": _rows}
+"""By a rule's order: of a model, Megatron's tensor -> parts, and back."""

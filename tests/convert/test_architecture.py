@@ -7,36 +7,44 @@ from argparse import Namespace
 from dataclasses import replace
 
 import pytest
-from transformers import AutoConfig, LlamaConfig, Qwen2Config
+from transformers import AutoConfig
 
-from agoq_megatron.convert.architecture import (
-    _NOT_CARRIED,
-    Architecture,
-    architecture_from_args,
-    architecture_from_hf,
-)
+from agoq_megatron.convert.architecture import Architecture
+from agoq_megatron.convert.families import FAMILIES
+from agoq_megatron.convert.hf_config import architecture_from_hf
+from agoq_megatron.convert.megatron_config import _NOT_CARRIED, architecture_from_args
 from agoq_megatron.seams.refusals import UsageError
 
-BIASES = pytest.mark.parametrize("biases", ["none", "qkv", "all"])
+VARIANTS = [(row.model_type, biases) for row in FAMILIES.values() for biases in row.biases]
+ROWS = pytest.mark.parametrize("kind,biases", VARIANTS, ids=lambda value: value)
 
 
 @pytest.fixture
-def model(llama, biases):
-    """One of each kind."""
-    return replace(llama, biases=biases)
+def model(llama, kind, biases):
+    """One of each row and its biases, with what else the row has and another may not have."""
+    row = FAMILIES[kind]
+    some = replace(llama, biases=biases, qk_norm=row.qk_norm)
+    if "llama3" not in row.rope_kinds:
+        some = replace(some, rope_factor=None)
+    elif some.rope_factor is None:
+        some = replace(some, rope_interpolation=4)
+    return replace(some, layers=6, no_rope_freq=3) if row.no_rope else some
 
 
-@BIASES
+@ROWS
 def test_through_megatrons_arguments(model):
     assert architecture_from_args(Namespace(**model.megatron_args()), model.vocabulary) == model
 
 
-@BIASES
-def test_through_the_flags(model, monkeypatch):
+@pytest.mark.parametrize(
+    "kind,biases",
+    [("llama", "none"), ("llama", "all"), ("qwen2", "qkv"), ("qwen3", "none"), ("smollm3", "none")],
+)  # fmt: skip
+def test_through_the_flags(model, kind, biases, monkeypatch):
     """What Megatron's own parser makes of the flags."""
     from megatron.training.arguments import parse_args
 
-    for groups in (model.groups, model.heads):
+    for groups in {model.groups, model.heads if biases == "none" else model.groups}:
         one = replace(model, groups=groups)
         monkeypatch.setattr("sys.argv", ["run", *one.flags()])
         args = parse_args()
@@ -46,17 +54,16 @@ def test_through_the_flags(model, monkeypatch):
         assert not [k for k, v in kept.items() if k not in derived and getattr(args, k) != v]
 
 
-@BIASES
-def test_through_config_json(model, tmp_path):
+@ROWS
+def test_through_config_json(model, kind, tmp_path):
     """As it is written, and as the installed transformers writes it again."""
-    config = model.hf_config("bfloat16", bos_token_id=3)
+    config = model.hf_config("bfloat16", kind, bos_token_id=3)
     assert architecture_from_hf(json.loads(json.dumps(config))) == model
     (tmp_path / "config.json").write_text(json.dumps(config))
     loaded = AutoConfig.from_pretrained(tmp_path)
-    assert isinstance(loaded, Qwen2Config if model.biases == "qkv" else LlamaConfig)
-    assert loaded.bos_token_id == 3 and str(loaded.dtype) == "torch.bfloat16"
-    if model.biases == "qkv":
-        assert set(loaded.layer_types) == {"full_attention"} and loaded.sliding_window is None
+    assert (loaded.model_type, loaded.bos_token_id, str(loaded.dtype)) == (kind, 3, "torch.bfloat16")
+    assert getattr(loaded, "sliding_window", None) is None
+    assert set(getattr(loaded, "layer_types", None) or ["full_attention"]) == {"full_attention"}
     loaded.save_pretrained(tmp_path)
     assert architecture_from_hf(json.loads((tmp_path / "config.json").read_text())) == model
 
@@ -76,89 +83,193 @@ def test_a_config_as_qwen_publishes_it():
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("config", [LlamaConfig, Qwen2Config])
-def test_what_config_json_leaves_out_is_transformers_default(config):
-    """All but the sizes."""
+def test_a_config_as_qwen3_is_published():
+    """Qwen3-0.6B's: heads wider together than the model, null for what is off."""
+    config = json.loads("""{
+      "architectures": ["Qwen3ForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
+      "bos_token_id": 151643, "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu",
+      "hidden_size": 1024, "initializer_range": 0.02, "intermediate_size": 3072,
+      "max_position_embeddings": 40960, "max_window_layers": 28, "model_type": "qwen3",
+      "num_attention_heads": 16, "num_hidden_layers": 28, "num_key_value_heads": 8, "rms_norm_eps": 1e-06,
+      "rope_scaling": null, "rope_theta": 1000000, "sliding_window": null, "tie_word_embeddings": true,
+      "torch_dtype": "bfloat16", "use_cache": true, "use_sliding_window": false, "vocab_size": 151936}""")
+    assert architecture_from_hf(config) == Architecture(
+        layers=28, hidden=1024, ffn=3072, heads=16, groups=8, head_dim=128, vocabulary=151936,
+        positions=40960, epsilon=1e-6, rope_base=10**6, rope_factor=None, biases="none", tied=True,
+        qk_norm=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_what_config_json_leaves_out_is_transformers_default(kind):
+    """All but the sizes, and Mistral's window, whose default is one."""
     kept = dict(
-        num_hidden_layers=2, hidden_size=96, intermediate_size=128, num_attention_heads=6, vocab_size=99
-    )
-    theirs = config(**kept)
-    got = architecture_from_hf(kept | {"model_type": config.model_type})
+        num_hidden_layers=4, hidden_size=128, intermediate_size=96, num_attention_heads=32, vocab_size=99,
+    )  # fmt: skip
+    kept |= {"sliding_window": None} if kind == "mistral" else {}
+    theirs = AutoConfig.for_model(kind, **kept, pad_token_id=None)
+    got = architecture_from_hf(kept | {"model_type": kind})
     assert got.epsilon == theirs.rms_norm_eps
     assert got.positions == theirs.max_position_embeddings
     assert got.rope_base == theirs.rope_parameters["rope_theta"] and got.rope_factor is None
     assert got.tied == theirs.tie_word_embeddings
-    assert got == architecture_from_hf(theirs.to_dict() | {"num_key_value_heads": 6})
+    assert got.groups == theirs.num_key_value_heads
+    assert got.head_dim == (getattr(theirs, "head_dim", None) or 4)
+    assert got == architecture_from_hf(theirs.to_dict())
+
+
+def test_a_window_that_is_left_out_is_mistrals_default(llama):
+    config = replace(llama, biases="none", qk_norm=False).hf_config("float32", "mistral")
+    del config["sliding_window"]
+    with pytest.raises(UsageError, match="sliding_window is left out, which is 4096 .*Put null there"):
+        architecture_from_hf(config)
 
 
 OTHER = {
     "normalization": "LayerNorm", "swiglu": False, "position_embedding_type": "learned_absolute",
-    "rope_type": "yarn", "rotary_percent": 0.5, "rotary_seq_len_interpolation_factor": 4,
+    "rope_type": "yarn", "rotary_percent": 0.5,
     "softmax_type": "off-by-one", "num_experts": 8, "mtp_num_layers": 1, "glu_linear_offset": 1.0,
-    "activation_func_clamp_value": 7.0, "window_size": (128, 0), "no_rope_freq": 4,
+    "activation_func_clamp_value": 7.0, "window_size": (128, 0),
     "hybrid_layer_pattern": "M*", "heterogeneous_layers_config_path": "layers.json",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("attribute,flag", [(a, flag) for a, _, flag, _ in _NOT_CARRIED])
-def test_what_llama_cannot_hold_is_refused_by_its_flag(llama, attribute, flag):
+def test_what_no_class_can_hold_is_refused_by_its_flag(llama, attribute, flag):
     args = Namespace(**llama.megatron_args() | {attribute: OTHER.get(attribute, True)})
-    with pytest.raises(UsageError, match=f"{flag}: {llama.hf_class} cannot hold this model: "):
+    with pytest.raises(UsageError, match=f"{flag}: the classes .* cannot hold this model: "):
         architecture_from_args(args, llama.vocabulary)
 
 
-@BIASES
-def test_a_width_that_heads_do_not_divide(model):
-    """LLaMA's config refuses it, Qwen2's does not."""
-    sizes = {"hidden_size": 16 * 9 + 8, "num_attention_heads": 16, "num_query_groups": 16}
-    args = Namespace(**model.megatron_args() | sizes)
-    if model.biases == "qkv":
-        loaded = Qwen2Config(**architecture_from_args(args, model.vocabulary).hf_config("float32"))
-        assert loaded.head_dim == model.head_dim
-        return
-    with pytest.raises(UsageError, match="--hidden-size .* multiples of --num-attention-heads 16 only"):
-        architecture_from_args(args, model.vocabulary)
+@pytest.mark.parametrize(
+    "changed,message",
+    [
+        ({"add_bias_linear": True, "add_qkv_bias": True, "qk_layernorm": True}, "--load: .*--qk-layernorm"),
+        ({"use_rope_scaling": True, "rotary_seq_len_interpolation_factor": 2}, "together with --use-rope"),
+        ({"no_rope_freq": [0, 1, 1, 0]}, "--no-rope-freq .*every n-th layer"),
+    ],
+)  # fmt: skip
+def test_what_no_row_has_together(llama, changed, message):
+    model = replace(llama, rope_factor=None, biases="none", qk_norm=False)
+    with pytest.raises(UsageError, match=message):
+        architecture_from_args(Namespace(**model.megatron_args() | changed), model.vocabulary)
+
+
+def test_the_row_to_write(llama):
+    """The first that holds it, or the one that is named."""
+    plain = replace(llama, biases="none", qk_norm=False, rope_factor=None)
+    assert [row.model_type for row in replace(plain, hidden=32 * 9, heads=32, groups=8).families()] == [
+        "llama", "mistral", "seed_oss", "smollm3", "phi3",
+    ]  # fmt: skip
+    assert plain.family("mistral").hf_class == "MistralForCausalLM"
+    wide = replace(plain, hidden=16 * 9 + 8, heads=16, groups=16)  # which LLaMA's config refuses
+    assert wide.family().model_type == "mistral"
+    assert replace(plain, no_rope_freq=2, layers=4).family().model_type == "smollm3"
+    with pytest.raises(UsageError, match="--model-type: Qwen2ForCausalLM cannot .*these can: .*mistral"):
+        plain.family("qwen2")
+
+
+SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+WINDOW = {"use_sliding_window": True, "sliding_window": 4096}
 
 
 @pytest.mark.parametrize(
-    "changed,key",
+    "kind,changed,key",
     [
-        ({"model_type": "qwen3"}, "model_type"),
-        ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
-        ({"attention_bias": True, "mlp_bias": False}, "attention_bias"),
-        ({"attention_bias": False, "mlp_bias": True}, "mlp_bias"),
-        ({"rope_theta": 10000.5}, "rope_theta"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rope_type"),
-        (
-            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
-                              "high_freq_factor": 4.0, "original_max_position_embeddings": 4096}},
-            "original_max_position_embeddings",
-        ),
-        (
-            {"rope_scaling": {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                              "original_max_position_embeddings": 8192}},
-            "factor",
-        ),
-        ({"num_attention_heads": None}, "num_attention_heads"),
-        ({"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 0}, "use_sliding_window"),
-        ({"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 99}, "use_sliding_window"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ("llama", {"model_type": "gemma"}, "model_type"),
+        ("llama", {"model_type": ["llama"]}, "model_type"),
+        ("llama", {"model_type": None}, "model_type"),
+        ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "architectures"),
+        ("llama", {"architectures": "LlamaForCausalLM"}, "architectures"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act"),
+        ("llama", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ("llama", {"attention_bias": True}, "attention_bias"),
+        ("llama", {"mlp_bias": True}, "mlp_bias"),
+        ("llama", {"mlp_bias": "yes"}, "mlp_bias"),
+        ("seed_oss", {"attention_bias": False, "attention_out_bias": True}, "attention_bias"),
+        ("qwen3", {"attention_bias": True}, "attention_bias"),
+        ("mistral", {"attention_bias": True}, "attention_bias"),
+        ("phi3", {"qkv_bias": True}, "qkv_bias"),
+        ("llama", {"rope_theta": 10000.5}, "rope_theta"),
+        ("llama", {"rope_theta": "10000"}, "rope_theta"),
+        ("llama", {"rope_theta": -1.0}, "rope_theta"),
+        ("llama", {"rope_scaling": "linear"}, "rope_scaling"),
+        ("llama", {"rope_parameters": [1]}, "rope_parameters"),
+        ("llama", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "rope_parameters"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ("phi3", {"rope_parameters": {"partial_rotary_factor": 0.75}}, "partial_rotary_factor"),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": 2.5}}, "factor"),
+        ("llama", {"rope_scaling": {"type": "linear"}}, "factor"),
+        ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type"),
+        ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rope_type"),
+        ("phi3", {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "rope_type"),
+        ("phi3", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type"),
+        ("llama", {"rope_scaling": {**SCALED, "original_max_position_embeddings": 4096}},
+         "original_max_position_embeddings"),
+        ("llama", {"rope_scaling": SCALED}, "original_max_position_embeddings"),
+        ("llama", {"rope_scaling": {**SCALED, "original_max_position_embeddings": 8192, "factor": None}},
+         "factor"),
+        ("llama", {"num_attention_heads": None}, "num_attention_heads"),
+        ("llama", {"hidden_size": "4096"}, "hidden_size"),
+        ("llama", {"num_hidden_layers": 0}, "num_hidden_layers"),
+        ("llama", {"num_hidden_layers": True}, "num_hidden_layers"),
+        ("llama", {"num_key_value_heads": 7, "num_attention_heads": 8}, "num_key_value_heads"),
+        ("llama", {"head_dim": None, "hidden_size": 97}, "head_dim"),
+        ("llama", {"hidden_size": 97}, "hidden_size"),
+        ("llama", {"rms_norm_eps": "1e-6"}, "rms_norm_eps"),
+        ("llama", {"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        ("llama", {"tie_word_embeddings": 1}, "tie_word_embeddings"),
+        ("llama", {"max_position_embeddings": 2048.0}, "max_position_embeddings"),
+        ("llama", {"sliding_window": 4096}, "sliding_window"),
+        ("mistral", {"sliding_window": 4096}, "sliding_window"),
+        ("phi3", {"sliding_window": 2047}, "sliding_window"),
+        ("qwen2", WINDOW | {"max_window_layers": 0}, "use_sliding_window"),
+        ("qwen2", WINDOW | {"max_window_layers": 99}, "use_sliding_window"),
+        ("qwen3", WINDOW, "use_sliding_window"),
+        ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ("qwen3", {"layer_types": ["full_attention"] * 99}, "layer_types"),
+        ("llama", {"layer_types": "full_attention"}, "layer_types"),
+        ("smollm3", {"no_rope_layers": [1, 0, 0]}, "no_rope_layers"),
+        ("smollm3", {"no_rope_layers": "none"}, "no_rope_layers"),
+        ("llama", {"no_rope_layers": [0, 1]}, "no_rope_layers"),
+        ("llama", {"num_local_experts": 8}, "num_local_experts"),
+        ("qwen2", {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        ("llama", {"auto_map": {"AutoModelForCausalLM": "modeling.My"}}, "auto_map"),
     ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else value,
 )  # fmt: skip
-def test_what_megatron_cannot_hold_is_refused_by_its_key(llama, changed, key):
-    if key in ("attention_bias", "mlp_bias"):
-        llama = replace(llama, biases="none")
-    if key in ("use_sliding_window", "layer_types"):
-        llama = replace(llama, biases="qkv")
-    with pytest.raises(UsageError, match=f"config.json: {key} is"):
-        architecture_from_hf(llama.hf_config("float32") | changed)
+def test_what_cannot_be_carried_is_refused_by_its_key(llama, kind, changed, key):
+    row = FAMILIES[kind]
+    model = replace(llama, biases=next(iter(row.biases)), qk_norm=row.qk_norm, rope_factor=None)
+    config = model.hf_config("float32", kind)
+    assert architecture_from_hf(config) == model
+    with pytest.raises(UsageError, match=f"^config.json: {key} (is|has) [^\n]*[^.]\\.$"):
+        architecture_from_hf(config | changed)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_values_that_change_nothing(llama, kind):
+    """Keys of other classes, as published files have them."""
+    row = FAMILIES[kind]
+    model = replace(llama, biases=next(iter(row.biases)), qk_norm=row.qk_norm, rope_factor=None)
+    config = model.hf_config("float32", kind)
+    neutral = {
+        "pretraining_tp": 1, "use_mrope": False, "num_experts": None, "logit_scale": 1.0, "torch_dtype": None,
+        "partial_rotary_factor": 1.0, "layer_types": ["full_attention"] * model.layers, "hidden_act": "swish",
+        "rope_scaling": None, "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_base},
+        "some_comment": "trained with care", "use_cache": False,
+    }  # fmt: skip
+    assert architecture_from_hf(config | neutral) == model
+
+
+def test_a_scaling_whose_first_length_is_the_models(llama):
+    """transformers 5 takes max_position_embeddings where the scaling names no length."""
+    model = replace(llama, biases="none", qk_norm=False, positions=8192, rope_factor=8.0)
+    assert architecture_from_hf(model.hf_config("float32") | {"rope_scaling": SCALED}) == model
 
 
 def test_yarn_is_refused_as_qwen_publishes_it(llama):
     scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
-    config = replace(llama, biases="qkv").hf_config("float32") | {"rope_scaling": scaling}
+    config = replace(llama, biases="qkv", qk_norm=False).hf_config("float32") | {"rope_scaling": scaling}
     with pytest.raises(UsageError, match="rope_type is 'yarn'.*take it out of config.json"):
         architecture_from_hf(config)

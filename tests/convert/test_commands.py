@@ -15,21 +15,26 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from agoq_megatron.convert import from_hf, hf_store, megatron_store, to_hf
+from agoq_megatron.convert.architecture import Architecture
 from agoq_megatron.convert.weights import model_weights
 from agoq_megatron.resuming import checksums
 from agoq_megatron.seams.refusals import UsageError
 
 
-@pytest.fixture
-def hf(llama, rng, tmp_path) -> Path:
-    """A model of random weights, in BF16."""
-    folder = tmp_path / "hf"
+def write_model(folder: Path, model: Architecture, rng: torch.Generator, kind: str | None = None) -> Path:
+    """A model of random weights, in BF16, as the row ``kind`` of the table."""
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(llama.hf_config("bfloat16")))
-    parts = {name: shape for weight in model_weights(llama) for name, shape in weight.parts.items()}
+    (folder / "config.json").write_text(json.dumps(model.hf_config("bfloat16", kind)))
+    weights = model_weights(model, model.family(kind).layer)
+    parts = {name: shape for weight in weights for name, shape in weight.parts.items()}
     tensors = {n: torch.randn(shape, generator=rng).bfloat16() for n, shape in parts.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+@pytest.fixture
+def hf(llama, rng, tmp_path) -> Path:
+    return write_model(tmp_path / "hf", llama, rng)
 
 
 @pytest.fixture
@@ -139,13 +144,14 @@ def test_one_layer_is_in_memory_while_a_checkpoint_is_written(llama, tmp_path):
     [
         (lambda t: t.pop("model.norm.weight"), "has no model.norm.weight"),
         (lambda t: t.update({"model.layers.0.q_norm.weight": torch.ones(4)}), "no place for .*q_norm"),
+        (lambda t: t.update({"model.layers.99.mlp.up_proj.weight": torch.ones(4)}), "no place for .*99"),
         (lambda t: t.update({"model.norm.weight": torch.ones(3).bfloat16()}), r"model.norm.weight .*\(3,\)"),
         (
             lambda t: t.update({(name := "model.layers.0.mlp.up_proj.weight"): t[name].float()}),
             "up_proj.weight are of BF16, F32",
         ),
     ],
-    ids=["missing", "left over", "shape", "two dtypes"],
+    ids=["missing", "left over", "a layer too many", "shape", "two dtypes"],
 )  # fmt: skip
 def test_a_model_that_is_not_what_its_config_says(hf, tmp_path, change, message):
     change_tensors(hf, change)
@@ -159,6 +165,65 @@ def test_a_missing_file(hf, tmp_path):
     (hf / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UsageError, match="model-00001-of-00002.safetensors, which the index names"):
         take("--input", hf, "--output", tmp_path / "ckpt")
+
+
+@pytest.mark.parametrize("file", [7, None, "../model.safetensors", ["model.safetensors"]])
+def test_an_index_that_names_no_file(file, hf, tmp_path):
+    (hf / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": file}}))
+    with pytest.raises(UsageError, match="index.json names no file of this folder for model.norm.weight"):
+        take("--input", hf, "--output", tmp_path / "ckpt")
+
+
+def test_a_tensor_in_two_files(hf, tmp_path):
+    tensors = load_file(hf / "model.safetensors")
+    one, two = dict(list(tensors.items())[:3]), dict(list(tensors.items())[2:])
+    twice = (one.keys() & two.keys()).pop()
+    for number, part in enumerate((one, two)):
+        save_file(part, hf / f"{number}.safetensors", metadata={"format": "pt"})
+    index = {name: f"{int(name in two)}.safetensors" for name in tensors}
+    (hf / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    with pytest.raises(UsageError, match=f"holds {twice} twice, the second time in 1.safetensors"):
+        take("--input", hf, "--output", tmp_path / "ckpt")
+    assert not (tmp_path / "ckpt").exists()
+
+
+def test_an_output_layer_of_its_own_in_a_tied_model(hf, tmp_path):
+    """Which of the two counts depends on transformers' version; the same values twice are no harm."""
+    embedding = load_file(hf / "model.safetensors")["model.embed_tokens.weight"]
+    change_config(hf, tie_word_embeddings=True)
+    change_tensors(hf, lambda t: t.update({"lm_head.weight": embedding.clone()}))
+    take("--input", hf, "--output", tmp_path / "same")
+    change_tensors(hf, lambda t: t.update({"lm_head.weight": embedding + 1}))
+    with pytest.raises(UsageError, match="lm_head.weight differs from model.embed_tokens.weight"):
+        take("--input", hf, "--output", tmp_path / "ckpt")
+    assert not (tmp_path / "ckpt").exists()
+
+
+def test_the_architecture_to_write(llama, rng, tmp_path, capsys):
+    """As it came; as told, also with fused products; as the first that fits where nothing says it."""
+    model = replace(llama, biases="none", qk_norm=False, rope_factor=None)
+    hf = write_model(tmp_path / "hf", model, rng, "mistral")
+    take("--input", hf, "--output", tmp_path / "ckpt")
+    export("--load", tmp_path / "ckpt", "--output", tmp_path / "came")
+    export("--load", tmp_path / "ckpt", "--output", tmp_path / "told", "--model-type", "phi3")
+    take("--input", tmp_path / "told", "--output", tmp_path / "ckpt2")
+    export("--load", tmp_path / "ckpt2", "--output", tmp_path / "again", "--model-type", "mistral")
+    folders = [tmp_path / name for name in ("came", "told", "again")]
+    kinds = [json.loads((folder / "config.json").read_text())["model_type"] for folder in folders]
+    assert kinds == ["mistral", "phi3", "mistral"]
+    tensors, fused, again, theirs = (load_file(f / "model.safetensors") for f in (*folders, hf))
+    assert tensors.keys() == theirs.keys() == again.keys() != fused.keys()
+    assert all(torch.equal(tensors[n], theirs[n]) and torch.equal(again[n], theirs[n]) for n in theirs)
+
+    with pytest.raises(UsageError, match="--model-type: Qwen3ForCausalLM cannot hold this model"):
+        export("--load", tmp_path / "ckpt", "--output", tmp_path / "x", "--model-type", "qwen3")
+    assert not (tmp_path / "x").exists()
+    capsys.readouterr()
+    plain = replace(model, hidden=model.heads * 8)
+    assert to_hf._family(Namespace(model_type=None), plain, Namespace()).model_type == "llama"
+    assert (
+        "Written as llama; mistral, seed_oss, smollm3, phi3 would compute the same" in capsys.readouterr().out
+    )
 
 
 def test_pickled_weights_only(hf, tmp_path):
@@ -229,10 +294,10 @@ def test_as_a_user_starts_them(hf, tmp_path):
     assert good.returncode == 0 and not good.stderr, good.stderr
     flags = (tmp_path / "ckpt" / "megatron_flags.txt").read_text().strip()
     assert flags in good.stdout and "--num-layers" in flags
-    change_config(hf, model_type="mistral")
+    change_config(hf, model_type="gpt2")
     bad = run("from_hf", "--input", hf, "--output", tmp_path / "other")
     assert bad.returncode == 2 and not bad.stdout
-    assert (
-        bad.stderr
-        == "from_hf: error: config.json: model_type is 'mistral'; only 'llama' and 'qwen2' are converted.\n"
+    assert bad.stderr == (
+        "from_hf: error: config.json: model_type is 'gpt2'; converted are 'llama', 'qwen2', 'qwen3', "
+        "'mistral', 'seed_oss', 'smollm3', 'phi3'.\n"
     )

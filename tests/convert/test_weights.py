@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from agoq_megatron.convert.families import FUSED, SEPARATE
 from agoq_megatron.convert.hf_store import shards
 from agoq_megatron.convert.weights import join_qkv, model_weights, split_qkv
 
@@ -28,16 +31,20 @@ def test_query_key_value(llama, rng):
     assert torch.equal(join_qkv(query[:, 0], key[:, 0], value[:, 0], llama), bias)
 
 
-def test_every_weight_is_its_parts(llama, rng):
+@pytest.mark.parametrize("layer", [SEPARATE, FUSED], ids=["separate", "fused"])
+def test_every_weight_is_its_parts(llama, layer, rng):
+    if layer is FUSED:
+        llama = replace(llama, biases="none", qk_norm=False)
     seen = set()
-    for weight in model_weights(llama):
+    for weight in model_weights(llama, layer):
         tensor = torch.randn(weight.shape, generator=rng)
         parts = list(weight.split(tensor))
         assert [tuple(part.shape) for part in parts] == list(weight.parts.values())
         assert torch.equal(weight.join(parts), tensor)
         assert not seen & weight.parts.keys()
         seen |= weight.parts.keys()
-    per_layer = 9 + {"none": 0, "qkv": 3, "all": 7}[llama.biases]
+    per_layer = 9 + {"none": 0, "qkv": 3, "all": 7}[llama.biases] + 2 * llama.qk_norm
+    per_layer = 6 if layer is FUSED else per_layer
     assert len(seen) == 2 + (not llama.tied) + per_layer * llama.layers
 
 

@@ -1,0 +1,184 @@
+"""The table of what is converted: one row for each of Hugging Face's dense architectures.
+
+A row says how a class of transformers reads its ``config.json`` (defaults, keys with one carried value,
+biases) and how each of its tensors lies in Megatron's. Common to all are RMSNorm, SwiGLU and rotary positions
+that turn a head's halves. A new architecture is a row here and a case in tests/convert/test_families.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+Biases = Literal["none", "qkv", "all"]
+"""Which linear layers have one: none, query, key and value, or all but the output layer. So in Megatron."""
+
+Order = Literal["whole", "stacked", "heads", "rows"]
+"""How parts lie in Megatron's tensor: it is one part; parts below each other; query, key and value by groups
+of heads (``weights.join_qkv``); the same, from one part with all queries, then all keys, then all values."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One tensor of Megatron's in a layer.
+
+    Attributes:
+        name: Megatron's, after ``decoder.layers.``.
+        parts: Hugging Face's names after ``model.layers.N.``, and their axes: h hidden size, f the MLP's,
+            q all query heads, k all key (or value) heads, d one head; "q+2k" and "2f" as they say.
+        order: how the parts lie in it.
+        biases: models that have it, by their biases.
+        qk_norm: only models with norms on query and key have it.
+    """
+
+    name: str
+    parts: Mapping[str, str]
+    order: Order = "whole"
+    biases: tuple[Biases, ...] = ("none", "qkv", "all")
+    qk_norm: bool = False
+
+
+_QKV, _ALL = ("qkv", "all"), ("all",)
+SEPARATE: tuple[Rule, ...] = (
+    Rule("self_attention.linear_qkv.layer_norm_weight", {"input_layernorm.weight": "h"}),
+    Rule(
+        "self_attention.linear_qkv.weight",
+        {
+            "self_attn.q_proj.weight": "q h", "self_attn.k_proj.weight": "k h",
+            "self_attn.v_proj.weight": "k h",
+        },
+        "heads",
+    ),
+    Rule(
+        "self_attention.linear_qkv.bias",
+        {"self_attn.q_proj.bias": "q", "self_attn.k_proj.bias": "k", "self_attn.v_proj.bias": "k"},
+        "heads", _QKV,
+    ),
+    Rule("self_attention.q_layernorm.weight", {"self_attn.q_norm.weight": "d"}, qk_norm=True),
+    Rule("self_attention.k_layernorm.weight", {"self_attn.k_norm.weight": "d"}, qk_norm=True),
+    Rule("self_attention.linear_proj.weight", {"self_attn.o_proj.weight": "h q"}),
+    Rule("self_attention.linear_proj.bias", {"self_attn.o_proj.bias": "h"}, biases=_ALL),
+    Rule("mlp.linear_fc1.layer_norm_weight", {"post_attention_layernorm.weight": "h"}),
+    Rule("mlp.linear_fc1.weight", {"mlp.gate_proj.weight": "f h", "mlp.up_proj.weight": "f h"}, "stacked"),
+    Rule("mlp.linear_fc1.bias", {"mlp.gate_proj.bias": "f", "mlp.up_proj.bias": "f"}, "stacked", _ALL),
+    Rule("mlp.linear_fc2.weight", {"mlp.down_proj.weight": "h f"}),
+    Rule("mlp.linear_fc2.bias", {"mlp.down_proj.bias": "h"}, biases=_ALL),
+)  # fmt: skip
+"""A product for each of query, key, value, gate and up."""
+
+FUSED: tuple[Rule, ...] = (
+    Rule("self_attention.linear_qkv.layer_norm_weight", {"input_layernorm.weight": "h"}),
+    Rule("self_attention.linear_qkv.weight", {"self_attn.qkv_proj.weight": "q+2k h"}, "rows"),
+    Rule("self_attention.linear_proj.weight", {"self_attn.o_proj.weight": "h q"}),
+    Rule("mlp.linear_fc1.layer_norm_weight", {"post_attention_layernorm.weight": "h"}),
+    Rule("mlp.linear_fc1.weight", {"mlp.gate_up_proj.weight": "2f h"}),
+    Rule("mlp.linear_fc2.weight", {"mlp.down_proj.weight": "h f"}),
+)
+"""One product for query, key and value, one for gate (first) and up, as Megatron has."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """A row.
+
+    Attributes:
+        model_type, hf_class: the names in ``config.json``.
+        since: first version of transformers that loads what is written.
+        positions: ``max_position_embeddings`` where the file leaves it out.
+        epsilon: ``rms_norm_eps``, likewise.
+        groups: ``num_key_value_heads``, likewise (None: as many as heads, which null stands for too).
+        head_dim: likewise (None: ``hidden_size`` over heads, which null stands for too).
+        tied: ``tie_word_embeddings``, likewise.
+        rope_base: ``rope_theta``, likewise.
+        rope_kinds: ``rope_type`` that it and Megatron both have.
+        biases: by which of its keys it has which biases.
+        bias_defaults: those keys, where the file leaves them out.
+        needs: keys with the only value that is carried.
+        left_out: what those mean where the file leaves them out, if not the carried value.
+        writes: further keys that say the same to some version, by the number of layers.
+        qk_norm: has norms on query and key.
+        no_rope: some layers may be without rotary positions (``no_rope_layers``).
+        any_width: ``hidden_size`` need not be a multiple of the heads.
+        layer: how its tensors lie in Megatron's.
+    """
+
+    model_type: str
+    hf_class: str
+    since: str
+    positions: int
+    biases: Mapping[Biases, Mapping[str, bool]]
+    bias_defaults: Mapping[str, bool] = field(default_factory=dict)
+    groups: int | None = None
+    head_dim: int | None = None
+    epsilon: float = 1e-6
+    tied: bool = False
+    rope_base: float = 10000.0
+    rope_kinds: tuple[str, ...] = ("default", "linear", "llama3")
+    needs: Mapping[str, object] = field(default_factory=dict)
+    left_out: Mapping[str, object] = field(default_factory=dict)
+    writes: Callable[[int], dict[str, object]] = lambda layers: {}
+    qk_norm: bool = False
+    no_rope: bool = False
+    any_width: bool = True
+    layer: tuple[Rule, ...] = SEPARATE
+
+
+_ATTENTION_AND_MLP: dict[Biases, dict[str, bool]] = {
+    "none": {"attention_bias": False, "mlp_bias": False},
+    "all": {"attention_bias": True, "mlp_bias": True},
+}
+_WINDOW_OFF = {"use_sliding_window": False}
+
+
+def _no_window(layers: int) -> dict[str, object]:
+    """All layers attend to the whole past, by either of the readings that max_window_layers has had."""
+    return {"sliding_window": None, "max_window_layers": layers}
+
+
+_ROWS = (
+    Family(
+        "llama", "LlamaForCausalLM", "4.43",
+        positions=2048, biases=_ATTENTION_AND_MLP, any_width=False,
+        bias_defaults={"attention_bias": False, "mlp_bias": False},
+    ),
+    Family(
+        "qwen2", "Qwen2ForCausalLM", "4.48",
+        positions=32768, groups=32, biases={"qkv": {}}, needs=_WINDOW_OFF, writes=_no_window,
+    ),
+    Family(
+        "qwen3", "Qwen3ForCausalLM", "4.51",
+        positions=32768, groups=32, head_dim=128, qk_norm=True,
+        biases={"none": {"attention_bias": False}}, bias_defaults={"attention_bias": False},
+        needs=_WINDOW_OFF, writes=_no_window,
+    ),
+    Family(
+        "mistral", "MistralForCausalLM", "4.43",
+        positions=131072, groups=8, biases={"none": {}},
+        needs={"sliding_window": None}, left_out={"sliding_window": 4096},
+    ),
+    Family(
+        "seed_oss", "SeedOssForCausalLM", "4.56",
+        positions=524288, groups=8, head_dim=128,
+        biases={
+            "none": {"attention_bias": False, "attention_out_bias": False, "mlp_bias": False},
+            "qkv": {"attention_bias": True, "attention_out_bias": False, "mlp_bias": False},
+            "all": {"attention_bias": True, "attention_out_bias": True, "mlp_bias": True},
+        },
+        bias_defaults={"attention_bias": True, "attention_out_bias": False, "mlp_bias": False},
+    ),
+    Family(
+        "smollm3", "SmolLM3ForCausalLM", "4.53",
+        positions=32768, groups=4, tied=True, rope_base=2000000.0, no_rope=True,
+        biases=_ATTENTION_AND_MLP, bias_defaults={"attention_bias": False, "mlp_bias": False},
+        needs=_WINDOW_OFF, writes=_no_window,
+    ),
+    Family(
+        "phi3", "Phi3ForCausalLM", "4.43",
+        positions=4096, epsilon=1e-5, biases={"none": {}}, rope_kinds=("default",),
+        needs={"sliding_window": None}, layer=FUSED,
+    ),
+)  # fmt: skip
+
+FAMILIES: dict[str, Family] = {row.model_type: row for row in _ROWS}
+"""By ``model_type``. Of several that can hold a model of Megatron's, the first is written."""
