@@ -17,11 +17,11 @@ import argparse
 import shlex
 from pathlib import Path
 
-from agoq_megatron.convert.hf_config import architecture_from_hf, family_of
 from agoq_megatron.convert.hf_store import ModelReader, copy_tokenizer, load_tokenizer
+from agoq_megatron.convert.loading import read_model
 from agoq_megatron.convert.megatron_store import RELEASE, Source, write_checkpoint
 from agoq_megatron.convert.output import check_output, quiet_imports, run_command, whole_folder
-from agoq_megatron.convert.weights import Weight, model_weights
+from agoq_megatron.convert.weights import Weight
 from agoq_megatron.seams.refusals import UsageError
 
 FLAGS = "megatron_flags.txt"
@@ -48,10 +48,7 @@ def convert(options: argparse.Namespace) -> list[str]:
         raise UsageError(f"--input: {options.input} is no folder. (Models are not downloaded here.)")
     check_output(options.output, options.overwrite, made_by_us=RELEASE)
     with ModelReader(options.input) as reader:
-        model = architecture_from_hf(reader.config)
-        row = family_of(reader.config)
-        weights = model_weights(model, row.layer)
-        reader.check({name: shape for w in weights for name, shape in w.parts.items()}, model.tied)
+        row, model, weights = read_model(reader)
         sources = [_source(reader, weight) for weight in weights]
         with whole_folder(options.output) as folder:
             tokenizer = _tokenizer(options.input, folder, options.output, model.vocabulary)

@@ -116,17 +116,7 @@ def _refuse_what_is_computed_otherwise(config: _Config, row: Family) -> None:
                 f"config.json: {key} is {said}; these layers attend to the whole past. Put {_json(carried)} "
                 "there if the model was trained without a window."
             )
-    kinds = config.get("layer_types")
-    if kinds is not None and kinds != ["full_attention"] * config["num_hidden_layers"]:
-        others = (
-            sorted({str(kind) for kind in kinds} - {"full_attention"})
-            if isinstance(kinds, list)
-            else [str(kinds)]
-        )
-        raise UsageError(
-            f"config.json: layer_types is {', '.join(others) if others else f'{len(kinds)} layers long'}; "
-            f"{config['num_hidden_layers']} layers that attend to the whole past (full_attention) are due."
-        )
+    _refuse_other_layers(config)
     read = {*row.needs, *row.bias_defaults, *row.writes(0)}
     read |= {"no_rope_layers"} if row.no_rope else set()
     read |= {"qk_norm", "use_qk_norm", "qk_layernorm"} if row.qk_norm else set()
@@ -137,6 +127,21 @@ def _refuse_what_is_computed_otherwise(config: _Config, row: Family) -> None:
                 f"transformers' {row.hf_class} does not read it, and elsewhere it changes what is computed. "
                 "Take it out of config.json if this model is computed without",
             )  # fmt: skip
+
+
+def _refuse_other_layers(config: _Config) -> None:
+    kinds, layers = config.get("layer_types"), config["num_hidden_layers"]
+    if kinds is None:
+        return
+    if not isinstance(kinds, list):
+        raise _refusal(config, "layer_types", "a list is needed")
+    others = {str(kind) for kind in kinds} - {"full_attention"}
+    if others or len(kinds) != layers:
+        said = ", ".join(sorted(others)) + " in places" if others else f"a list of {len(kinds)}"
+        raise UsageError(
+            f"config.json: layer_types is {said}; {layers} layers that attend to the whole past "
+            "(full_attention) are due."
+        )
 
 
 def _is_set(value: object) -> bool:
@@ -162,7 +167,14 @@ def _no_rope_freq(config: _Config, layers: int) -> int | None:
     listed = config.get("no_rope_layers")
     if listed is None:
         freq = _count(config, "no_rope_layer_interval", 4) or 4
-        listed = [int((i + 1) % freq != 0) for i in range(layers)]
+        if layers < freq:
+            return None
+        if layers % freq:
+            raise UsageError(
+                f"config.json: no_rope_layer_interval is {freq}; one of so many layers is without rotary "
+                f"positions, and with Megatron's --no-rope-freq num_hidden_layers, {layers}, is a multiple of it."
+            )
+        return freq
     if not isinstance(listed, list) or len(listed) != layers or any(one not in (0, 1) for one in listed):
         raise _refusal(config, "no_rope_layers", f"a list of {layers} numbers, 0 or 1, is needed")
     if all(listed):

@@ -88,6 +88,18 @@ class ModelReader:
             )
         return _DTYPES[found.pop()]
 
+    def check_layers(self, layers: int) -> None:
+        """Before a list of all their tensors is made.
+
+        Raises:
+            UsageError: there cannot be so many.
+        """
+        if layers > len(self._file_of):
+            raise UsageError(
+                f"config.json: num_hidden_layers is {layers}; {self.folder} holds {len(self._file_of)} "
+                "tensors in all."
+            )
+
     def check(self, parts: dict[str, tuple[int, ...]], tied: bool) -> None:
         """Compare the tensors with what the model should have.
 

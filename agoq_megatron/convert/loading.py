@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from agoq_megatron.convert.architecture import Architecture
+from agoq_megatron.convert.families import Family
 from agoq_megatron.convert.hf_config import architecture_from_hf, family_of
 from agoq_megatron.convert.hf_store import ModelReader
 from agoq_megatron.convert.megatron_config import architecture_from_args
@@ -59,6 +60,21 @@ class Weights:
             raise ValueError(f"nothing was loaded into {', '.join(sorted(left))}")
 
 
+def read_model(reader: ModelReader) -> tuple[Family, Architecture, list[Weight]]:
+    """What a Hugging Face folder holds: its row of the table, the model and its tensors, all of them there.
+
+    Raises:
+        UsageError: it is no model that can be carried, or not whole.
+    """
+    row, model = family_of(reader.config), architecture_from_hf(reader.config)
+    reader.check_layers(model.layers)
+    weights = model_weights(model, row.layer)
+    reader.check({name: shape for w in weights for name, shape in w.parts.items()}, model.tied)
+    for weight in weights:
+        reader.dtype(weight.parts)
+    return row, model, weights
+
+
 def weights_of_hf(folder: Path, flag: str) -> Weights:
     """Of a Hugging Face model's folder.
 
@@ -69,11 +85,7 @@ def weights_of_hf(folder: Path, flag: str) -> Weights:
         UsageError: it is none that can be carried.
     """
     reader = ModelReader(folder, flag)
-    model = architecture_from_hf(reader.config)
-    weights = model_weights(model, family_of(reader.config).layer)
-    reader.check({name: shape for w in weights for name, shape in w.parts.items()}, model.tied)
-    for weight in weights:
-        reader.dtype(weight.parts)
+    _, model, weights = read_model(reader)
     return Weights(model, weights, lambda weight: weight.join(reader.read(weight.parts)), folder)
 
 

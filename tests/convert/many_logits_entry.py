@@ -10,10 +10,6 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-STOCK_ONLY = {"--qk-layernorm"}
-"""Flags that this project's layers do not take yet: Megatron's local layers stand in. (As soon as they do,
-take the flag out here: nothing else is needed.)"""
-
 
 def main():
     from agoq_megatron.seams import compat, cpu
@@ -38,6 +34,7 @@ def logits(checkpoint, tokens):
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.training.arguments import core_transformer_config_from_args, parse_args, validate_args
 
+    from agoq_megatron.checks.flag_register import REFUSED
     from agoq_megatron.convert.loading import weights_of_checkpoint
     from agoq_megatron.convert.megatron_store import CheckpointReader
     from agoq_megatron.model.transformer_config import AGoQTransformerConfig
@@ -53,7 +50,8 @@ def logits(checkpoint, tokens):
     validate_args(args)
     config = core_transformer_config_from_args(args, AGoQTransformerConfig)
     config.agoq = load_policy("off")
-    ours = not STOCK_ONLY & set(flags)
+    # Megatron's local layers stand in where the register refuses norms on query and key.
+    ours = not args.qk_layernorm or "--qk-layernorm" not in [flag for _, _, flag, _ in REFUSED]
     if ours:
         spec = agoq_layer_spec(SimpleNamespace(transformer=config))
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 import pytest
 from transformers import AutoConfig
@@ -231,6 +231,8 @@ WINDOW = {"use_sliding_window": True, "sliding_window": 4096}
         ("llama", {"layer_types": "full_attention"}, "layer_types"),
         ("smollm3", {"no_rope_layers": [1, 0, 0]}, "no_rope_layers"),
         ("smollm3", {"no_rope_layers": "none"}, "no_rope_layers"),
+        ("smollm3", {"no_rope_layers": None, "num_hidden_layers": 10}, "no_rope_layer_interval"),
+        ("llama", {"num_hidden_layers": 10**12, "layer_types": ["full_attention"]}, "layer_types"),
         ("llama", {"no_rope_layers": [0, 1]}, "no_rope_layers"),
         ("llama", {"num_local_experts": 8}, "num_local_experts"),
         ("qwen2", {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
@@ -239,12 +241,47 @@ WINDOW = {"use_sliding_window": True, "sliding_window": 4096}
     ids=lambda value: "-".join(value) if isinstance(value, dict) else value,
 )  # fmt: skip
 def test_what_cannot_be_carried_is_refused_by_its_key(llama, kind, changed, key):
-    row = FAMILIES[kind]
-    model = replace(llama, biases=next(iter(row.biases)), qk_norm=row.qk_norm, rope_factor=None)
+    row, sizes = FAMILIES[kind], dict(heads=6, groups=3, hidden=144)
+    model = replace(llama, **sizes, biases=next(iter(row.biases)), qk_norm=row.qk_norm, rope_factor=None)
     config = model.hf_config("float32", kind)
     assert architecture_from_hf(config) == model
     with pytest.raises(UsageError, match=f"^config.json: {key} (is|has) [^\n]*[^.]\\.$"):
         architecture_from_hf(config | changed)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_value_of_any_type_is_read_or_refused(llama, kind):
+    """Every key that is written, left out or of another type: a model of sizes, or one paragraph."""
+    row = FAMILIES[kind]
+    model = replace(llama, biases=next(iter(row.biases)), qk_norm=row.qk_norm, rope_factor=None)
+    config = model.hf_config("float32", kind)
+    config |= {"num_hidden_layers": 4, "no_rope_layers": [1] * 4} if row.no_rope else {}
+    values = None, True, False, 0, 1, -3, 2.5, 1e400, "", "8", [], [1], {}, {"a": 1}, {"a": {}}
+    changes = [{key: value} for key in (*config, "rope_parameters", "layer_types") for value in values]
+    changes += [
+        {"rope_scaling": {"rope_type": of, key: value}}
+        for of in (*row.rope_kinds, None, "yarn", ["llama3"])
+        for key in ("factor", "rope_theta", "low_freq_factor", "partial_rotary_factor")
+        for value in values
+    ]
+    changes += [{"layer_types": [value] * model.layers} for value in values]
+    refused = 0
+    for change in changes:
+        try:
+            found = architecture_from_hf(config | change)
+        except UsageError as problem:
+            assert "\n" not in str(problem)
+            refused += 1
+            continue
+        sizes = astuple(found)[:8] + (found.rope_base,)
+        assert all(type(size) is int and size > 0 for size in sizes), (change, found)
+        assert 0 < found.epsilon < 10 and found.heads % found.groups == 0, (change, found)
+    assert len(changes) > refused > len(changes) / 3
+    for key in config:
+        try:
+            architecture_from_hf({name: value for name, value in config.items() if name != key})
+        except UsageError as problem:
+            assert key in str(problem)
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

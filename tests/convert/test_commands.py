@@ -160,6 +160,13 @@ def test_a_model_that_is_not_what_its_config_says(hf, tmp_path, change, message)
     assert not (tmp_path / "ckpt").exists()
 
 
+def test_more_layers_than_tensors(hf, tmp_path):
+    """Refused before there is a list of their tensors."""
+    change_config(hf, num_hidden_layers=10**12)
+    with pytest.raises(UsageError, match=r"num_hidden_layers is 1000000000000; .* holds \d+ tensors"):
+        take("--input", hf, "--output", tmp_path / "ckpt")
+
+
 def test_a_missing_file(hf, tmp_path):
     index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
     (hf / "model.safetensors.index.json").write_text(json.dumps(index))

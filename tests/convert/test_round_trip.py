@@ -10,8 +10,15 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
 
+from agoq_megatron.checks.flag_register import REFUSED
 from agoq_megatron.convert import from_hf, to_hf
 
 pytestmark = pytest.mark.slow
@@ -201,16 +208,23 @@ RANDOM = {
     ),
     "Qwen2, GQA, tied": partial(Qwen2Config, num_key_value_heads=2, tie_word_embeddings=True, **QWEN),
     "Qwen2, GQA, untied": partial(Qwen2Config, num_key_value_heads=2, tie_word_embeddings=False, **QWEN),
+    "Qwen3, GQA, untied": partial(
+        Qwen3Config, num_key_value_heads=2, tie_word_embeddings=False, head_dim=48, **QWEN
+    ),
     "Qwen2, MHA, untied": partial(Qwen2Config, num_key_value_heads=4, tie_word_embeddings=False, **QWEN),
 }  # fmt: skip
-ALWAYS = "GQA, untied, LLaMA 3.1's rope", "Qwen2, GQA, tied"  # the others' logits: test_families.py
+# The others' logits: test_families.py.
+ALWAYS = "GQA, untied, LLaMA 3.1's rope", "Qwen2, GQA, tied", "Qwen3, GQA, untied"
 KINDS = [pytest.param(kind, marks=[] if kind in ALWAYS else [pytest.mark.exhaustive]) for kind in RANDOM]
+NO_QK_NORM = "--qk-layernorm" in [flag for _, _, flag, _ in REFUSED]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_of_transformers(kind, our_logits, seed, rng, tmp_path):
     """Fresh weights, all of them random (norms and biases too), with a tokenizer that has fewer tokens than
     the model has rows."""
+    if NO_QK_NORM and "Qwen3" in kind:
+        pytest.skip("the layers do not carry --qk-layernorm yet; test_families.py has it in Megatron's")
     config = RANDOM[kind](
         vocab_size=VOCABULARY, hidden_size=128, intermediate_size=192, num_hidden_layers=3,
         num_attention_heads=4,
