@@ -172,7 +172,7 @@ def _no_rope_freq(config: _Config, layers: int) -> int | None:
         if layers % freq:
             raise UsageError(
                 f"config.json: no_rope_layer_interval is {freq}; one of so many layers is without rotary "
-                f"positions, and with Megatron's --no-rope-freq num_hidden_layers, {layers}, is a multiple of it."
+                f"positions, and Megatron's --no-rope-freq needs {layers} layers to be a multiple of it."
             )
         return freq
     if not isinstance(listed, list) or len(listed) != layers or any(one not in (0, 1) for one in listed):
