@@ -72,8 +72,8 @@ def convert(options: argparse.Namespace) -> list[str]:
     print(
         f"{options.output}: {row.hf_class}, {sum(w.numel for w in weights):,} parameters in "
         f"{sources[0].dtype}. Flags of the model, in {options.output / FLAGS}:\n{shlex.join(flags)}\n"
-        "(--use-checkpoint-args reads them from the checkpoint; Megatron's own scripts leave out "
-        "--norm-epsilon and --use-rope-scaling: there, pass the flags.)"
+        "(--use-checkpoint-args reads them from the checkpoint; Megatron's own scripts leave some out, as "
+        "--norm-epsilon, --use-rope-scaling and --qk-layernorm: there, pass the flags.)"
     )
     return flags
 
