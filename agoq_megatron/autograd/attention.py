@@ -1,7 +1,7 @@
 """Rotary embedding and causal attention; backward is that of a proper attention at what is kept.
 
 Q, K and V are kept after the rotation, K and V with their own number of heads; the rotation itself needs only
-the angles, which all layers share.
+the angles, which all layers share. (With norms of queries and keys before these; ``heads.py`` has both.)
 
 Backward rebuilds the softmax as exp(score - log-sum-exp). With scores of rounded Q and K and the exact
 log-sum-exp its rows no longer sum to 1, by a factor of e to the error of a score: on a pretrained model,
@@ -17,13 +17,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
-from agoq_kernels.fused import merge_qkv, split_qkv
-from agoq_kernels.rotary import rotary_tables
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from agoq_megatron.autograd.attention_backends import AttentionBackend
 from agoq_megatron.autograd.function import Function, in_order
+from agoq_megatron.autograd.heads import NORM_PARAMETERS, Heads, Layout, Parameters, Rotated
 from agoq_megatron.autograd.kept import KeptTensor, keep, restore, save
 from agoq_megatron.autograd.saving import SavedTensor
 
@@ -39,6 +38,7 @@ class AttentionSpec:
         backend: runs the attention.
         interleaved: rotary pairs are neighbours instead of halves.
         recompute: run the attention again in backward whatever ``output`` says.
+        heads: makes Q, K and V of the projection.
     """
 
     query: SavedTensor
@@ -50,6 +50,11 @@ class AttentionSpec:
     backend: AttentionBackend
     interleaved: bool
     recompute: bool
+    heads: Heads = Rotated()
+
+    def layout(self, angles: Tensor | None) -> Layout:
+        """Of the projection; ``angles`` as :func:`attend` takes them."""
+        return Layout(self.groups, self.head_dim, angles, self.interleaved)
 
     @property
     def again(self) -> bool:
@@ -62,12 +67,13 @@ class KeptAttention:
     """What is kept of an attention.
 
     Attributes:
-        query, key, value, output: each as ``[s, b, heads * d]``; the key without its common vector, which
-            changes neither the softmax nor any gradient, and in 16 bits, large, would cost both their
+        query, key, value, output: each as ``[s, b, heads * d]``; the rotated key without its common vector,
+            which changes neither the softmax nor any gradient, and in 16 bits, large, would cost both their
             precision.
         lse: log-sum-exp in the backend's layout; None where output and it are computed again.
         angles: ``[s, 1, 1, rot]`` or None: one constant table of the model, shared by all layers and steps.
         spec: of the attention.
+        parameters: of the norms of queries and keys.
         once: where several read it in a backward pass, what one has rebuilt waits here for the next.
     """
 
@@ -78,25 +84,25 @@ class KeptAttention:
     lse: Tensor | None
     angles: Tensor | None
     spec: AttentionSpec
+    parameters: Parameters = ()
     once: dict | None = None
 
     def stored(self) -> tuple[Tensor | None, ...]:
         parts = self.query, self.key, self.value, self.output
-        return *(x for part in parts for x in part.stored()), self.lse
+        return *(x for part in parts for x in part.stored()), self.lse, *self.parameters
 
     def over(self, tensors: Iterable[Tensor | None]) -> KeptAttention:
-        *own, lse = tensors
-        parts = {}
+        own, parts = list(tensors), {}
         for name in ("query", "key", "value", "output"):
             count = len(getattr(self, name).stored())
             parts[name] = getattr(self, name).over(own[:count])
             own = own[count:]
-        return replace(self, **parts, lse=lse)
+        return replace(self, **parts, lse=own[0], parameters=tuple(own[1:]))
 
     def tensors(self, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
         """Q, K, V and output ``[s, b, heads, d]`` as they were kept, and the output's log-sum-exp."""
         kept = self.query, self.key, self.value
-        q, k, v = (x.rebuild(dtype).unflatten(-1, (-1, self.spec.head_dim)) for x in kept)
+        q, k, v = self.spec.heads.rebuild(kept, self.spec.layout(self.angles), self.parameters, dtype)
         if self.spec.again:
             out, lse = self.spec.backend.forward(q, k, v)
         else:
@@ -113,8 +119,8 @@ class KeptAttention:
     def gather(self, group) -> tuple[KeptAttention, list]:
         raise NotImplementedError("an attention's output is split over heads, not over the sequence")
 
-    def gradient(self, tensors: list[Tensor], lse: Tensor) -> Tensor:
-        """Of the projection ``[s, b, (n + 2g) d]``.
+    def gradients(self, tensors: list[Tensor], lse: Tensor) -> tuple[Tensor, Parameters]:
+        """Of the projection ``[s, b, (n + 2g) d]``, and of the norms' parameters.
 
         Args:
             tensors: gradient of the output ``[s, b, n, d]``, then those of :meth:`tensors`. Emptied once they
@@ -124,7 +130,7 @@ class KeptAttention:
         (s, b, heads, _), dtype = tensors[0].shape, tensors[0].dtype
         heads_a_group = heads // spec.groups
         at_a_time = backend.groups_at_a_time(tensors[0].numel(), spec.groups)
-        grad_qkv = None
+        kept, grad_qkv, of_parameters = (self.query, self.key, self.value), None, []
         for start in range(0, spec.groups, at_a_time):
             groups = slice(start, start + at_a_time)
             queries = slice(start * heads_a_group, (start + at_a_time) * heads_a_group)
@@ -137,14 +143,18 @@ class KeptAttention:
             if grad_qkv is None:
                 shape = s, b, spec.groups, (heads_a_group + 2) * spec.head_dim
                 grad_qkv = torch.empty(shape, dtype=dtype, device=lse.device)
-            tables = None if self.angles is None else rotary_tables(self.angles)
-            merge_qkv(*grads, tables, spec.interleaved, grad_qkv[:, :, groups].flatten(2))
-            del grads, tables  # before the next ones are made
-        return grad_qkv.flatten(2)
+            layout, out = spec.layout(self.angles), grad_qkv[:, :, groups].flatten(2)
+            of_parameters.append(spec.heads.merge(grads, layout, self.parameters, kept, start, out))
+            del grads, layout  # before the next ones are made
+        summed = (
+            None if p is None else sum(rest, first).to(p.dtype)
+            for p, first, *rest in zip(self.parameters, *of_parameters, strict=True)
+        )
+        return grad_qkv.flatten(2), tuple(summed)
 
 
 def attend(
-    qkv: Tensor, angles: Tensor | None, spec: AttentionSpec, keeps: bool
+    qkv: Tensor, angles: Tensor | None, spec: AttentionSpec, keeps: bool, parameters: Parameters = ()
 ) -> tuple[Tensor, KeptAttention | None]:
     """``attention(rotate(split(qkv)))``, and what is kept for its backward pass.
 
@@ -152,50 +162,55 @@ def attend(
         qkv: ``[s, b, (n + 2g) d]``.
         angles: ``[s, 1, 1, rot]``, or None for no rotation.
         keeps: a backward pass can follow.
+        parameters: of the norms of queries and keys, if ``spec.heads`` has them.
 
     Returns:
         Output ``[s, b, n d]``; None unless ``keeps``.
     """
     s, b, _ = qkv.shape
-    tables = None if angles is None else rotary_tables(angles)
+    layout, heads = spec.layout(angles), spec.heads
     sites = spec.query, spec.key, spec.value
     formats = tuple(saved.rule.format if keeps else None for saved in sites)
     keys = tuple(saved.next_key() if keeps else 0 for saved in sites)
-    layout = spec.groups, spec.head_dim, tables, spec.interleaved
-    common = spec.backend.statistics(qkv, *layout) if any(formats) else None
-    # Where statistics of this pass are kept they must be those of the keys that backward sees.
-    centre_key = common is not None and formats[1] is not None and not spec.again
-    (q, k, v), packed = split_qkv(qkv, *layout, formats, keys, common, centre_key)
-    out, lse = spec.backend.forward(q, k, v)
+    common = heads.statistics(spec.backend, qkv, layout) if any(formats) else None
+    parts, packed = heads.split(qkv, layout, parameters, formats, keys, common, spec.again)
+    out, lse = spec.backend.forward(*parts)
     flat = out.view(s, b, -1)
     if not keeps:
         return flat, None
     shifts = [None, None, None]
     if common is not None:
-        heads = q.shape[2], v.shape[2]
-        shared = torch.cat((common[:, : heads[0]], common[:, -heads[1] :]), 1).flatten(1)
-        width = heads[0] * spec.head_dim
-        shifts = shared[:, :width], None, shared[:, width:]
+        shared, shifts = heads.shared(common, out.shape[2], spec.groups)
         spec.query.announce_beside("common_vectors", shared)
-    parts = zip(sites, (q, k, v), packed, shifts, strict=True)
-    kept = [keep(saved, part.view(s, b, -1), its, shift) for saved, part, its, shift in parts]
+    parts = heads.unpacked(qkv, layout, parts, formats)
+    its = zip(sites, parts, packed, shifts, strict=True)
+    kept = [keep(saved, part.view(s, b, -1), packed, shift) for saved, part, packed, shift in its]
     if spec.again:
         output, lse = KeptTensor(spec.output, ()), None
     else:
         output = keep(spec.output, flat)
         spec.output.announce_beside("log_sum_exp", lse)
-    return flat, KeptAttention(*kept, output, lse, angles, spec)
+    return flat, KeptAttention(*kept, output, lse, angles, spec, parameters)
 
 
 class Attention(Function):
-    """An attention by itself; gradient of ``qkv``."""
+    """An attention by itself; gradients of ``qkv`` and of the norms' parameters."""
 
     @staticmethod
     def forward(
-        ctx, qkv: Tensor, angles: Tensor | None, spec: AttentionSpec, keeps: bool
+        ctx,
+        qkv: Tensor,
+        angles: Tensor | None,
+        spec: AttentionSpec,
+        keeps: bool,
+        query_norm_weight: Tensor | None = None,
+        query_norm_bias: Tensor | None = None,
+        key_norm_weight: Tensor | None = None,
+        key_norm_bias: Tensor | None = None,
     ) -> tuple[Tensor, KeptAttention | None]:
         """``qkv`` ``[s, b, (n + 2g) d]`` -> the output ``[s, b, n d]``, and as it is kept for readers."""
-        out, kept = attend(qkv, angles, spec, keeps)
+        parameters = query_norm_weight, query_norm_bias, key_norm_weight, key_norm_bias
+        out, kept = attend(qkv, angles, spec, keeps, parameters)
         if keeps:
             kept = replace(kept, once={})
             save(ctx, kept)
@@ -208,4 +223,5 @@ class Attention(Function):
         (kept,), _ = restore(ctx)
         tensors, lse = kept.once.pop("tensors", None) or kept.tensors(ctx.dtype)
         tensors.insert(0, grad.view_as(tensors[0]))
-        return in_order(Attention, qkv=kept.gradient(tensors, lse))
+        grad_qkv, of_parameters = kept.gradients(tensors, lse)
+        return in_order(Attention, qkv=grad_qkv, **dict(zip(NORM_PARAMETERS, of_parameters, strict=True)))

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from agoq_megatron.autograd import probing
 from agoq_megatron.autograd.attention import AttentionSpec, attend
 from agoq_megatron.autograd.function import Function, in_order
+from agoq_megatron.autograd.heads import NORM_PARAMETERS
 from agoq_megatron.autograd.kept import restore, save
 from agoq_megatron.autograd.products import Products
 
@@ -30,20 +31,33 @@ class AttentionLinearSpec(AttentionSpec):
 
 
 class AttentionLinear(Function):
-    """``linear(attention(rotate(split(qkv))))``; gradients of ``qkv`` and the projection weight."""
+    """``linear(attention(rotate(split(qkv))))``; gradients of ``qkv``, of the projection weight and of the
+    norms' parameters."""
 
     @staticmethod
     def forward(
-        ctx, qkv: Tensor, angles: Tensor | None, weight: Tensor, spec: AttentionLinearSpec, keeps: bool
+        ctx,
+        qkv: Tensor,
+        angles: Tensor | None,
+        weight: Tensor,
+        spec: AttentionLinearSpec,
+        keeps: bool,
+        query_norm_weight: Tensor | None = None,
+        query_norm_bias: Tensor | None = None,
+        key_norm_weight: Tensor | None = None,
+        key_norm_bias: Tensor | None = None,
     ) -> Tensor:
         """``qkv`` ``[s, b, (n + 2g) d]``, ``angles`` ``[s, 1, 1, rot]`` -> ``[s, b, h]``.
 
         The result is this rank's partial sum; the caller reduces it over tensor-parallel ranks.
         """
+        parameters = query_norm_weight, query_norm_bias, key_norm_weight, key_norm_bias
         if keeps:
             run, needs = spec.query.run, ctx.needs_input_grad
-            ctx.probe = probing.capture(run, AttentionLinear, spec, needs, qkv, angles, weight)
-        out, kept = attend(qkv, angles, spec, keeps)
+            ctx.probe = probing.capture(
+                run, AttentionLinear, spec, needs, qkv, angles, weight, after=parameters
+            )
+        out, kept = attend(qkv, angles, spec, keeps, parameters)
         if keeps:
             save(ctx, kept, others=(weight,))
             ctx.products, ctx.dtype = spec.products, qkv.dtype
@@ -62,4 +76,6 @@ class AttentionLinear(Function):
             grad_weight = products.weight_gradient(weight, grad, tensors[3].flatten(2))
         # Into the list, which gives all of them back: no name here may hold them longer.
         tensors.insert(0, products.input_gradient(grad, weight).view_as(tensors[0]))
-        return in_order(AttentionLinear, qkv=kept.gradient(tensors, lse), weight=grad_weight)
+        grad_qkv, of_parameters = kept.gradients(tensors, lse)
+        named = dict(zip(NORM_PARAMETERS, of_parameters, strict=True))
+        return in_order(AttentionLinear, qkv=grad_qkv, weight=grad_weight, **named)

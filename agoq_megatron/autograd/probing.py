@@ -82,12 +82,15 @@ class GradientTally:
             self._noted.add(number)
             self._entries[number] = saved.site, x.detach()[:TOKENS, :1].clone()
 
-    def capture(self, function: type, spec, needs: tuple[bool, ...], *inputs) -> Probe | None:
-        """Remember a call ``function.forward(ctx, *inputs, spec, True)``, if it is to be measured.
+    def capture(
+        self, function: type, spec, needs: tuple[bool, ...], *inputs, after: tuple = ()
+    ) -> Probe | None:
+        """Remember a call ``function.forward(ctx, *inputs, spec, True, *after)``, if it is to be measured.
 
         Args:
             needs: ``ctx.needs_input_grad``.
             inputs: the first ``[s, b, n]``; the function may write into it afterwards.
+            after: parameters.
         """
         sites = {getattr(spec, f.name).site: f.name for f in _tensors(spec)}
         number = getattr(spec, next(iter(sites.values()))).layer_number
@@ -109,7 +112,7 @@ class GradientTally:
         sums = dict(zip(self._columns, self.squares[row], strict=True))
         return Probe(
             function, spec, needs, mine, exact, rounded, entry and entry[0], name, parts, sums,
-            self._detailed[number], self._key + number,
+            self._detailed[number], self._key + number, after,
         )  # fmt: skip
 
 
@@ -118,7 +121,7 @@ class Probe:
     """A call that is to be compared once the gradient of its output is there.
 
     Attributes:
-        function, spec, needs, inputs: as given to :meth:`GradientTally.capture`, cut.
+        function, spec, needs, inputs, after: as given to :meth:`GradientTally.capture`, cut.
         exact: the first input as it was before anything was rounded.
         rounded: tensors that the function rounds.
         entry: the tensor of which its input is what was kept, or None.
@@ -141,6 +144,7 @@ class Probe:
     sums: dict[str, Tensor]
     detail: bool
     key: int
+    after: tuple = ()
 
     @torch.no_grad()
     def measure(self, grad: Tensor | None, *others: None) -> None:
@@ -172,7 +176,7 @@ class Probe:
         first = self.inputs[0] if self.entry in sites else self.exact
         call = _Call(self.needs)
         spec = replace(self.spec, **changed)
-        out = self.function.forward(call, first.clone(), *self.inputs[1:], spec, True)
+        out = self.function.forward(call, first.clone(), *self.inputs[1:], spec, True, *self.after)
         others = (None,) * (len(out) - 1) if isinstance(out, tuple) else ()
         del out
         found = self.function.backward(call, grad.clone(), *others)
@@ -236,9 +240,11 @@ def _cut(x, tokens: int, parts: int = 1):
     return pieces[:, : tokens // parts, :1].flatten(0, 1)
 
 
-def capture(run: Run, function: type, spec, needs: tuple[bool, ...], *inputs) -> Probe | None:
+def capture(
+    run: Run, function: type, spec, needs: tuple[bool, ...], *inputs, after: tuple = ()
+) -> Probe | None:
     """Report a call in which gradients will flow; see :meth:`GradientTally.capture`."""
-    return None if run.tally is None else run.tally.capture(function, spec, needs, *inputs)
+    return None if run.tally is None else run.tally.capture(function, spec, needs, *inputs, after=after)
 
 
 def note_entry(saved: SavedTensor, x: Tensor) -> None:

@@ -59,8 +59,6 @@ REFUSED: tuple[Check, ...] = (
     _no("--fp4-format", "FP4 matrix products need Transformer Engine's own layers", "fp4"),
     _no("--fp8-param-gather", "FP8 weights need Transformer Engine's own layers"),
     _no("--fp4-param-gather", "FP4 weights need Transformer Engine's own layers"),
-    _no("--qk-layernorm", "norms on query and key are not carried yet"),
-    _no("--qk-l2-norm", "norms on query and key are not carried yet"),
     _no("--qk-clip", "query-key clipping is not carried yet"),
     _no("--log-max-attention-logit", "the fused attention keeps no logits"),
     _no(
@@ -173,13 +171,15 @@ CARRIED = {
     "modules/mlp.py": """
         ffn_hidden_size swiglu bias_swiglu_fusion bias_gelu_fusion gradient_accumulation_fusion
         recompute_granularity recompute_modules""",
-    "modules/norm.py": "hidden_size normalization layernorm_epsilon no_persist_layer_norm sequence_parallel",
+    "modules/norm.py": """
+        hidden_size normalization layernorm_epsilon no_persist_layer_norm sequence_parallel qk_layernorm
+        qk_l2_norm""",
     "modules/linear.py": """
         tensor_model_parallel_size sequence_parallel add_bias_linear add_qkv_bias init_method_std
         use_cpu_initialization gradient_accumulation_fusion normalization layernorm_epsilon""",
     "modules/sites.py": """
         hidden_size num_attention_heads num_query_groups kv_channels ffn_hidden_size swiglu
-        tensor_model_parallel_size""",
+        tensor_model_parallel_size qk_layernorm qk_l2_norm""",
     "modules/layer.py": """
         num_layers hidden_dropout bias_dropout_fusion mlp_chunks_for_training recompute_method
         recompute_num_layers""",
@@ -222,7 +222,7 @@ IDLE = {
     "other attentions and positions": """
         dsa_* linear_* yarn_* relative_attention_* qk_clip_* window_attn_skip_freq kitchen_* mrope_section
         rope_type q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim rotary_scaling_factor
-        mscale mscale_all_dim cache_mla_latents mla_down_proj_fusion apply_wd_to_qk_layernorm test_mode""",
+        mscale mscale_all_dim cache_mla_latents mla_down_proj_fusion test_mode""",
     "other models": """
         mamba_* use_mamba_mem_eff_path mtp_* bert_* ict_* biencoder_* retriever_* titles_data_path
         query_in_block_prob use_one_sent_docs evidence_data_path block_data_path embedding_path indexer_*

@@ -25,7 +25,7 @@ from agoq_megatron.modules.attention import CoreAttention, SelfAttention
 from agoq_megatron.modules.layer import TransformerLayer
 from agoq_megatron.modules.linear import FusedRowParallelLinear, LayerNormColumnParallelLinear
 from agoq_megatron.modules.mlp import MLP
-from agoq_megatron.modules.norm import Norm
+from agoq_megatron.modules.norm import HeadNormParameters, Norm, head_norm
 
 
 class AGoQSpecProvider(BackendSpecProvider):
@@ -44,7 +44,7 @@ class AGoQSpecProvider(BackendSpecProvider):
         return LayerNormColumnParallelLinear
 
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False) -> type:
-        return Norm
+        return HeadNormParameters if for_qk else Norm
 
     def core_attention(self) -> type:
         return CoreAttention
@@ -56,9 +56,14 @@ class AGoQSpecProvider(BackendSpecProvider):
         return None
 
 
-def layer_spec(provider: BackendSpecProvider | None = None) -> ModuleSpec:
-    """One decoder layer, in the layout (and with the parameter names) of Megatron's TE spec."""
+def layer_spec(provider: BackendSpecProvider | None = None, normed_heads: bool = False) -> ModuleSpec:
+    """One decoder layer, in the layout (and with the parameter names) of Megatron's TE spec.
+
+    Args:
+        normed_heads: queries and keys have norms.
+    """
     provider = provider or AGoQSpecProvider()
+    of_heads = provider.layer_norm(for_qk=True) if normed_heads else None
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -69,6 +74,8 @@ def layer_spec(provider: BackendSpecProvider | None = None) -> ModuleSpec:
                     linear_qkv=provider.column_parallel_layer_norm_linear(),
                     core_attention=provider.core_attention(),
                     linear_proj=provider.row_parallel_linear(),
+                    q_layernorm=of_heads,
+                    k_layernorm=of_heads,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
@@ -99,9 +106,8 @@ def agoq_layer_spec(config, vp_stage: int | None = None) -> TransformerBlockSubm
         prepare_stock(config)
     provider = AGoQSpecProvider()
     layers = get_num_layers_to_build(config.transformer, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(
-        layer_specs=[layer_spec(provider)] * layers, layer_norm=provider.layer_norm()
-    )
+    one = layer_spec(provider, normed_heads=head_norm(config.transformer) is not None)
+    return TransformerBlockSubmodules(layer_specs=[one] * layers, layer_norm=provider.layer_norm())
 
 
 def model_config_from_args(args) -> GPTModelConfig:

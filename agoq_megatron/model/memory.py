@@ -212,7 +212,10 @@ class Plan:
             for site, text in base.said(self.layers):
                 if any(self.bytes_of(site, number) for number in self.layers):
                     yield f"  fitted to this model: {text};"
-        yield "  not quantized: common vectors of queries and values; log-sum-exp, where the attention is not"
+        shared = (
+            "queries, keys and values" if config.qk_layernorm or config.qk_l2_norm else "queries and values"
+        )
+        yield f"  not quantized: common vectors of {shared}; log-sum-exp, where the attention is not"
         yield "    run again;"
         yield ("    once a model, not a layer: embedding output, final norm's input, logits and loss;")
         if config.pipeline_model_parallel_size > 1:

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from agoq_megatron.autograd.attention_backends import LocalAttention
 from agoq_megatron.autograd.attention_linear import AttentionLinear, AttentionLinearSpec
+from agoq_megatron.autograd.heads import NORM_PARAMETERS, Normed, Rotated
 from agoq_megatron.autograd.products import Products
 from agoq_megatron.autograd.saving import saved_tensor
+from agoq_megatron.modules.norm import head_norm
 from agoq_megatron.modules.residual import ResidualStream
 from agoq_megatron.modules.sites import ATTENTION_OUTPUT, KEY, NORM1_INPUT, NORM1_OUTPUT, QUERY, VALUE
 from agoq_megatron.policy.policy import ActivationPolicy
@@ -43,7 +45,7 @@ class CoreAttention(MegatronModule):
     def set_policy(self, policy: ActivationPolicy) -> None:
         """Keep Q, K, V and O from the next call on as ``policy`` says."""
         config, number = self.config, self.layer_number
-        selective = config.recompute_granularity == "selective"
+        selective, norm = config.recompute_granularity == "selective", head_norm(config)
         self.spec = AttentionLinearSpec(
             query=saved_tensor(policy, QUERY, number, self.config),
             key=saved_tensor(policy, KEY, number, self.config),
@@ -54,6 +56,7 @@ class CoreAttention(MegatronModule):
             backend=LocalAttention(self.scale),
             interleaved=config.rotary_interleaved,
             recompute=selective and "core_attn" in config.recompute_modules,
+            heads=Rotated() if norm is None else Normed(norm),
             products=Products(config.gradient_accumulation_fusion),
         )
 
@@ -109,10 +112,15 @@ class SelfAttention(MegatronSelfAttention):
         if isinstance(rotary_pos_emb, tuple):  # the same table for query and key
             rotary_pos_emb = rotary_pos_emb[0]
         qkv, _ = self.linear_qkv(hidden_states)
+        parameters = {}
+        if self.q_layernorm is not None:
+            of_both = *self.q_layernorm(), *self.k_layernorm()
+            parameters = dict(zip(NORM_PARAMETERS, of_both, strict=True))
         return self.linear_proj(
             AttentionLinear,
             qkv=qkv,
             angles=rotary_pos_emb,
             spec=self.core_attention.spec,
             keeps=torch.is_grad_enabled(),
+            **parameters,
         )

@@ -1,8 +1,9 @@
-"""Parameters of a norm, and the module after the last layer."""
+"""Parameters of a norm, the module after the last layer, and those of queries and keys."""
 
 from __future__ import annotations
 
 import torch
+from agoq_kernels.head_norm import HeadNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import Parameter
@@ -45,3 +46,31 @@ class Norm(torch.nn.Module):
         keeps = torch.is_grad_enabled()
         y, *_ = norm.Norm.call(x=x, weight=self.weight, bias=self.bias, spec=self.spec, keeps=keeps)
         return y
+
+
+def head_norm(config: TransformerConfig) -> HeadNorm | None:
+    """The norm of the model's queries and keys; where both flags ask for one Megatron takes that without a
+    weight."""
+    if config.qk_l2_norm:
+        return HeadNorm("L2Norm", config.layernorm_epsilon)
+    return HeadNorm(config.normalization, config.layernorm_epsilon) if config.qk_layernorm else None
+
+
+class HeadNormParameters(torch.nn.Module):
+    """Weight and bias of the norm of the queries or of the keys, under Megatron's names; the attention
+    applies them.
+
+    All tensor-parallel ranks have the same, each of some heads a part of its gradient. Megatron sums those of
+    modules with these names (``q_layernorm``, ``k_layernorm``).
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5):
+        super().__init__()
+        self.weight = self.bias = None
+        if head_norm(config).kind != "L2Norm":
+            self.weight, self.bias = norm_parameters(config, hidden_size)
+
+    def forward(self) -> tuple[Parameter | None, Parameter | None]:
+        """Called where they are read: Megatron's DDP waits for the gather of a module's weights
+        (``--overlap-param-gather``) in a hook on that module's call."""
+        return self.weight, self.bias

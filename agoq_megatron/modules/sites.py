@@ -61,11 +61,13 @@ def _log_sum_exp(config, rule, kept):
 
 
 def _common_vectors(config, rule, kept):
-    """Of Q and V, once a sequence, where anything beside them is rounded."""
+    """Of Q and V (also of K, where that is kept before a norm), once a sequence, where anything beside them
+    is rounded."""
     rounded = QUERY in kept and any(rule(site).format for site in QKV_SITES)
     if not rounded or not config.agoq_sequence:
         return None
-    width = _query(config) + _key(config)
+    normed = config.qk_layernorm or config.qk_l2_norm
+    width = _query(config) + (2 if normed else 1) * _key(config)
     return "FP32, once a sequence", width, 4 * width / config.agoq_sequence
 
 

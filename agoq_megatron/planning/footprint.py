@@ -275,6 +275,8 @@ def _attention_moment(config, plan: Plan, number: int, tokens: int) -> float:
     q, k, v, o = (site.axis(config) for site in ATTENTION_SITES)
     # An output that is recomputed has no bytes in the plan.
     held = [config.agoq.rule(s, number).keep and plan.bytes_of(s, number) > 0 for s in ATTENTION_SITES]
+    if config.qk_layernorm or config.qk_l2_norm:
+        held[:2] = False, False  # they are kept before their norms
     here = config.params_dtype.itemsize * tokens
     groups = config.num_query_groups // config.tensor_model_parallel_size
     some = groups_at_a_time(int(q * tokens), groups) / groups  # of the heads

@@ -66,6 +66,8 @@ def parameters(args, config, stage: int) -> Parameters:
     sizes = [h * (query + 2 * key) // tp, h * query // tp, h * wide // tp, h * f // tp]
     norm = 2 * h if config.normalization == "LayerNorm" else h
     vectors = 2 * norm
+    if config.qk_layernorm and not config.qk_l2_norm:  # of which those have no weights
+        vectors += 2 * norm // h * config.kv_channels
     if config.add_bias_linear or config.add_qkv_bias:
         vectors += (query + 2 * key) // tp
     if config.add_bias_linear:

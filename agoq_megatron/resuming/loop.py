@@ -270,8 +270,8 @@ def peeked_state(read, args) -> dict | None:
 OF_THE_MODEL_TOO = """
     layernorm_epsilon layernorm_zero_centered_gamma use_rope_scaling rope_scaling_factor no_rope_freq
     rotary_seq_len_interpolation_factor use_mup mup_base_hidden_size mup_embedding_mult mup_output_mult
-    mup_base_head_dim mup_attn_scale_power
-    qk_layernorm qk_l2_norm window_size softmax_type attention_output_gate glu_linear_offset quick_geglu
+    mup_base_head_dim mup_attn_scale_power qk_layernorm qk_l2_norm
+    window_size softmax_type attention_output_gate glu_linear_offset quick_geglu
     activation_func_clamp_value multi_latent_attention experimental_attention_variant
     apply_residual_connection_post_layernorm
 """.split()

@@ -75,7 +75,7 @@ SECTIONS: dict[str, list[Feature]] = {
         Feature("grouped-query attention", {"group_query_attention": True}),
         Feature("multi-head attention"),
         Feature("multi-latent attention", {"multi_latent_attention": True}),
-        Feature("norms on query and key", {"qk_layernorm": True}),
+        Feature("norms on queries and keys", {"qk_layernorm": True}),
         Feature("sliding-window attention", {"window_size": (128, 0)}),
         Feature("gated attention", {"attention_output_gate": True}),
         Feature("biases", {"add_bias_linear": True}),

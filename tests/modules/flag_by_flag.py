@@ -166,7 +166,9 @@ def models(cases: list[str], seed: int) -> dict[str, dict]:
             config = model_config_from_args(args)
             if kind == "stock":
                 config.transformer_layer_spec = get_gpt_layer_local_spec(
-                    normalization=config.transformer.normalization
+                    normalization=config.transformer.normalization,
+                    qk_layernorm=config.transformer.qk_layernorm,
+                    qk_l2_norm=config.transformer.qk_l2_norm,
                 )
             found[case][kind] = loss_and_gradients(config, seed)
     return found
@@ -197,7 +199,8 @@ def main() -> None:
         "gloo", init_method=f"file://{os.environ['FLAGS_REPORT']}.store", rank=0, world_size=1
     )
     parallel_state.initialize_model_parallel()
-    found = {"configs": configs(), "models": models(cases, seed), "frequencies": frequencies()}
+    with torch.compiler.set_stance("force_eager"):  # Megatron's L2Norm compiles itself, for a minute
+        found = {"configs": configs(), "models": models(cases, seed), "frequencies": frequencies()}
     with open(os.environ["FLAGS_REPORT"], "w") as f:
         json.dump(found, f)
     torch.distributed.destroy_process_group()

@@ -170,7 +170,7 @@ def test_checkpoint_args_are_the_whole_model(tmp_path, monkeypatch):
         if "modules/" in where or "around" in where
         for n in names.split()
     }
-    names = names - set(NOT_OF_THE_MODEL) | {"qk_layernorm", "window_size"}  # refused, but not lost
+    names = names - set(NOT_OF_THE_MODEL) | {"softmax_type", "window_size"}  # refused, but not lost
     saved = argparse.Namespace(**{name: f"saved {name}" for name in names})
     monkeypatch.setattr(
         checkpointing, "_load_base_checkpoint",

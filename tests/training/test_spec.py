@@ -106,7 +106,7 @@ REFUSED = {
     "an unknown policy": ("", "--agoq-activations agoq9", ["--agoq-activations agoq9", "uniform4"]),
     "a negative seed": ("", "--agoq-seed -3", ["--agoq-seed"]),
     "attention dropout": ("--attention-dropout 0.1", "", ["--attention-dropout 0"]),
-    "norms on query and key": ("--qk-layernorm", "", ["--qk-layernorm"]),
+    "query-key clipping": ("--qk-clip", "", ["--qk-clip"]),
 }  # fmt: skip
 
 
