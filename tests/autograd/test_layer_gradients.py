@@ -14,11 +14,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from agoq_kernels.formats import Format
+from agoq_kernels.head_norm import HeadNorm
 from agoq_kernels.ops import dequantize, quantize
 
 from agoq_megatron.autograd.activation_linear import ActivationLinear, ActivationLinearSpec
 from agoq_megatron.autograd.attention_backends import LocalAttention
 from agoq_megatron.autograd.attention_linear import AttentionLinear, AttentionLinearSpec
+from agoq_megatron.autograd.heads import NORM_PARAMETERS, Normed, Rotated
 from agoq_megatron.autograd.norm_linear import NormLinear, NormLinearSpec
 from agoq_megatron.autograd.run import Run
 from agoq_megatron.autograd.saving import SavedTensor
@@ -137,30 +139,42 @@ def oracle_layer(x, p, rules, shape, kind, act, ours):
     r = heads // groups
     q = grouped[..., : r * d].reshape(s, b, heads, d)
     k, v = grouped[..., r * d : (r + 1) * d], grouped[..., (r + 1) * d :]
-    if p["angles"] is not None:
-        q, k = turn(q, p["angles"]), turn(k, p["angles"])
+    normed = "query_norm_weight" in p
+
+    def head(of):
+        weight, bias = p.get(f"{of}_norm_weight"), p.get(f"{of}_norm_bias")
+
+        def made(t):
+            t = norm(t, 1.0 if weight is None else weight, bias, EPSILON) if normed else t
+            return t if p["angles"] is None else turn(t, p["angles"])
+
+        return made
+
+    of_q, of_k = head("query"), head("key")
+    if not normed:
+        q, k = of_q(q), of_k(k)
 
     def rest(site, t):
         """The tensor that backward sees: what is kept is quantized without what all tokens share (here, of a
-        short sequence, the mean of its second half), which queries and values get back, keys not."""
+        short sequence, the mean of its second half), which queries and values get back; keys only before a
+        norm."""
         if rules[site].format is None:
             return kept_at(site, t)
         common = t[len(t) // 2 :].mean(0).detach()
         kept = kept_at(site, t - common)
-        return kept if site is KEY else kept + common
+        return kept if site is KEY and not normed else kept + common
 
     kept = [rest(site, t) for site, t in ((QUERY, q), (KEY, k), (VALUE, v))]
-    if rules[KEY].format is not None:
-        k = (
-            k - k[len(k) // 2 :].mean(0).detach()
-        )  # the softmax does not see it; kept statistics are of these keys
+    if normed:  # in value those of the exact projection, differentiated at what is kept of it
+        q, k = through(of_q, [q], kept[:1]), through(of_k, [k], kept[1:2])
+        kept[:2] = of_q(kept[0]).detach(), of_k(kept[1]).detach()
+    elif rules[KEY].format is not None:  # the softmax does not see it; kept statistics are of these keys
+        k = k - k[len(k) // 2 :].mean(0).detach()
     if rules[ATTENTION_OUTPUT].recompute:
         out_kept, statistics = plain_attention(*kept), scores(*kept[:2]).logsumexp(-1)
     else:
-        out_kept, statistics = (
-            kept_at(ATTENTION_OUTPUT, plain_attention(q, k, v)),
-            scores(q, k).logsumexp(-1),
-        )
+        out_kept = kept_at(ATTENTION_OUTPUT, plain_attention(q, k, v))
+        statistics = scores(q, k).logsumexp(-1)
     out = AttentionAt.apply(q, k, v, *kept, out_kept.detach(), statistics.detach())
     attn = WeightAt.apply(out.reshape(s, b, -1), out_kept.reshape(s, b, -1).detach(), p["proj"])
     x = x + attn
@@ -246,17 +260,21 @@ def our_layer(x, p, rules, shape, kind, act, run=None, keep=True):
     def norm_spec(site_in, site_out):
         return NormLinearSpec(saved(site_in), saved(site_out), kind, EPSILON, one_rank(), False)
 
+    of_heads = {name: p[name] for name in NORM_PARAMETERS if name in p}
+    its_kind = "L2Norm" if p.get("query_norm_weight") is None else kind
     attention = AttentionLinearSpec(
         *(saved(s) for s in (QUERY, KEY, VALUE, ATTENTION_OUTPUT)),
         groups=groups, head_dim=d, backend=LocalAttention(1 / math.sqrt(d)), interleaved=False,
-        recompute=False,
+        recompute=False, heads=Normed(HeadNorm(its_kind, EPSILON)) if of_heads else Rotated(),
     )  # fmt: skip
     mlp = ActivationLinearSpec(saved(FC1_OUTPUT), saved(FC2_INPUT), act)
     qkv, x = NormLinear.apply(
         x, None, p["n1w"], p["n1b"], p["qkv"], p["qkv_b"],
         norm_spec(NORM1_INPUT, NORM1_OUTPUT), keep,
     )  # fmt: skip
-    attended = AttentionLinear.apply(qkv, p["angles"], p["proj"], attention, keep)
+    attended = AttentionLinear.call(
+        qkv=qkv, angles=p["angles"], weight=p["proj"], spec=attention, keeps=keep, **of_heads
+    )
     h, x = NormLinear.apply(
         attended, x, p["n2w"], p["n2b"], p["fc1"], p["fc1_b"],
         norm_spec(NORM2_INPUT, NORM2_OUTPUT), keep,
@@ -265,7 +283,8 @@ def our_layer(x, p, rules, shape, kind, act, run=None, keep=True):
     return ActivationLinear.apply(h, p["fc2"], x, nobody_keeps_it, mlp, keep)
 
 
-def parameters(rng, h, f, shape, kind, act, rotary, dtype):
+def parameters(rng, h, f, shape, kind, act, rotary, dtype, of_heads=None):
+    """``of_heads``: kind of the norm of queries and keys."""
     heads, groups, d = shape
 
     def weight(*size):
@@ -280,7 +299,11 @@ def parameters(rng, h, f, shape, kind, act, rotary, dtype):
     if rotary:
         half = torch.rand(11, 1, 1, d // 2, generator=rng, dtype=dtype) * 6
         angles = torch.cat((half, half), -1)
-    return {
+    normed = {}
+    for name in NORM_PARAMETERS if of_heads else ():
+        given = of_heads != "L2Norm" and (biases or "weight" in name)
+        normed[name] = vector(d, float("weight" in name)) if given else None
+    return normed | {
         "n1w": vector(h, 1.0), "n1b": vector(h, 0.0) if biases else None,
         "n2w": vector(h, 1.0), "n2b": vector(h, 0.0) if biases else None,
         "qkv": weight(width, h), "qkv_b": vector(width, 0.0) if biases else None,
@@ -306,6 +329,15 @@ def test_layer_matches_plain_autograd(rng, monkeypatch, rules, kind, act, shape,
     compare(rng, monkeypatch, rules, kind, act, shape, rotary, 64, f)
 
 
+@pytest.mark.parametrize("rules", [OFF, MIXED, AGAIN], ids=["off", "mixed", "again"])
+@pytest.mark.parametrize("kind,of_heads,rotary", [
+    ("RMSNorm", "RMSNorm", True), ("LayerNorm", "LayerNorm", True), ("RMSNorm", "L2Norm", False),
+])  # fmt: skip
+def test_norms_of_queries_and_keys(rng, monkeypatch, rules, kind, of_heads, rotary):
+    """Kept before them: gradients of norms, projection and the norms' weights are those at these values."""
+    compare(rng, monkeypatch, rules, kind, "swiglu", (6, 2, 32), rotary, 64, 96, of_heads)
+
+
 def test_the_default_policy_on_widths_that_64_does_not_divide(rng, monkeypatch):
     """Norm inputs of 96, queries of 96 and gate and up of 352 in groups of 32, of which one crosses from gate
     to up; keys and values of 48 as they are."""
@@ -319,8 +351,8 @@ def test_the_default_policy_on_widths_that_64_does_not_divide(rng, monkeypatch):
     compare(rng, monkeypatch, rules, "RMSNorm", "swiglu", (4, 2, 24), True, 96, 176)
 
 
-def compare(rng, monkeypatch, rules, kind, act, shape, rotary, h, f):
-    p = parameters(rng, h, f, shape, kind, act, rotary, torch.float32)
+def compare(rng, monkeypatch, rules, kind, act, shape, rotary, h, f, of_heads=None):
+    p = parameters(rng, h, f, shape, kind, act, rotary, torch.float32, of_heads)
     x = torch.randn(11, 3, h, generator=rng)
     grad = torch.randn(11, 3, h, generator=rng)
     wanted = [t for t in p.values() if t is not None and t.requires_grad]
