@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from agoq_kernels.formats import Format
+from agoq_kernels.head_norm import HeadNorm
 
 from agoq_megatron.autograd.activation import Activation
 from agoq_megatron.autograd.activation_linear import ActivationLinear, ActivationLinearSpec
@@ -14,6 +15,7 @@ from agoq_megatron.autograd.attention import Attention
 from agoq_megatron.autograd.attention_backends import LocalAttention
 from agoq_megatron.autograd.attention_linear import AttentionLinear, AttentionLinearSpec
 from agoq_megatron.autograd.function import arguments_of, in_order
+from agoq_megatron.autograd.heads import NORM_PARAMETERS, Normed, Rotated
 from agoq_megatron.autograd.linear import Linear, LinearSpec
 from agoq_megatron.autograd.norm import Norm
 from agoq_megatron.autograd.norm_linear import NormLinear, NormLinearSpec
@@ -148,10 +150,11 @@ def test_activation_and_linear(rng, rules, kind):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("of_heads", [None, "LayerNorm"])
 @pytest.mark.parametrize("kept_output", [False, True])
-def test_attention_and_linear(rng, rules, kept_output, monkeypatch):
+def test_attention_and_linear(rng, rules, kept_output, of_heads, monkeypatch):
     """Their output is made again once, though two functions read it."""
-    p = parameters(rng, 64, 96, SHAPE, "RMSNorm", "swiglu", True, torch.float32)
+    p = parameters(rng, 64, 96, SHAPE, of_heads or "RMSNorm", "swiglu", True, torch.float32, of_heads)
     qkv = torch.randn(11, 3, (HEADS + 2 * GROUPS) * DIM, generator=rng)
     grad = torch.randn(11, 3, 64, generator=rng)
     ran, forward = [], LocalAttention.forward
@@ -163,16 +166,21 @@ def test_attention_and_linear(rng, rules, kept_output, monkeypatch):
         return AttentionLinearSpec(
             *(saved(site, rule) for site, rule in own.items()), groups=GROUPS, head_dim=DIM,
             backend=LocalAttention(1 / math.sqrt(DIM)), interleaved=False, recompute=False,
+            heads=Normed(HeadNorm(of_heads, 1e-5)) if of_heads else Rotated(),
         )  # fmt: skip
 
-    def fused(x, weight):
-        return [AttentionLinear.call(qkv=x, angles=p["angles"], weight=weight, spec=spec(), keeps=True)]
+    def fused(x, weight, *of_norms):
+        rest = dict(zip(NORM_PARAMETERS, of_norms, strict=False))
+        return [
+            AttentionLinear.call(qkv=x, angles=p["angles"], weight=weight, spec=spec(), keeps=True, **rest)
+        ]
 
-    def composed(x, weight):
-        out, kept = Attention.call(qkv=x, angles=p["angles"], spec=spec(), keeps=True)
+    def composed(x, weight, *of_norms):
+        rest = dict(zip(NORM_PARAMETERS, of_norms, strict=False))
+        out, kept = Attention.call(qkv=x, angles=p["angles"], spec=spec(), keeps=True, **rest)
         return [linear(out, kept, weight)]
 
-    tensors = [qkv, p["proj"]]
+    tensors = [qkv, p["proj"], *(p[name] for name in NORM_PARAMETERS if of_heads)]
     one = gradients(composed, tensors, [grad])
     assert len(ran) == (1 if kept_output else 2)
     assert_equal(one, gradients(fused, tensors, [grad]))

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from agoq_kernels.formats import Format
+from agoq_kernels.head_norm import HeadNorm
 from agoq_kernels.ops import dequantize, quantize
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -17,6 +18,7 @@ from agoq_megatron.autograd import probing
 from agoq_megatron.autograd.activation_linear import ActivationLinear, ActivationLinearSpec
 from agoq_megatron.autograd.attention_backends import LocalAttention
 from agoq_megatron.autograd.attention_linear import AttentionLinear, AttentionLinearSpec
+from agoq_megatron.autograd.heads import NORM_PARAMETERS, Normed, Rotated
 from agoq_megatron.autograd.norm_linear import NormLinear, NormLinearSpec
 from agoq_megatron.autograd.products import Products
 from agoq_megatron.autograd.recompute import note_entry, quantized_checkpoint
@@ -89,8 +91,9 @@ def measured(tally: probing.GradientTally, row: int = 0) -> set[str]:
 class Case:
     """A function with its parameters: our call under rules by tensor, and the same by plain autograd."""
 
-    def __init__(self, kind: str, rng, dtype: torch.dtype):
-        p = parameters(rng, 64, 96, SHAPE, "RMSNorm", "swiglu", True, dtype)
+    def __init__(self, kind: str, rng, dtype: torch.dtype, normed: bool = False):
+        p = parameters(rng, 64, 96, SHAPE, "RMSNorm", "swiglu", True, dtype, "RMSNorm" if normed else None)
+        self.of_heads = {name: p[name] for name in NORM_PARAMETERS if normed}
         self.kind, self.p = kind, p
         self.weight = p[{"norm": "qkv", "attention": "proj", "activation": "fc2"}[kind]]
         width = {"norm": 64, "attention": (HEADS + 2 * GROUPS) * DIM, "activation": 192}[kind]
@@ -115,8 +118,12 @@ class Case:
                 *map(saved, ATTENTION_SITES), groups=GROUPS, head_dim=DIM,
                 backend=LocalAttention(1 / math.sqrt(DIM)),
                 interleaved=False, recompute=False, **more,
+                heads=Normed(HeadNorm("RMSNorm", 1e-5)) if self.of_heads else Rotated(),
             )  # fmt: skip
-            return AttentionLinear.apply(x, self.p["angles"][tokens], weight, spec, True)
+            angles = self.p["angles"][tokens]
+            return AttentionLinear.call(
+                qkv=x, angles=angles, weight=weight, spec=spec, keeps=True, **self.of_heads
+            )
         spec = ActivationLinearSpec(saved(FC1_OUTPUT), saved(FC2_INPUT), "swiglu", **more)
         return ActivationLinear.apply(x, weight, None, False, spec, True)
 
@@ -128,7 +135,12 @@ class Case:
             return (F.silu(gate) * up) @ weight.t()
         s, b, _ = x.shape
         q, k, v = x.view(s, b, GROUPS, -1).split([HEADS // GROUPS * DIM, DIM, DIM], -1)
-        q = turn(q.reshape(s, b, HEADS, DIM), self.p["angles"][:s])
+        q = q.reshape(s, b, HEADS, DIM)
+        if self.of_heads:
+            q, k = (
+                rms(t, self.of_heads[f"{n}_norm_weight"], None, 1e-5) for t, n in ((q, "query"), (k, "key"))
+            )
+        q = turn(q, self.p["angles"][:s])
         return plain_attention(q, turn(k, self.p["angles"][:s]), v).reshape(s, b, -1) @ weight.t()
 
     def gradients(self, function, *more, rows=slice(None), columns=slice(None)):
@@ -148,6 +160,7 @@ RULES = {
     "attention": dict.fromkeys(ATTENTION_SITES, INT8) | {VALUE: NF4},
     "attention, output again": {QUERY: NF4, KEY: INT8, VALUE: NF4},
     "attention, one": {QUERY: KEEP, KEY: NF4, VALUE: KEEP},
+    "attention, norms of heads": {QUERY: NF4, KEY: INT8, VALUE: NF4},
 }
 
 
@@ -155,7 +168,7 @@ RULES = {
 @pytest.mark.parametrize("detail", [False, True])
 def test_errors_are_those_of_the_gradients(rng, probed, name, detail):
     """Of the first sequence, against plain autograd; alone, as of a function that rounds that one only."""
-    rules, case = RULES[name], Case(name.split(",")[0], rng, torch.float64)
+    rules, case = RULES[name], Case(name.split(",")[0], rng, torch.float64, "norms" in name)
     rounded = [site for site in case.sites if rules.get(site, AGAIN).format is not None]
     tally = probed({7: False, 3: detail})
     case.gradients(case.ours, rules)
@@ -193,11 +206,15 @@ def test_long_sequences_are_cut(rng, probed, monkeypatch, kind):
     assert sums(tally, column) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("of_heads", [None, "RMSNorm"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_the_call_stays_what_it_is(rng, probed, dtype):
+def test_the_call_stays_what_it_is(rng, probed, dtype, of_heads):
     """Outputs, gradients and the keys of the next calls, with stochastic rounding and inputs overwritten."""
     rules = {site: DICE if rule.format else rule for site, rule in MIXED.items()}
-    p = parameters(rng, 64, 96, SHAPE, "RMSNorm", "swiglu", True, dtype)
+    p = parameters(rng, 64, 96, SHAPE, "RMSNorm", "swiglu", True, dtype, of_heads)
+    weights = [p["qkv"], p["proj"], p["fc1"], p["fc2"]]
+    if of_heads:
+        weights += [p["query_norm_weight"], p["key_norm_weight"]]
     p["angles"] = p["angles"].float()
     x = torch.randn(11, 3, 64, generator=rng).to(dtype).requires_grad_()
     grad = torch.randn(11, 3, 64, generator=rng).to(dtype)
@@ -209,11 +226,11 @@ def test_the_call_stays_what_it_is(rng, probed, dtype):
         results = []
         for _ in range(2):  # two micro-batches; the second is not measured
             y = our_layer(x, p, rules, SHAPE, "RMSNorm", "swiglu", RUN)
-            results += [y, *torch.autograd.grad(y, [x, p["qkv"], p["proj"], p["fc1"], p["fc2"]], grad)]
+            results += [y, *torch.autograd.grad(y, [x, *weights], grad)]
         found.append(results)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     # The two draws of one run are others, so the keys do count.
-    assert not torch.equal(found[0][1], found[0][7])
+    assert not torch.equal(found[0][1], found[0][1 + len(found[0]) // 2])
     assert {site.value for site, rule in rules.items() if rule.format} | {ATTENTION} == measured(tally)
 
 
