@@ -17,6 +17,7 @@ def main():
     compat.skip_compiling_helpers()
     import megatron.training.training as loop
     from megatron.core.enums import ModelType
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.utils import get_attr_wrapped_model
     from megatron.training import pretrain
     from megatron.training.argument_utils import (
@@ -63,6 +64,10 @@ def main():
     args = parse_and_validate_args(flags)
     model = gpt_config_from_args(args)
     model.rope_scaling_factor = args.rope_scaling_factor  # which Megatron parses and leaves out
+    if args.qk_l2_norm:  # of which it tells Transformer Engine's layers only
+        model.transformer_layer_spec = get_gpt_layer_local_spec(
+            normalization=args.normalization, qk_l2_norm=True
+        )
     config = pretrain_cfg_container_from_args(args, model)
     pretrain(config, datasets_provider, ModelType.encoder_or_decoder, step)
     if args.rank == args.world_size - 1:
