@@ -90,6 +90,10 @@ def compare(architecture: str, seed: int) -> dict:
     missing, unexpected = ours.load_state_dict(weights, strict=False)
     assert not unexpected and all("_extra_state" in n for n in missing), (missing, unexpected)
 
+    silent = {name for name, module in ours.named_modules() if [*module.parameters(recurse=False)]}
+    for name in silent.copy():
+        ours.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: silent.discard(name))
+
     models = {"stock": stock, "ours": ours}
     # With Adam's usual epsilon a gradient that is nothing but rounding would make a whole step.
     optimizers = {k: torch.optim.AdamW(m.parameters(), lr=1e-3, eps=1e-6) for k, m in models.items()}
@@ -112,6 +116,7 @@ def compare(architecture: str, seed: int) -> dict:
         "gradient_errors": errors,
         "loss_error": max(abs(a - b) / b for a, b in zip(losses["ours"], losses["stock"], strict=True)),
         "losses": losses["ours"],
+        "silent": sorted(silent),
     }
 
 

@@ -41,3 +41,9 @@ def test_twenty_losses_equal(results, architecture):
     print(f"{architecture}: worst loss error of 20 steps {result['loss_error']:.2e}")
     assert result["loss_error"] < 1e-4
     assert len(set(result["losses"])) == 20  # it trained: no two steps gave the same loss
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_modules_with_parameters_are_called(results, architecture):
+    """Megatron waits for the gather of a module's weights (--overlap-param-gather) when it is called."""
+    assert results[architecture]["silent"] == []

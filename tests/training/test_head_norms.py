@@ -31,7 +31,7 @@ KINDS = {
 }
 TP2 = "--tensor-model-parallel-size 2"
 PP2 = "--pipeline-model-parallel-size 2"
-# Small buckets: the norms' weights, too, are gathered late.
+# Small buckets, which are gathered late.
 OVERLAP = "--overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 5000"
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 SELECTIVE = "--recompute-granularity selective --recompute-modules core_attn mlp layernorm"
