@@ -60,6 +60,8 @@ RUNS = {
     "agoq, attention run again, MLP in parts": f"{SELECTIVE} core_attn {PARTS}",
     "agoq, attention and MLP run again": f"{SELECTIVE} core_attn mlp",
     "off, two layers, GELU": f"--agoq-activations off --num-layers 2 {GELU}",
+    "off, norms of heads": "--agoq-activations off --qk-layernorm",
+    "agoq, norms of heads": "--qk-layernorm",
     "agoq, GELU": GELU,
     "agoq, GELU, MLP in parts": f"{GELU} {PARTS}",
     "agoq, GELU, full recomputation": f"{GELU} {FULL} 1",

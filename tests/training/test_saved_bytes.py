@@ -15,8 +15,16 @@ LAYER = f"""
 """.split()
 
 
-@pytest.mark.parametrize("policy,bound", [("off", 17.2), ("agoq", 3.7)])
-@pytest.mark.parametrize("ranks,flags", [(1, ""), (2, "--pipeline-model-parallel-size 2")])
+PP2 = "--pipeline-model-parallel-size 2"
+
+
+@pytest.mark.parametrize(
+    "policy,bound,ranks,flags",
+    [
+        ("off", 17.2, 1, ""), ("agoq", 3.7, 1, ""), ("off", 17.2, 2, PP2), ("agoq", 3.7, 2, PP2),
+        ("agoq", 3.7, 1, "--qk-layernorm"),
+    ],
+)  # fmt: skip
 def test_kept_units(launcher, policy, bound, ranks, flags):
     run = launcher.run(
         *LAYER, "--agoq-activations", policy, *flags.split(), ranks=ranks, tiny=False
