@@ -22,6 +22,7 @@ from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
 
 from agoq_megatron.model.transformer_config import AGoQTransformerConfig  # noqa: E402
+from agoq_megatron.planning.parameters import parameters  # noqa: E402
 from agoq_megatron.policy.policy import load_policy  # noqa: E402
 from agoq_megatron.specs import agoq_layer_spec  # noqa: E402
 
@@ -66,6 +67,15 @@ def build(architecture: str, ours: bool):
         config, spec, vocab_size=VOCABULARY, max_sequence_length=SEQUENCE,
         position_embedding_type=positions, rotary_base=10, share_embeddings_and_output_weights=False,
     ).to("cuda")  # fmt: skip
+
+
+def planned(config, architecture: str) -> int:
+    """Parameters of the model as the planner counts them."""
+    args = types.SimpleNamespace(
+        padded_vocab_size=VOCABULARY, position_embedding_type=ARCHITECTURES[architecture][1],
+        max_position_embeddings=SEQUENCE, untie_embeddings_and_output_weights=True,
+    )  # fmt: skip
+    return parameters(args, config, 0).total
 
 
 def our_name(name: str) -> str:
@@ -117,6 +127,7 @@ def compare(architecture: str, seed: int) -> dict:
         "loss_error": max(abs(a - b) / b for a, b in zip(losses["ours"], losses["stock"], strict=True)),
         "losses": losses["ours"],
         "silent": sorted(silent),
+        "parameters": [sum(p.numel() for p in ours.parameters()), planned(ours.config, architecture)],
     }
 
 

@@ -47,3 +47,9 @@ def test_twenty_losses_equal(results, architecture):
 def test_modules_with_parameters_are_called(results, architecture):
     """Megatron waits for the gather of a module's weights (--overlap-param-gather) when it is called."""
     assert results[architecture]["silent"] == []
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_planner_counts_the_parameters(results, architecture):
+    real, planned = results[architecture]["parameters"]
+    assert real == planned
