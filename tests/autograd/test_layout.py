@@ -18,9 +18,9 @@ from agoq_megatron.autograd.cross_entropy import vocab_parallel_cross_entropy  #
 from agoq_megatron.autograd.linear_cross_entropy import LinearCrossEntropy, LinearCrossEntropySpec  # noqa: E402
 from agoq_megatron.autograd.norm import Norm, NormSpec  # noqa: E402
 from agoq_megatron.autograd.saving import SavedTensor  # noqa: E402
-from agoq_megatron.modules.sites import FC1_OUTPUT, FC2_INPUT, NORM1_INPUT  # noqa: E402
+from agoq_megatron.modules.sites import FC1_OUTPUT, FC2_INPUT, KEY, NORM1_INPUT, QUERY, VALUE  # noqa: E402
 from agoq_megatron.policy.policy import Rule  # noqa: E402
-from tests.autograd.test_probing import KEEP, NF4, Case  # noqa: E402
+from tests.autograd.test_probing import INT8, KEEP, NF4, Case  # noqa: E402
 from tests.kernels.test_layout import LAYOUTS, laid  # noqa: E402
 
 ONE_RANK = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
@@ -53,10 +53,10 @@ def assert_same(call, plain, tensors: list, grad: torch.Tensor, layout: str) -> 
         torch.testing.assert_close(got, wanted, rtol=2e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize("kind", ["norm", "attention", "activation"])
+@pytest.mark.parametrize("kind", ["norm", "attention", "normed attention", "activation"])
 def test_layer_functions(kind, layout, rng):
     """Kept as they are against plain autograd, and in codes against the same with contiguous tensors."""
-    case = Case(kind, rng, torch.float32)
+    case = Case(kind.removeprefix("normed "), rng, torch.float32, normed=kind.startswith("normed"))
     x, grad = case.x[:2, :2], case.grad[:2, :2]
     case.p["angles"] = laid(case.p["angles"][:2].cpu(), layout)
     rules = dict.fromkeys(case.sites, KEEP)
@@ -66,8 +66,8 @@ def test_layer_functions(kind, layout, rng):
         return case.ours(x, weight, rules)
 
     assert_same(ours, case.plain, [x, weight], grad, layout)
-    if kind == "activation":  # which writes its output over an input that is contiguous
-        rules = {FC1_OUTPUT: NF4}
+    if kind in ("activation", "normed attention"):  # the one writes over an input that is contiguous
+        rules = {FC1_OUTPUT: NF4} | dict.fromkeys((QUERY, KEY, VALUE), INT8)
         assert_same(ours, ours, [x, weight], grad, layout)
 
 

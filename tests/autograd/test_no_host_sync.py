@@ -23,10 +23,16 @@ def no_sync():
 
 @pytest.mark.parametrize("rules", [OFF, MIXED], ids=["off", "mixed"])
 @pytest.mark.parametrize(
-    "kind,act,shape", [("RMSNorm", "swiglu", (6, 2, 64)), ("LayerNorm", "gelu", (4, 4, 64))]
+    "kind,act,shape,of_heads",
+    [
+        ("RMSNorm", "swiglu", (6, 2, 64), None),
+        ("LayerNorm", "gelu", (4, 4, 64), None),
+        ("RMSNorm", "swiglu", (6, 2, 64), "RMSNorm"),
+    ],
 )
-def test_layer(rng, no_sync, rules, kind, act, shape):
-    p = parameters(rng, 64, 96 if act == "swiglu" else 128, shape, kind, act, True, torch.bfloat16)
+def test_layer(rng, no_sync, rules, kind, act, shape, of_heads):
+    width = 96 if act == "swiglu" else 128
+    p = parameters(rng, 64, width, shape, kind, act, True, torch.bfloat16, of_heads)
     p = {k: t if t is None else t.detach().cuda().requires_grad_(k != "angles") for k, t in p.items()}
     p["angles"] = p["angles"].float()
     x = torch.randn(11, 3, 64, generator=rng).to("cuda", torch.bfloat16).requires_grad_()
