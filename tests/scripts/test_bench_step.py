@@ -219,7 +219,7 @@ def test_a_run_that_hangs_is_ended(tmp_path):
 
 
 OFF, AGOQ = "off=--agoq-activations off", "agoq=--agoq-activations agoq"
-BAD = "bad=--agoq-activations off --qk-clip"
+BAD = "bad=--agoq-activations off --log-max-attention-logit"
 
 
 def tiny(folder: Path, ranks: int, *runs: str) -> list[str]:
@@ -258,12 +258,12 @@ def test_forked_ranks_of_the_tiny_model(launcher, tmp_path):
     arguments = [*tiny(tmp_path, 2, OFF, BAD, AGOQ), "--fork", "--one-gpu", "--", "--lr", "1e-3"]
     off, bad, agoq = bench_tiny(launcher, arguments)
     assert set(off) == set(agoq) == KEYS
-    assert set(bad) == {"name", "error"} and "--qk-clip" in bad["error"]
+    assert set(bad) == {"name", "error"} and "--log-max-attention-logit" in bad["error"]
     assert_a_run(off, 2), assert_a_run(agoq, 2)
     assert agoq["loss"] == pytest.approx(off["loss"], rel=0.01)
     log = (tmp_path / "logs" / "off-1.log").read_text()
     assert "padded vocab (size: 32000) with 0 dummy tokens" in log and "validation loss" not in log
-    assert "--qk-clip" in (tmp_path / "logs" / "bad-1.log").read_text()
+    assert "--log-max-attention-logit" in (tmp_path / "logs" / "bad-1.log").read_text()
 
     out = json.loads((tmp_path / "out.json").read_text())
     assert out["card"] and out["versions"]["torch"] and out["versions"]["megatron-core"]
@@ -303,5 +303,5 @@ def test_the_planners_peaks_are_told_beside_the_measured(monkeypatch, launcher, 
 def test_the_tiny_model_under_torchrun(tmp_path):
     bad, agoq = bench_tiny(None, tiny(tmp_path, 1, BAD, AGOQ))
     assert set(agoq) == KEYS and set(bad) == {"name", "error"}
-    assert "--qk-clip" in bad["error"]
+    assert "--log-max-attention-logit" in bad["error"]
     assert_a_run(agoq, 1)

@@ -26,9 +26,7 @@ PP2 = "--pipeline-model-parallel-size 2"
     ],
 )  # fmt: skip
 def test_kept_units(launcher, policy, bound, ranks, flags):
-    run = launcher.run(
-        *LAYER, "--agoq-activations", policy, *flags.split(), ranks=ranks, tiny=False
-    )
+    run = launcher.run(*LAYER, "--agoq-activations", policy, *flags.split(), ranks=ranks, tiny=False)
     assert run.ok, run.log[-3000:]
     unit = 2 * HIDDEN
     measured = run.report["saved_bytes_per_token_layer"]
@@ -37,9 +35,7 @@ def test_kept_units(launcher, policy, bound, ranks, flags):
     assert measured <= bound * unit
     assert measured == pytest.approx(planned, rel=0.01)
     for row in run.report["tensors"]:
-        assert row["measured_bytes_per_token"] == pytest.approx(
-            row["planned_bytes_per_token"], rel=0.01
-        ), row
+        assert row["measured_bytes_per_token"] == pytest.approx(row["planned_bytes_per_token"], rel=0.01), row
 
 
 def test_widths_that_64_does_not_divide(launcher):

@@ -24,7 +24,7 @@ RUNS = {
     "one rank": (1, "", "--agoq-activations agoq"),
     "one rank, rounded stochastically": (1, "", "--agoq-rounding stochastic --agoq-seed 5"),
     "one rank, full recomputation": (1, FULL, "--agoq-rounding stochastic"),
-    "TP2 SP": (2, SP, "--agoq-rounding stochastic"),
+    "TP2 SP, normed heads": (2, f"{SP} --qk-layernorm", "--agoq-rounding stochastic"),
     "PP2": (2, PP, "--agoq-activations stage"),
     "PP2 interleaved": (
         2, f"{PP} --num-layers-per-virtual-pipeline-stage 1", "--agoq-rounding stochastic",
@@ -51,7 +51,7 @@ def stock(launcher, tmp_path):
 
 
 @pytest.mark.supports("stock pretrain_gpt.py by --spec", "checkpoint exchanged with stock Megatron")
-@pytest.mark.parametrize("case", covering(RUNS, {"one rank, rounded stochastically", "TP2 SP"}))
+@pytest.mark.parametrize("case", covering(RUNS, {"one rank, rounded stochastically", "TP2 SP, normed heads"}))
 def test_trains_as_our_entry_point_does(launcher, stock, tmp_path, seed, case):
     """Losses, gradient norms, and in the end weights, masters and moments."""
     ranks, flags, ours = RUNS[case]
@@ -106,7 +106,7 @@ REFUSED = {
     "an unknown policy": ("", "--agoq-activations agoq9", ["--agoq-activations agoq9", "uniform4"]),
     "a negative seed": ("", "--agoq-seed -3", ["--agoq-seed"]),
     "attention dropout": ("--attention-dropout 0.1", "", ["--attention-dropout 0"]),
-    "query-key clipping": ("--qk-clip", "", ["--qk-clip"]),
+    "an FP32 stream": ("--fp32-residual-connection", "", ["--fp32-residual-connection"]),
 }  # fmt: skip
 
 
