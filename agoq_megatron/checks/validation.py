@@ -10,6 +10,7 @@ import math
 from argparse import Namespace
 from pathlib import Path
 
+import agoq_megatron.modules.sites  # noqa: F401  (contributes what policies name)
 from agoq_megatron.checks.budgets import check_budget
 from agoq_megatron.checks.flag_register import check_register
 from agoq_megatron.checks.saving import check_counts, check_empty, check_saving
