@@ -235,16 +235,16 @@ def main():
     cpu.install()
     import torch
     from agoq_megatron.entries import training
-    from agoq_megatron.modules.attention import CoreAttention
+    from agoq_megatron.modules.attention import AttentionLinear
 
-    forward = CoreAttention.forward
+    call = AttentionLinear.call
 
-    def larger(self, qkv, angles, weight):
-        parts = torch.ones(self.groups, qkv.shape[-1] // self.groups)
-        parts[:, : -self.config.kv_channels] = 60
-        return forward(self, qkv * parts.flatten().to(qkv.dtype), angles, weight)
+    def larger(*, qkv, spec, **others):
+        parts = torch.ones(spec.groups, qkv.shape[-1] // spec.groups)
+        parts[:, : -spec.head_dim] = 60
+        return call(qkv=qkv * parts.flatten().to(qkv.dtype), spec=spec, **others)
 
-    CoreAttention.forward = larger
+    AttentionLinear.call = larger
     training.main(on_cpu=True)
 
 
