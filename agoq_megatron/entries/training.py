@@ -46,6 +46,7 @@ from agoq_megatron.resuming.loop import (
     guarded_arguments,
     peeked_state,
 )
+from agoq_megatron.resuming.model import check_same_model
 from agoq_megatron.resuming.rates import ResumableScheduler, check_rates
 from agoq_megatron.resuming.resume import CheckpointError
 from agoq_megatron.seams import compat
@@ -165,6 +166,8 @@ def prepare(on_cpu: bool, trains: bool = True) -> tuple[argparse.Namespace, Plan
         args = parse_arguments(on_cpu)
         compute_policy(args)
         restore_widths(args, partial(guarded_arguments, compat.checkpoint_arguments))
+        known = peeked_state(compat.checkpoint_state, args, to_go_on=False)
+        said = list(check_same_model(args, known))
         if trains and not args.skip_train:
             saved = peeked_state(compat.checkpoint_state, args)
             check_batches(args, saved)
@@ -172,7 +175,7 @@ def prepare(on_cpu: bool, trains: bool = True) -> tuple[argparse.Namespace, Plan
         plan = plan_from_args(args)
         check_watched(args, plan)
         if args.rank == 0:
-            for line in remarks(args, sys.argv[1:]):
+            for line in (*said, *remarks(args, sys.argv[1:])):
                 print(line, flush=True)
             plan.print()
         if args.agoq_dry_run:

@@ -238,7 +238,9 @@ class Plan:
 
 def plan_from_args(args) -> Plan:
     """Plan for Megatron's validated arguments; allocates nothing and needs no process group."""
-    return Plan(transformer_config_from_args(args))
+    plan = Plan(transformer_config_from_args(args))
+    plan.digest()  # every rule must be possible, also those of tensors that this run does not keep
+    return plan
 
 
 def _positions(config: AGoQTransformerConfig) -> Iterable[tuple[int, int]]:

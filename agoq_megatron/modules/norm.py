@@ -10,8 +10,8 @@ from torch.nn import Parameter
 
 from agoq_megatron.autograd import norm
 from agoq_megatron.autograd.saving import SavedTensor
+from agoq_megatron.modules.sites import FINAL_NORM_INPUT
 from agoq_megatron.policy.policy import Rule
-from agoq_megatron.policy.sites import Site
 
 
 def norm_parameters(config: TransformerConfig, size: int) -> tuple[Parameter, Parameter | None]:
@@ -36,9 +36,7 @@ class Norm(torch.nn.Module):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5):
         super().__init__()
         self.weight, self.bias = norm_parameters(config, hidden_size)
-        # Of no layer: it is in no policy and no plan of the layers.
-        site = Site("final_layernorm.input", lambda config: config.hidden_size)
-        kept = (SavedTensor(site, 0, rule) for rule in (Rule(keep=True), Rule()))
+        kept = (SavedTensor(FINAL_NORM_INPUT, 0, rule) for rule in (Rule(keep=True), Rule()))
         self.spec = norm.NormSpec(*kept, config.normalization, eps)
 
     def forward(self, x: Tensor) -> Tensor:

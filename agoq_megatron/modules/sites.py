@@ -47,6 +47,9 @@ NORM2_OUTPUT = Site(
 FC1_OUTPUT = Site(f"{FC1}.output", _fc1, function=FC2, again_with="mlp")
 FC2_INPUT = Site(f"{FC2}.input", _ffn, free=True, recomputable=True, again_with="mlp")
 
+FINAL_NORM_INPUT = Site("final_layernorm.input", _hidden, hidden=True)
+"""Of no layer, and so of no policy: not contributed."""
+
 QKV_SITES = (QUERY, KEY, VALUE)
 ATTENTION_SITES = (*QKV_SITES, ATTENTION_OUTPUT)
 MLP_SITES = (NORM2_INPUT, NORM2_OUTPUT, FC1_OUTPUT, FC2_INPUT)

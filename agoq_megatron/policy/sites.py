@@ -7,7 +7,11 @@ and know no tensor by name.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+
+
+def in_every_layer(config, number: int) -> bool:
+    return True
 
 
 @dataclass(frozen=True)
@@ -36,9 +40,7 @@ class Site:
     function: str | None = field(default=None, compare=False, repr=False)
     again_with: str | None = field(default=None, compare=False, repr=False)
     entry: bool = field(default=False, compare=False, repr=False)
-    present: Callable[[object, int], bool] = field(
-        default=lambda config, number: True, compare=False, repr=False
-    )
+    present: Callable[[object, int], bool] = field(default=in_every_layer, compare=False, repr=False)
 
     def path(self, layer_number: int) -> str:
         """Full path in layer ``layer_number`` (from 1, as Megatron counts)."""
@@ -51,7 +53,9 @@ class Site:
         return f"*[!c][0-9].{self.value}" if self.entry else f"*.{self.value}"
 
     def __reduce__(self):
-        return site_named, (self.value,)
+        if self in SITES:
+            return site_named, (self.value,)
+        return Site, tuple(getattr(self, it.name) for it in fields(self))
 
 
 @dataclass(frozen=True)

@@ -244,21 +244,23 @@ def guarded_arguments(read, folder, args):
     return found
 
 
-def peeked_state(read, args) -> dict | None:
-    """What is no tensor in the checkpoint that the run will probably go on from, or None; without a word.
+def peeked_state(read, args, to_go_on: bool = True) -> dict | None:
+    """What is no tensor in the checkpoint that the run will probably load, or None; without a word.
     Nothing but an early refusal may depend on it: another one is loaded where this one is damaged.
 
     Args:
         read: Megatron's way to it, ``(folder, args)``.
+        to_go_on: None, too, where the run takes weights alone (--finetune, or no iteration is named).
     """
     folder, given = args.load, args.ckpt_step
-    if folder is None or args.finetune:
+    if folder is None or (to_go_on and args.finetune):
         return None
     if local(folder):
         name = next(iter(candidates(Path(folder), given).names), "release")
-        if name == "release" or any(Path(folder, name).glob("mp_rank_*")):
+        if (to_go_on and name == "release") or any(Path(folder, name).glob("mp_rank_*")):
             return None  # no iteration, or Megatron's older format: one file, with all tensors
-        args.ckpt_step = int(name.removeprefix("iter_"))
+        if name != "release":
+            args.ckpt_step = int(name.removeprefix("iter_"))
     try:
         return read(folder, args)
     except (SystemExit, Exception, CheckpointException):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import pickle
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from agoq_kernels.formats import Format
 from agoq_kernels.ops import dequantize, quantize
 
 from agoq_megatron.autograd.saving import SavedTensor
-from agoq_megatron.modules.sites import FC1_OUTPUT, KEY, QUERY, VALUE
+from agoq_megatron.modules.sites import FC1_OUTPUT, FINAL_NORM_INPUT, KEY, QUERY, VALUE
 from agoq_megatron.policy.policy import Rule
 
 ROUNDED = Rule(Format(4, "int", 64, 16, rounding="stochastic"))
@@ -40,3 +42,11 @@ def test_all_that_is_kept_is_announced(rng, code):
     assert sum(t.nbytes for t in tensors) == 8 * 2 * fmt.bytes_for(128)
     wanted = dequantize(*quantize(x, fmt), fmt, x.dtype)
     assert torch.equal(SavedTensor(VALUE, 7, Rule(fmt)).unpack(kept, x.dtype), wanted)
+
+
+@pytest.mark.parametrize("site", [VALUE, FINAL_NORM_INPUT], ids=lambda it: it.value)
+def test_what_is_kept_can_be_copied_and_sent(site):
+    """By a copy of a module (an average of weights), or to another process."""
+    saved = SavedTensor(site, 7, ROUNDED)
+    for other in (copy.deepcopy(saved), pickle.loads(pickle.dumps(saved))):
+        assert other == saved and other.site == site and other.site.axis is site.axis

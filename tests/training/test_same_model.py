@@ -1,0 +1,53 @@
+"""A checkpoint of another model than the flags describe: refused, or said, before there is a model."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+import pytest
+
+from agoq_megatron.resuming.model import check_same_model
+from agoq_megatron.seams.refusals import UsageError
+
+PLAIN = {"qk_layernorm": False, "qk_l2_norm": False, "layernorm_epsilon": 1e-5, "rope_scaling_factor": 8.0}
+REFUSED = [
+    ({"qk_layernorm": True}, {}, "--qk-layernorm: .* has such norms .* Add the flag"),
+    ({}, {"qk_layernorm": True}, "--qk-layernorm: .* has no such norms .* Leave out the flag"),
+    ({"qk_layernorm": True}, {"qk_l2_norm": True}, "--qk-layernorm"),
+    ({}, {"qk_l2_norm": True}, "--qk-l2-norm: .* has no such norms"),
+]
+
+
+@pytest.mark.parametrize("before, now, said", REFUSED)
+def test_norms_of_heads(before, now, said):
+    saved = {"args": Namespace(**PLAIN | before)}
+    with pytest.raises(UsageError, match=said):
+        list(check_same_model(Namespace(**PLAIN | now), saved))
+
+
+def test_what_else_makes_another_model_is_said():
+    saved = {"args": Namespace(**PLAIN)}
+    (line,) = check_same_model(Namespace(**PLAIN | {"rope_scaling_factor": 32.0}), saved)
+    assert "--rope-scaling-factor 8.0" in line and "this run has 32.0" in line
+    for known in (saved, None, {}, {"args": Namespace()}):  # older checkpoints name fewer flags
+        assert not list(check_same_model(Namespace(**PLAIN), known))
+
+
+def test_a_run_is_refused_before_its_model(launcher, tmp_path):
+    first = ["--train-iters", 2, "--save", tmp_path, "--save-interval", 2, "--qk-layernorm"]
+    assert launcher.run(*first).ok
+    for more in ([], ["--finetune"]):
+        run = launcher.run("--train-iters", 3, "--load", tmp_path, *more)
+        assert set(run.codes) == {2} and "--qk-layernorm: the checkpoint's model has such norms" in run.log
+
+
+def test_rules_of_tensors_that_are_not_kept(launcher, tmp_path):
+    """An impossible one is refused, in a run that recomputes whole layers, too."""
+    policy = tmp_path / "eight.yaml"
+    policy.write_text(
+        "configs:\n  eight: {bits: 8}\nmatchers:\n"
+        '  all: {config: eight, type: glob, pattern: "*", enabled: true}\n'
+    )
+    full = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()
+    run = launcher.run("--train-iters", 1, "--agoq-activations", policy, *full)
+    assert set(run.codes) == {2} and "rebuilt from its producer's saved input" in run.log
