@@ -31,10 +31,10 @@ def check_same_model(args: Namespace, saved: dict | None) -> Iterator[str]:
         had, has = bool(getattr(before, name, False)), bool(getattr(args, name, False))
         if before is not None and had != has:
             flag = "--" + name.replace("_", "-")
+            theirs, ours = "has" if had else "has no", "has" if has else "has none"
             raise UsageError(
-                f"{flag}: the checkpoint's model {'has' if had else 'has no'} such norms on queries and keys, "
-                f"and this one {'has' if has else 'has none'}. {'Add' if had else 'Leave out'} the flag, or take "
-                "the checkpoint's with --use-checkpoint-args."
+                f"{flag}: the checkpoint's model {theirs} such norms on queries and keys, and this one {ours}. "
+                f"{'Add' if had else 'Leave out'} the flag, or take the checkpoint's with --use-checkpoint-args."
             )
     for name in OF_THE_MODEL_TOO:
         if hasattr(before, name) and hasattr(args, name) and getattr(before, name) != getattr(args, name):
