@@ -32,9 +32,10 @@ def check_same_model(args: Namespace, saved: dict | None) -> Iterator[str]:
         if before is not None and had != has:
             flag = "--" + name.replace("_", "-")
             theirs, ours = "has" if had else "has no", "has" if has else "has none"
+            remedy = "Add the flag" if had else "Leave out the flag"
             raise UsageError(
-                f"{flag}: the checkpoint's model {theirs} such norms on queries and keys, and this one {ours}. "
-                f"{'Add' if had else 'Leave out'} the flag, or take the checkpoint's with --use-checkpoint-args."
+                f"{flag}: the checkpoint's model {theirs} such norms on queries and keys, this one {ours}. "
+                f"{remedy}, or take the checkpoint's with --use-checkpoint-args."
             )
     for name in OF_THE_MODEL_TOO:
         if hasattr(before, name) and hasattr(args, name) and getattr(before, name) != getattr(args, name):
