@@ -75,7 +75,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--hf", type=Path, metavar="DIR", help="folder of a Hugging Face LLaMA or Qwen2")
+    source.add_argument("--hf", type=Path, metavar="DIR", help="folder of a Hugging Face model")
     source.add_argument("--load", type=Path, metavar="CKPT", help="checkpoint folder of a run")
     add("--ckpt-step", type=int, help="iteration of --load (default: the latest)")
     add("--tokenizer", type=Path, metavar="DIR", help="Hugging Face tokenizer (default: the model's)")

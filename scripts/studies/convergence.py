@@ -16,7 +16,7 @@ and read the same batches of text, new to the model, in the same order. Their lo
 batch by batch. `off` alone also continues in other data orders, which shows how much runs differ
 that have no reason to.
 
-*A pretrained model* (``pretrained``), in the format of Hugging Face's LLaMA or Qwen2, is continued in the
+*A pretrained model* (``pretrained``), in a format of Hugging Face's that is converted, is continued in the
 same way, with its own tokenizer, at a constant learning rate, and with Adam's states made anew. Its runs are
 forked from one process that imports Megatron once, each onto a GPU of its own, and no checkpoints are
 written: a run that is stopped starts again. Validation losses are compared micro-batch by micro-batch, of the

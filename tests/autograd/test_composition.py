@@ -197,6 +197,10 @@ def test_a_frozen_weight_and_an_unread_norm(rng):
     y, total, kept = Norm.call(x=x, residual=residual, weight=weight, spec=spec, keeps=True)
     found = torch.autograd.grad(total, [x, residual], grad, retain_graph=True)
     assert torch.equal(found[0], grad) and torch.equal(found[1], grad)
+    _, total = NormLinear.call(
+        x=x, residual=residual, norm_weight=weight, weight=torch.ones(8, 64), spec=spec, keeps=True
+    )
+    assert all(torch.equal(g, grad) for g in torch.autograd.grad(total, [x, residual], grad))
     out = linear(y, kept, torch.randn(8, 64, generator=rng))
     assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), [x, residual, weight]))
 
