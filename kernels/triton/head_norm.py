@@ -168,12 +168,15 @@ def _shape(head_dim: int, tables: Tables, interleaved: bool, fmt: Format | None)
     run = 256 if rot == 0 or interleaved else _largest_power_of_2(rot // 2, 256)
     numbers = constants(fmt, group=_largest_power_of_2(head_dim, 64), run=run)
     lane = numbers.group // numbers.lanes
-    heads = max(TILE // head_dim, 1)
-    heads = 1 << (heads.bit_length() - 1)
+    heads = _power_of_2_within(max(TILE // head_dim, 1))
     return dict(
         ROT=rot, INTERLEAVED=interleaved, R=heads, N=head_dim // lane, B=lane, FMT=numbers,
-        num_warps=max(heads * head_dim // 512, 1), enable_fp_fusion=False,
+        num_warps=_power_of_2_within(max(heads * head_dim // 512, 1)), enable_fp_fusion=False,
     )  # fmt: skip
+
+
+def _power_of_2_within(n: int) -> int:
+    return 1 << (n.bit_length() - 1)
 
 
 def _parameters(norm: HeadNorm, weight: Tensor | None, bias: Tensor | None, unread: Tensor) -> tuple:

@@ -72,7 +72,8 @@ class Kernel:
         strided: pointers of tensors that need not be contiguous, as their strides are arguments too.
 
     Raises:
-        ValueError: at a launch, a tensor that is not contiguous.
+        ValueError: at a launch, a tensor that is not contiguous; in the interpreter, a number of warps that no
+            compiler takes.
     """
 
     def __init__(self, stock, strided: tuple[str, ...] = ()):
@@ -96,6 +97,9 @@ class Kernel:
 
     def _launch_stock(self, grid: tuple[int, ...], *args, **constants) -> None:
         self._check(args)
+        warps = constants.get("num_warps", 1)
+        if warps < 1 or warps & (warps - 1):  # the compiler would say so; the interpreter does not
+            raise ValueError(f"{self.stock.fn.__name__}: {warps} warps, not a power of two")
         self.stock[grid](*args, **constants)
 
     def _launch(self, grid: tuple[int, ...], *args, **constants) -> None:

@@ -51,8 +51,10 @@ MODELS = {
     "llama3-8b": (8, 4096, 14336, 32, 8, 4096, 4),
     "llama2-7b": (8, 4096, 11008, 32, 32, 4096, 4),  # as many groups as heads: multi-head attention
     "llama2-13b": (8, 5120, 13824, 40, 40, 4096, 4),
+    "qwen3-8b": (8, 4096, 12288, 32, 8, 4096, 4),
     "tiny": (2, 64, 192, 4, 4, 64, 2),
 }
+MODEL_FLAGS = {"qwen3-8b": ["--qk-layernorm"]}
 # Of every run, where nothing else is said. One thread, as torchrun has it for several ranks.
 ENVIRONMENT = dict(
     PYTORCH_CUDA_ALLOC_CONF="expandable_segments:True", CUDA_DEVICE_MAX_CONNECTIONS="1", OMP_NUM_THREADS="1",
@@ -104,7 +106,7 @@ def corpus_flags(prefix: str) -> list[str]:
 
 def build_command(args: argparse.Namespace, name: str, label: str, shape: dict, iterations: int) -> list[str]:
     """The command that trains configuration ``name``; ``label`` names the files it writes."""
-    more = [*args.runs[name], *args.megatron_flags]
+    more = [*MODEL_FLAGS.get(args.model, ()), *args.runs[name], *args.megatron_flags]
     sizes = dict(re.findall(r"--(tensor|pipeline)-model-parallel-size[ =](\d+)", " ".join(more)))
     # What is said among Megatron's flags counts, in what follows from it as well.
     said = dict(re.findall(rf"--({'|'.join(SHAPE)})[ =](\d+)", " ".join(more)))

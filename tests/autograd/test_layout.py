@@ -21,7 +21,7 @@ from agoq_megatron.autograd.saving import SavedTensor  # noqa: E402
 from agoq_megatron.modules.sites import FC1_OUTPUT, FC2_INPUT, KEY, NORM1_INPUT, QUERY, VALUE  # noqa: E402
 from agoq_megatron.policy.policy import Rule  # noqa: E402
 from tests.autograd.test_probing import INT8, KEEP, NF4, Case  # noqa: E402
-from tests.kernels.test_layout import LAYOUTS, laid  # noqa: E402
+from tests.kernels.test_layout import DEVICE, LAYOUTS, laid  # noqa: E402
 
 ONE_RANK = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
 
@@ -37,6 +37,16 @@ def _triton_kernels(monkeypatch):
 @pytest.fixture(params=LAYOUTS)
 def layout(request):
     return request.param
+
+
+def case_here(*args, **more) -> Case:
+    """With its tensors where the kernels run."""
+    case = Case(*args, **more)
+    case.p, case.of_heads = (
+        {name: t if t is None else t.to(DEVICE) for name, t in its.items()} for its in (case.p, case.of_heads)
+    )
+    case.x, case.weight, case.grad = (t.to(DEVICE) for t in (case.x, case.weight, case.grad))
+    return case
 
 
 def gradients(call, tensors: list, grad: torch.Tensor) -> list:
@@ -56,9 +66,9 @@ def assert_same(call, plain, tensors: list, grad: torch.Tensor, layout: str) -> 
 @pytest.mark.parametrize("kind", ["norm", "attention", "normed attention", "activation"])
 def test_layer_functions(kind, layout, rng):
     """Kept as they are against plain autograd, and in codes against the same with contiguous tensors."""
-    case = Case(kind.removeprefix("normed "), rng, torch.float32, normed=kind.startswith("normed"))
+    case = case_here(kind.removeprefix("normed "), rng, torch.float32, normed=kind.startswith("normed"))
     x, grad = case.x[:2, :2], case.grad[:2, :2]
-    case.p["angles"] = laid(case.p["angles"][:2].cpu(), layout)
+    case.p["angles"] = laid(case.p["angles"][:2], layout)
     rules = dict.fromkeys(case.sites, KEEP)
     weight = case.weight
 
@@ -73,14 +83,14 @@ def test_layer_functions(kind, layout, rng):
 
 def test_sum_into_the_stream(layout, rng):
     """Of an MLP's product: read from a total of any layout, and refused where that is to be overwritten."""
-    case = Case("activation", rng, torch.float32)
+    case = case_here("activation", rng, torch.float32)
     kept = (SavedTensor(FC1_OUTPUT, 1, KEEP), SavedTensor(FC2_INPUT, 1, Rule()))
     spec = ActivationLinearSpec(*kept, "swiglu")
 
     def ours(x, total):
         return ActivationLinear.apply(x, case.weight, total, False, spec, True)
 
-    total = torch.randn(3, 2, case.weight.shape[0], generator=rng)
+    total = torch.randn(3, 2, case.weight.shape[0], generator=rng).to(DEVICE)
     assert_same(
         ours, lambda x, total: case.plain(x, case.weight) + total, [case.x[:3, :2], total],
         case.grad[:3, :2], layout,
