@@ -66,11 +66,12 @@ def segments_of(documents: Sequence[int], s: int, device: torch.device | str) ->
             sequence = (end - 1) // s
             of_each[sequence].append(end - sequence * s)
     bounds = torch.tensor([segment_bounds(ends, s) for ends in of_each], dtype=torch.int32)
-    token = torch.arange(s, dtype=torch.int32)
+    bounds = bounds.to(device, non_blocking=True)
+    tokens = torch.arange(s, dtype=torch.int32, device=device).expand(b, s).contiguous()
     # A token's segment: how many have ended by it.
-    ended = torch.searchsorted(bounds[:, 1:].contiguous(), token.expand(b, s).contiguous(), right=True)
-    of_tokens = (ended + k * torch.arange(b)[:, None]).T.to(torch.int32).contiguous()
-    return Segments(bounds.to(device, non_blocking=True), of_tokens.to(device, non_blocking=True))
+    ended = torch.searchsorted(bounds[:, 1:].contiguous(), tokens, right=True)
+    of_tokens = ended + k * torch.arange(b, device=device)[:, None]
+    return Segments(bounds, of_tokens.T.to(torch.int32).contiguous())
 
 
 def by_token(vectors: Tensor, of_tokens: Tensor | None) -> Tensor:

@@ -113,8 +113,6 @@ REFUSED: tuple[Check, ...] = (
     ),
     _no("--save-activations-interval", _RECORDED),
     _no("--save-dgrads-interval", _RECORDED),
-    _no("--reset-attention-mask", "the fused attention is causal over the whole sequence and reads no mask"),
-    _no("--dataloader-inter-document-masking", "packed sequences are not carried yet"),
     _no("--fim-data", "fill-in-the-middle data sets are not carried yet"),
     _no(
         "--pipeline-model-parallel-layout",
@@ -188,6 +186,8 @@ CARRIED = {
         rotary_percent rotary_seq_len_interpolation_factor use_rope_scaling rope_scaling_factor
         make_vocab_size_divisible_by untie_embeddings_and_output_weights embedding_init_method_std
         clone_scatter_output_in_embedding use_mup cross_entropy_loss_fusion seed vocab_size""",
+    "entries/data.py": """
+        reset_attention_mask reset_position_ids eod_mask_loss dataloader_inter_document_masking""",
     "Megatron's schedules": """
         pipeline_model_parallel_size decoder_first_pipeline_num_layers num_layers_per_virtual_pipeline_stage
         num_virtual_stages_per_pipeline_rank microbatch_group_size_per_vp_stage overlap_p2p_comm

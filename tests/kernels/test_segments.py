@@ -151,7 +151,8 @@ def test_norms_of_heads(rng, kind, fmt):
     sequences that are one segment each."""
     case = Case(rng, kind, s=24, b=2)
     segments, _ = made(rng, 24, 2)
-    segments.of_tokens.copy_((torch.arange(24) > 9)[:, None] + 2 * torch.arange(2))  # two of each, as if they were long
+    # Two of each, as if they were long.
+    segments.of_tokens.copy_((torch.arange(24) > 9)[:, None] + 2 * torch.arange(2))
     common = torch.randn(4, case.groups * (case.r + 2), case.d, generator=rng)
     found = []
     for implementation in (Torch, Triton):

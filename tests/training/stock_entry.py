@@ -56,7 +56,7 @@ def main():
 
     def step(data_iterator, model):
         stage = get_attr_wrapped_model(model, "vp_stage")
-        tokens, labels, mask, attention_mask, positions = get_batch(data_iterator, stage)
+        tokens, labels, mask, attention_mask, positions, _ = get_batch(data_iterator, stage)
         return model(tokens, positions, attention_mask, labels=labels), partial(mean_loss, mask)
 
     import torch
