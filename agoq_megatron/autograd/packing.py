@@ -37,6 +37,7 @@ class Packing:
 
     def first(self, tokens: int) -> Packing:
         """Of the first ``tokens`` of the first sequence alone."""
+        tokens = min(tokens, self.segments.of_tokens.shape[0])
         ends = self.documents.cu_seqlens.clamp(max=tokens)
         documents = Documents(ends, min(self.documents.longest, tokens))
         positions = None if self.positions is None else self.positions[:tokens]

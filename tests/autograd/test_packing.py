@@ -158,15 +158,16 @@ def test_bounds_that_cannot_be():
         packing_of([0, 4, 11, 22], S, "cpu", 7)
 
 
-def test_the_first_tokens(rng):
+@pytest.mark.parametrize("tokens,ends", [(5, [3, 5]), (S, [3, 7, 11]), (2048, [3, 7, 11])])
+def test_the_first_tokens(rng, tokens, ends):
     """Of which gradients are compared in training: as if the rest had not been."""
-    rows = [[3, 7, 11], [11]]
-    packing = packing_of(bounds_of(rows), S, "cpu", S).first(5)
+    s, rows = min(tokens, S), [[3, 7, 11], [2, 11]]
+    packing = packing_of(bounds_of(rows), S, "cpu", S).first(tokens)
     p = parameters(rng, 64, 96, (6, 2, 32), "RMSNorm", "swiglu", True, torch.float32)
-    p["angles"] = p["angles"][:5]
-    x, grad = torch.randn(2, 5, 1, 64, generator=rng)
+    p["angles"] = p["angles"][:s]
+    x, grad = torch.randn(2, s, 1, 64, generator=rng)
     for rules in (OFF, AGAIN):
-        a, b = (gradients(p, x, grad, rules, it) for it in (packing, packing_of([0, 3, 5], 5, "cpu", 5)))
+        a, b = (gradients(p, x, grad, rules, it) for it in (packing, packing_of([0, *ends], s, "cpu", s)))
         assert torch.equal(a[0], b[0])
         assert all(torch.allclose(u, v, atol=1e-6) for u, v in zip(a[1], b[1], strict=True))
 
