@@ -68,7 +68,7 @@ def document_shared(rows):
     return shared
 
 
-@pytest.mark.supports("documents that do not see each other", part="activations")
+@pytest.mark.supports("attention mask by document", "packed sequences by document")
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS.keys())
 @pytest.mark.parametrize("of_heads", [None, "RMSNorm"])
 @pytest.mark.parametrize(

@@ -96,7 +96,8 @@ def go_on(launcher, stock, corpus, case: str, *flags: object):
     return run, stock(kind)[0]
 
 
-@pytest.mark.supports("documents that do not see each other", "checkpoint exchanged with stock Megatron")
+@pytest.mark.supports("attention mask by document", "packed sequences by document")
+@pytest.mark.supports("checkpoint exchanged with stock Megatron")
 @pytest.mark.parametrize("case", covering(CASES, {"reset, one rank", "reset, TP2 SP", "by document, PP4"}))
 def test_trains_as_stock_does(launcher, stock, corpus, case):
     """With everything kept exactly, in FP32: all that is left of 20 losses, on one rank."""
@@ -123,8 +124,8 @@ def test_masks_matter(launcher, stock, corpus):
     assert abs(run.losses()[3] / stock(kind)[0][3][0] - 1) > 1e-4
 
 
-@pytest.mark.supports("documents that do not see each other", part="gradients")
-@pytest.mark.supports("documents that do not see each other", part="states")
+@pytest.mark.supports("attention mask by document", "packed sequences by document", part="gradients")
+@pytest.mark.supports("attention mask by document", "packed sequences by document", part="states")
 @pytest.mark.parametrize("case", covering(CASES, {"by document, TP2 SP"}))
 def test_in_few_bits(launcher, stock, corpus, case):
     """By the default policy, gradients and states in 8 bits: what is kept is what was planned, and what is
