@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
-from agoq_kernels.documents import Documents
+from agoq_kernels.attention import Documents
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from agoq_kernels.attention import attention, attention_backward, groups_at_a_time
-from agoq_kernels.documents import Documents, packed_attention, packed_attention_backward
+from agoq_kernels.attention import Documents, Pattern, attention, attention_backward, groups_at_a_time
 from agoq_kernels.fused import common_vectors
 from torch import Tensor
 
@@ -64,17 +63,13 @@ class LocalAttention:
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None
     ) -> tuple[Tensor, Tensor]:
-        if documents is not None:
-            return packed_attention(q, k, v, self.scale, documents)
-        return attention(q, k, v, self.scale)
+        return attention(q, k, v, self.scale, Pattern(documents=documents))
 
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistics: Tensor,
         documents: Documents | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        if documents is not None:
-            return packed_attention_backward(grad, q, k, v, out, statistics, self.scale, documents)
-        return attention_backward(grad, q, k, v, out, statistics, self.scale)
+        return attention_backward(grad, q, k, v, out, statistics, self.scale, Pattern(documents=documents))
 
     def groups_at_a_time(self, numel: int, groups: int) -> int:
         return groups_at_a_time(numel, groups)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from agoq_kernels.documents import Documents
+from agoq_kernels.attention import Documents
 from agoq_kernels.segments import Segments, segments_of
 from torch import Tensor
 
