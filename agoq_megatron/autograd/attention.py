@@ -122,6 +122,12 @@ class KeptAttention:
         self.once["tensors"] = found = self.tensors(dtype)
         return found[0][3].flatten(2)
 
+    def _workspace(self, heads: int) -> int:
+        """Numbers beyond those of Q that FlashAttention sums gradients of: 128 rows a document."""
+        if self.packing is None:
+            return 0
+        return 128 * (self.packing.documents.cu_seqlens.numel() - 1) * heads * self.spec.head_dim
+
     def gather(self, group) -> tuple[KeptAttention, list]:
         raise NotImplementedError("an attention's output is split over heads, not over the sequence")
 
@@ -135,7 +141,7 @@ class KeptAttention:
         spec, backend = self.spec, self.spec.backend
         (s, b, heads, _), dtype = tensors[0].shape, tensors[0].dtype
         heads_a_group = heads // spec.groups
-        at_a_time = backend.groups_at_a_time(tensors[0].numel(), spec.groups)
+        at_a_time = backend.groups_at_a_time(tensors[0].numel() + self._workspace(heads), spec.groups)
         kept, grad_qkv, of_parameters = (self.query, self.key, self.value), None, []
         for start in range(0, spec.groups, at_a_time):
             groups = slice(start, start + at_a_time)

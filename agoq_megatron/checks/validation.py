@@ -161,6 +161,11 @@ def _check_recompute(args: Namespace) -> None:
 
 
 def _check_data(args: Namespace) -> None:
+    if args.reset_attention_mask and args.dataloader_inter_document_masking:
+        raise UsageError(
+            "--reset-attention-mask with --dataloader-inter-document-masking: by the one a document begins "
+            "behind each end-of-document token, by the other where one of the corpus does; leave one out."
+        )
     if args.mock_data:
         return
     if args.tokenizer_type == "HuggingFaceTokenizer" and args.tokenizer_model:

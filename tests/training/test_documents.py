@@ -29,7 +29,7 @@ MODEL = """
     --eval-iters 0 --eval-interval 1000 --num-workers 0 --train-iters 20 --save-interval 2
 """.split()
 KINDS = {
-    "reset": "--reset-attention-mask --reset-position-ids --eod-mask-loss "
+    "reset": "--reset-attention-mask --reset-position-ids --eod-mask-loss --calculate-per-token-loss "
     "--position-embedding-type learned_absolute",
     "reset masks alone": "--reset-attention-mask --position-embedding-type rope --rotary-base 10",
     "by document": "--dataloader-inter-document-masking --position-embedding-type rope --rotary-base 10",
