@@ -86,10 +86,10 @@ def test_gradients_at_what_is_kept(rng, monkeypatch, rules, of_heads, rows):
     compare(rng, monkeypatch, rules, "RMSNorm", "swiglu", shape, True, 64, 96, of_heads, packing)
 
 
-def gradients(p, x, grad, rules, packing=None):
+def gradients(p, x, grad, rules, packing=None, head_dim=32):
     leaf = x.clone().requires_grad_()
     wanted = [leaf, *(t for t in p.values() if t is not None and t.requires_grad)]
-    y = our_layer(leaf, p, rules, (6, 2, 32), "RMSNorm", "swiglu", packing=packing)
+    y = our_layer(leaf, p, rules, (6, 2, head_dim), "RMSNorm", "swiglu", packing=packing)
     return y.detach(), torch.autograd.grad(y, wanted, grad)
 
 
@@ -147,6 +147,34 @@ def test_angles_of_the_longest_document(rng):
         y_, (found_, *_) = gradients(its, x[place], grad[place], OFF)
         assert (y[place] - y_).norm() < 1e-5 * y_.norm()
         assert (found[place] - found_).norm() < 1e-5 * found_.norm()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("of_heads", [None, "RMSNorm"])
+@pytest.mark.parametrize("rules", [OFF, MIXED, AGAIN], ids=["off", "mixed", "again"])
+def test_on_a_gpu(rng, rules, of_heads):
+    """The kernels there find what a CPU finds in FP32, and bit for bit no gradient across documents."""
+    s, rows = 700, [[1, 300, 301, 640, 700], [700], [256, 511, 700]]
+    p = parameters(rng, 64, 96, (6, 2, 64), "RMSNorm", "swiglu", True, torch.float32, of_heads)
+    p["angles"] = torch.arange(s)[:, None, None, None] * p["angles"][1] / 20
+    x, grad = torch.randn(2, s, 3, 64, generator=rng)
+    found = []
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
+        its = {k: t if t is None else t.detach().to(device, dtype) for k, t in p.items()}
+        its = {k: t if t is None else t.requires_grad_(k != "angles") for k, t in its.items()}
+        its["angles"] = p["angles"].to(device)
+        packing, mine = packing_of(bounds_of(rows, s), s, device, s), grad.to(device, dtype)
+        run = x.to(device, dtype), mine, rules, packing, 64
+        y, grads = gradients(its, *run)
+        found.append([y.cpu().float(), *(g.cpu().float() for g in grads)])
+    for exact, held in zip(*found, strict=True):
+        assert (held - exact).norm() < 0.2 * exact.norm()
+    for i, place in places(rows):
+        only = torch.zeros_like(mine)
+        only[place, i] = mine[place, i]
+        _, (flowing, *_) = gradients(its, run[0], only, rules, packing, 64)
+        flowing[place, i] = 0
+        assert not flowing.any()
 
 
 def test_bounds_that_cannot_be():

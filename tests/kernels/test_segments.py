@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from agoq_kernels import fused, ops
+from agoq_kernels import fused, ops, segments
 from agoq_kernels.formats import Format
 from agoq_kernels.rotary import common_vectors, rotary_tables
 from agoq_kernels.segments import AT_LEAST, by_token, most_segments, segment_bounds, segments_of
@@ -49,24 +49,30 @@ def test_bounds_by_hand():
     assert segment_bounds([512], 512) == [0, 512, 512]
 
 
-def made(rng, s=600, b=2, documents=(5, 3)):
+@pytest.fixture
+def short(monkeypatch):
+    """Segments of 16 tokens or more, so that short sequences have several."""
+    monkeypatch.setattr(segments, "AT_LEAST", 16)
+
+
+def made(rng, s, b=2, documents=(5, 3)):
     rows = [random_ends(rng, s, n) for n in documents]
     return segments_of([i * s + end for i, ends in enumerate(rows) for end in ends], s, "cpu"), rows
 
 
 def test_tokens_know_their_segment(rng):
     s, b = 1400, 3
-    segments, rows = made(rng, s, b, (9, 1, 4))
+    its, rows = made(rng, s, b, (9, 1, 4))
     k = most_segments(s)
-    assert segments.of_tokens.dtype == segments.bounds.dtype == torch.int32
+    assert its.of_tokens.dtype == its.bounds.dtype == torch.int32
     for sequence, ends in enumerate(rows):
         bounds = segment_bounds(ends, s)
-        assert segments.bounds[sequence].tolist() == bounds
+        assert its.bounds[sequence].tolist() == bounds
         for i, (start, end) in enumerate(itertools.pairwise(bounds)):
-            assert (segments.of_tokens[start:end, sequence] == sequence * k + i).all()
-    cut = segments.first(300)
+            assert (its.of_tokens[start:end, sequence] == sequence * k + i).all()
+    cut = its.first(300)
     assert cut.of_tokens.shape == (300, 1) and cut.bounds.max() == 300
-    assert torch.equal(cut.of_tokens, segments.of_tokens[:300, :1])
+    assert torch.equal(cut.of_tokens, its.of_tokens[:300, :1])
 
 
 def random_qkv(rng, s, b, groups, r, d, rot):
@@ -77,11 +83,11 @@ def random_qkv(rng, s, b, groups, r, d, rot):
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_vectors_are_those_of_the_segments_alone(rng, interleaved):
-    s, b, groups, r, d = 600, 2, 2, 2, 32
+def test_vectors_are_those_of_the_segments_alone(rng, short, interleaved):
+    s, b, groups, r, d = 45, 2, 2, 2, 32
     qkv, tables = random_qkv(rng, s, b, groups, r, d, 32)
-    segments, rows = made(rng, s, b)
-    found = fused.common_vectors(qkv, groups, d, tables, interleaved, segments.bounds)
+    its, rows = made(rng, s, b)
+    found = fused.common_vectors(qkv, groups, d, tables, interleaved, its.bounds)
     assert found.shape == (b * 2, groups * (r + 2), d) and found.dtype == torch.float32
     for sequence, ends in enumerate(rows):
         bounds = segment_bounds(ends, s)
@@ -92,7 +98,7 @@ def test_vectors_are_those_of_the_segments_alone(rng, interleaved):
             turns = tuple(t[start:end] for t in tables)
             alone = common_vectors(qkv[start:end], groups, d, turns, interleaved)[sequence]
             assert torch.allclose(found[sequence * 2 + i], alone, atol=1e-6)
-    there = on_device((qkv, tables, segments.bounds))
+    there = on_device((qkv, tables, its.bounds))
     triton = to_cpu(launchers.common_vectors(*there[:2], groups, d, interleaved, there[2]))
     assert torch.allclose(triton, found, atol=2e-5)
     # A document of a whole sequence is a sequence: bit for bit.
@@ -105,20 +111,20 @@ def test_vectors_are_those_of_the_segments_alone(rng, interleaved):
     "formats", [(FORMAT, FORMAT, FORMAT), (ACROSS, ACROSS, None), (None, FORMAT, ACROSS)]
 )
 @pytest.mark.parametrize("centre_key", [False, True])
-def test_split_takes_off_each_tokens_own(rng, formats, centre_key):
+def test_split_takes_off_each_tokens_own(rng, short, formats, centre_key):
     """Triton as torch; and, in torch, as if every token's vector had been taken off before."""
-    s, b, groups, r, d = 519, 2, 2, 2, 64
+    s, b, groups, r, d = 37, 2, 2, 2, 64
     qkv, tables = random_qkv(rng, s, b, groups, r, d, 64)
-    segments, _ = made(rng, s, b)
-    common = fused.common_vectors(qkv, groups, d, tables, False, segments.bounds)
-    rest = formats, (1, 2 << 40, 3), common, centre_key, segments.of_tokens
+    its, _ = made(rng, s, b)
+    common = fused.common_vectors(qkv, groups, d, tables, False, its.bounds)
+    rest = formats, (1, 2 << 40, 3), common, centre_key, its.of_tokens
     parts, packed = fused.split_qkv(qkv, groups, d, tables, False, *rest)
-    there = on_device((qkv, tables, common, segments.of_tokens))
+    there = on_device((qkv, tables, common, its.of_tokens))
     parts_, packed_ = to_cpu(
         launchers.split_qkv(*there[:2], groups, d, False, *rest[:2], there[2], centre_key, there[3])
     )
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(parts, parts_, strict=True))
-    shifts = by_token(common, segments.of_tokens).split([groups * r, groups, groups], 2)
+    shifts = by_token(common, its.of_tokens).split([groups * r, groups, groups], 2)
     plain, _ = fused.split_qkv(qkv, groups, d, tables, False, (None,) * 3, (0,) * 3)
     assert torch.equal(parts[1], plain[1] - shifts[1] if centre_key and formats[1] else parts[1])
     for i, fmt in enumerate(formats):
@@ -129,8 +135,8 @@ def test_split_takes_off_each_tokens_own(rng, formats, centre_key):
         assert all(torch.equal(a, b) for a, b in zip(packed_[i], expected, strict=True))
         flat = common.split([groups * r, groups, groups], 1)[i].flatten(1)
         for dtype in (torch.float32, torch.bfloat16):
-            back = ops.dequantize(*packed[i], fmt, dtype, flat, segments.of_tokens)
-            on = on_device((packed[i], flat, segments.of_tokens))
+            back = ops.dequantize(*packed[i], fmt, dtype, flat, its.of_tokens)
+            on = on_device((packed[i], flat, its.of_tokens))
             assert torch.equal(launchers.dequantize(on[0], fmt, dtype, *on[1:]).cpu(), back)
             assert (back - plain[i].flatten(2)).norm() < 0.2 * (plain[i] - shifts[i]).norm()
 
@@ -138,29 +144,27 @@ def test_split_takes_off_each_tokens_own(rng, formats, centre_key):
 def test_a_shift_that_does_not_fit_is_refused(rng):
     x = torch.randn(6, 2, 64, generator=rng)
     packed = ops.quantize(x, FORMAT)
-    segments = torch.zeros(6, 2, dtype=torch.int32)
-    for shift, its in ((torch.zeros(5, 64), None), (torch.zeros(5, 32), segments), (x[0], segments[:5])):
+    rows = torch.zeros(6, 2, dtype=torch.int32)
+    for shift, its in ((torch.zeros(5, 64), None), (torch.zeros(5, 32), rows), (x[0], rows[:5])):
         with pytest.raises(ValueError, match="shift"):
             ops.dequantize(*packed, FORMAT, torch.float32, shift, its)
 
 
 @pytest.mark.parametrize("kind", ["RMSNorm", "LayerNorm"])
 @pytest.mark.parametrize("fmt", [FORMAT, ACROSS])
-def test_norms_of_heads(rng, kind, fmt):
+def test_norms_of_heads(rng, short, kind, fmt):
     """Queries and keys with norms: forward, rebuilt, and gradients, as torch does; and as torch does for
     sequences that are one segment each."""
-    case = Case(rng, kind, s=24, b=2)
-    segments, _ = made(rng, 24, 2)
-    # Two of each, as if they were long.
-    segments.of_tokens.copy_((torch.arange(24) > 9)[:, None] + 2 * torch.arange(2))
+    case = Case(rng, kind, s=33, b=2)
+    its, _ = made(rng, 33, 2, (9, 2))
     common = torch.randn(4, case.groups * (case.r + 2), case.d, generator=rng)
     found = []
     for implementation in (Torch, Triton):
         parts, packed = implementation.split(
             case.qkv, *case.layout, case.norm, case.parameters, (fmt,) * 3, (1, 2, 3), common,
-            segments.of_tokens,
+            its.of_tokens,
         )  # fmt: skip
-        kept = [type(k)(k.kept, k.fmt, k.shift, segments.of_tokens) for k in case.kept(packed, fmt, common)]
+        kept = [type(k)(k.kept, k.fmt, k.shift, its.of_tokens) for k in case.kept(packed, fmt, common)]
         rest = case.d, case.tables, case.interleaved, case.norm
         made_again = [
             implementation.from_kept(kept[i], *rest, *case.parameters[2 * i : 2 * i + 2], torch.float32)

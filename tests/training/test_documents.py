@@ -113,6 +113,24 @@ def test_trains_as_stock_does(launcher, stock, corpus, case):
         )
 
 
+@pytest.mark.parametrize("layout", covering(["one rank", "TP2 SP", "full recomputation"], {"TP2 SP"}))
+def test_packed_as_megatron_packs(launcher, stock, corpus, layout):
+    """See ``packed_entry.py``: the layers get what other scripts give them."""
+    ranks, of_layout = LAYOUTS[layout]
+    words = *MODEL, *KINDS["by document"].split(), *of_layout.split(), "--data-path", corpus
+    reference, folder = stock("by document")
+    run = launcher.run(
+        *words, "--load", folder, "--agoq-activations", "off", "--exit-interval", "4", "--agoq-report",
+        folder / "packed.json", ranks=ranks, tiny=False, entry=Path(__file__).with_name("packed_entry.py"),
+    )  # fmt: skip
+    assert run.ok, run.log[-4000:]
+    found = {it["iteration"]: it for it in json.loads((folder / "packed.json").read_text())["train"]}
+    assert found.keys() == {3, 4}
+    for iteration, it in found.items():
+        assert it["lm loss"] == pytest.approx(reference[iteration][0], rel=1e-4)
+        assert it["grad norm"] == pytest.approx(reference[iteration][1], rel=1e-3)
+
+
 def test_masks_matter(launcher, stock, corpus):
     """The comparison above has something to see."""
     kind = "reset masks alone"
