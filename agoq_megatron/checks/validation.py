@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from argparse import Namespace
+from importlib.util import find_spec
 from pathlib import Path
 
 import agoq_megatron.modules.sites  # noqa: F401  (contributes what policies name)
@@ -160,12 +161,37 @@ def _check_recompute(args: Namespace) -> None:
             )
 
 
+def _check_conversations(args: Namespace) -> None:
+    others = (
+        "mock_data reset_attention_mask reset_position_ids eod_mask_loss dataloader_inter_document_masking"
+    )
+    for name in others.split():
+        if getattr(args, name):
+            raise UsageError(
+                f"--{name.replace('_', '-')} with --sft: conversations have documents, positions and masks of "
+                "their own; leave it out."
+            )
+    if find_spec("datasets") is None:
+        raise UsageError("--sft: Megatron reads conversations by a package; pip install datasets")
+    if args.tokenizer_type != "SFTTokenizer":
+        raise UsageError(f"--sft with --tokenizer-type {args.tokenizer_type}: it takes SFTTokenizer.")
+    given = [*(args.data_path or ()), *(args.train_data_path or ()), *(args.valid_data_path or ())]
+    if not given:
+        raise UsageError("--sft: give --data-path or --train-data-path, a file of JSON lines of messages.")
+    for path in given:
+        if not path.replace(".", "", 1).isdigit() and "://" not in path and not Path(path).is_file():
+            raise UsageError(f"--sft: no file {path!r} (--data-path, --train-data-path, --valid-data-path).")
+
+
 def _check_data(args: Namespace) -> None:
     if args.reset_attention_mask and args.dataloader_inter_document_masking:
         raise UsageError(
             "--reset-attention-mask with --dataloader-inter-document-masking: by the one a document begins "
             "behind each end-of-document token, by the other where one of the corpus does; leave one out."
         )
+    if args.sft:
+        _check_conversations(args)
+        return
     if args.mock_data:
         return
     if args.tokenizer_type == "HuggingFaceTokenizer" and args.tokenizer_model:

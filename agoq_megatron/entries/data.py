@@ -14,10 +14,12 @@ import torch
 from megatron.core import mpu
 from megatron.core.datasets import gpt_dataset
 from megatron.core.datasets.blended_dataset import BlendedDataset
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.utils import get_batch_on_this_tp_rank
 from megatron.training import get_args, get_tokenizer
+from megatron.training.datasets.sft_dataset import SFTDataset
 from megatron.training.utils import (
     get_blend_and_blend_per_split,
     is_first_or_last_pipeline_stage,
@@ -231,11 +233,14 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tu
         reads = packs_documents(args) or is_first_or_last_pipeline_stage(vp_stage)
         return reads and mpu.get_tensor_model_parallel_rank() == 0
 
-    kind = MockGPTDataset if args.mock_data else GPTDataset
+    kind = SFTDataset if args.sft else MockGPTDataset if args.mock_data else GPTDataset
     print_rank_0(f"> building {kind.__name__}s for training, validation and test")
     num_samples = [samples_to_read(args, num_samples[0]), *num_samples[1:]]
-    datasets = order.builder(kind, args, num_samples, reads_here, dataset_config(args)).build()
-    datasets = without_empty(datasets)
+    if args.sft:  # conversations come in the order of their file, however long the run
+        builder = BlendedMegatronDatasetBuilder(kind, num_samples, reads_here, dataset_config(args))
+    else:
+        builder = order.builder(kind, args, num_samples, reads_here, dataset_config(args))
+    datasets = without_empty(builder.build())
     if datasets[0] is not None and not args.skip_train and args.dataloader_type == "single":
         check_length(len(datasets[0]), num_samples[0])
     return datasets

@@ -34,7 +34,7 @@ class AGoQTransformerConfig(TransformerConfig):
 
 def packs_documents(args) -> bool:
     """Whether sequences are packed of documents that do not see each other."""
-    return bool(args.reset_attention_mask or args.dataloader_inter_document_masking)
+    return bool(args.reset_attention_mask or args.dataloader_inter_document_masking or args.sft)
 
 
 def transformer_config_from_args(args) -> AGoQTransformerConfig:
