@@ -168,8 +168,8 @@ def _check_conversations(args: Namespace) -> None:
     for name in others.split():
         if getattr(args, name):
             raise UsageError(
-                f"--{name.replace('_', '-')} with --sft: conversations have documents, positions and masks of "
-                "their own; leave it out."
+                f"--{name.replace('_', '-')} with --sft: conversations have documents, positions and masks "
+                "of their own; leave it out."
             )
     if find_spec("datasets") is None:
         raise UsageError("--sft: Megatron reads conversations by a package; pip install datasets")

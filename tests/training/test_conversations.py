@@ -22,7 +22,8 @@ HERE = (
 
 @pytest.fixture(scope="module")
 def conversations(tmp_path_factory, request):
-    """A tokenizer of a hundred words, and lines of one to four conversations; some are too long to be packed."""
+    """A tokenizer of a hundred words, and lines of one to four conversations; some are too long to be packed
+    whole."""
     tokenizers = pytest.importorskip("tokenizers")
     transformers = pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("conversations")
