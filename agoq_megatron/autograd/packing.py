@@ -65,7 +65,10 @@ def packing_of(
     if angles not in (None, s):
         if ends[-1] > s:
             many = ends[-1] // s
-            raise ValueError(f"rotary angles of {angles} positions for {many} sequences of {s} tokens")
+            raise ValueError(
+                f"rotary angles of {angles} positions for {many} sequences of {s} tokens; give max_seqlen_q "
+                f"of {s}, or one sequence"
+            )
         if max(lengths) > angles:
             raise ValueError(f"a document of {max(lengths)} tokens, and rotary angles of {angles} positions")
         positions = torch.cat([torch.arange(length) for length in lengths]).to(device, non_blocking=True)

@@ -1,5 +1,5 @@
-"""The entry script (or, where STOCK_REPORT is set, stock Megatron's), with as much of the package ``datasets``
-as Megatron uses: it reads files of JSON lines."""
+"""The entry script (or, where STOCK_REPORT is set, stock Megatron's), with as much of the package datasets as
+Megatron uses: it reads files of JSON lines."""
 
 from __future__ import annotations
 

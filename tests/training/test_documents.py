@@ -133,8 +133,9 @@ def test_packed_as_megatron_packs(launcher, stock, corpus, layout):
 
 def test_masks_matter(launcher, stock, corpus):
     """The comparison above has something to see."""
-    kind = "reset masks alone"
-    words = *MODEL, *KINDS[kind].replace("--reset-attention-mask", "").split(), "--data-path", corpus
+    kind = "by document"
+    without = KINDS[kind].replace("--dataloader-inter-document-masking", "")
+    words = *MODEL, *without.split(), "--data-path", corpus
     run = launcher.run(
         *words, "--load", stock(kind)[1], "--agoq-activations", "off", "--exit-interval", "3", tiny=False
     )
@@ -150,7 +151,7 @@ def test_in_few_bits(launcher, stock, corpus, case):
     compared in training stays within the usual errors."""
     run, reference = go_on(
         launcher, stock, corpus, case, "--bf16", "--agoq-grad-bits", "8", "--agoq-optimizer-bits", "8",
-        "--no-load-optim", "--use-distributed-optimizer", "--exit-interval", "4",
+        "--no-load-optim", "--use-distributed-optimizer", "--exit-interval", "4", "--agoq-loss-chunks", "3",
     )  # fmt: skip
     for iteration, loss in run.losses().items():
         assert loss == pytest.approx(reference[iteration][0], rel=0.02)
