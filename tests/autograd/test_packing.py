@@ -189,6 +189,7 @@ def test_bounds_that_cannot_be():
 @pytest.mark.parametrize("tokens,ends", [(5, [3, 5]), (S, [3, 7, 11]), (2048, [3, 7, 11])])
 def test_the_first_tokens(rng, tokens, ends):
     """Of which gradients are compared in training: as if the rest had not been."""
+    assert packing_of([0, 3, 7, S], S, "cpu", 4).first(5).positions.tolist() == [0, 1, 2, 0, 1]
     s, rows = min(tokens, S), [[3, 7, 11], [2, 11]]
     packing = packing_of(bounds_of(rows), S, "cpu", S).first(tokens)
     p = parameters(rng, 64, 96, (6, 2, 32), "RMSNorm", "swiglu", True, torch.float32)
