@@ -17,6 +17,7 @@ from agoq_megatron.checks.flag_register import check_register
 from agoq_megatron.checks.saving import check_counts, check_empty, check_saving
 from agoq_megatron.checks.shapes import check_numbers, check_shapes
 from agoq_megatron.checks.states import check_gradients, check_optimizer
+from agoq_megatron.modules.packing import packs_documents
 from agoq_megatron.policy.policy import COMPUTED, load_policy
 from agoq_megatron.seams.refusals import UsageError
 
@@ -184,6 +185,14 @@ def _check_conversations(args: Namespace) -> None:
 
 
 def _check_data(args: Namespace) -> None:
+    for flag, name in (
+        ("--multi-latent-attention", "multi_latent_attention"), ("--mtp-num-layers", "mtp_num_layers"),
+    ):  # fmt: skip
+        if getattr(args, name, None) and packs_documents(args):
+            raise UsageError(
+                f"{flag} with documents that do not see each other (--reset-attention-mask, "
+                "--dataloader-inter-document-masking, --sft): not carried together yet; leave one out."
+            )
     if args.reset_attention_mask and args.dataloader_inter_document_masking:
         raise UsageError(
             "--reset-attention-mask with --dataloader-inter-document-masking: by the one a document begins "

@@ -26,7 +26,7 @@ from megatron.training.utils import (
     print_rank_0,
 )
 
-from agoq_megatron.model.transformer_config import packs_documents
+from agoq_megatron.modules.packing import packs_documents
 from agoq_megatron.planning.batches import schedule_from_args
 from agoq_megatron.resuming import order
 from agoq_megatron.seams.refusals import UsageError

@@ -31,7 +31,8 @@ from agoq_megatron.checks.flag_register import remarks
 from agoq_megatron.checks.validation import check
 from agoq_megatron.config import AGoQConfig
 from agoq_megatron.model.memory import Plan
-from agoq_megatron.model.transformer_config import complete_model_config, packs_documents
+from agoq_megatron.model.transformer_config import complete_model_config
+from agoq_megatron.modules.packing import packs_documents
 from agoq_megatron.planning.policies import compute_policy
 from agoq_megatron.policy.fitting import policy_for
 from agoq_megatron.policy.policy import PolicyError

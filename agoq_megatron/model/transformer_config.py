@@ -12,6 +12,7 @@ from megatron.training.models import GPTModelConfig
 import agoq_megatron.modules.sites  # noqa: F401  (contributes what the layers may keep)
 from agoq_megatron.autograd.run import Run
 from agoq_megatron.gradients.settings import GradientSettings, settings_from_args
+from agoq_megatron.modules.packing import packs_documents
 from agoq_megatron.optimizer.settings import OptimizerSettings, optimizer_settings_from_args
 from agoq_megatron.policy.fitting import policy_for
 from agoq_megatron.policy.policy import ActivationPolicy
@@ -30,11 +31,6 @@ class AGoQTransformerConfig(TransformerConfig):
     agoq_sequence: int = 0
     agoq_documents: bool = False
     agoq_run: Run = field(default_factory=Run, compare=False, repr=False)
-
-
-def packs_documents(args) -> bool:
-    """Whether sequences are packed of documents that do not see each other."""
-    return bool(args.reset_attention_mask or args.dataloader_inter_document_masking or args.sft)
 
 
 def transformer_config_from_args(args) -> AGoQTransformerConfig:

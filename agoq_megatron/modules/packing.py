@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from itertools import pairwise
 
 import torch
@@ -9,6 +10,11 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from agoq_megatron.autograd.packing import Packing, packing_of
+
+
+def packs_documents(args: Namespace) -> bool:
+    """Whether sequences are packed of documents that do not see each other, by Megatron's flags."""
+    return bool(args.reset_attention_mask or args.dataloader_inter_document_masking or args.sft)
 
 
 def packing_from(
