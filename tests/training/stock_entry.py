@@ -64,9 +64,12 @@ def main():
     def step(data_iterator, model):
         stage = get_attr_wrapped_model(model, "vp_stage")
         tokens, labels, mask, attention_mask, positions, packed = get_batch(data_iterator, stage)
-        if packed is not None:
+        more = {}
+        if packed is not None and args.spec:  # which layers of Megatron's own take for a GPU alone
+            more["packed_seq_params"] = packed
+        elif packed is not None:
             attention_mask = document_mask(packed)
-        return model(tokens, positions, attention_mask, labels=labels), partial(mean_loss, mask)
+        return model(tokens, positions, attention_mask, labels=labels, **more), partial(mean_loss, mask)
 
     import torch
 
