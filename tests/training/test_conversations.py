@@ -72,6 +72,22 @@ def test_losses_are_those_of_stock_layers(launcher, conversations, tmp_path):
         assert it["grad norm"] == pytest.approx(reference[iteration][1], rel=1e-3)
 
 
+@pytest.mark.supports("packed sequences, fine-tuning", part="gradients")
+@pytest.mark.supports("packed sequences, fine-tuning", part="states")
+def test_in_few_bits(launcher, conversations, tmp_path):
+    report = tmp_path / "report.json"
+    run = launcher.run(
+        *conversations, "--bf16", "--agoq-grad-bits", "8", "--agoq-optimizer-bits", "8",
+        "--exit-interval", "4", "--use-distributed-optimizer", "--agoq-report", report, tiny=False,
+        entry=ENTRY,
+    )  # fmt: skip
+    assert run.ok, run.log[-4000:]
+    found = json.loads(report.read_text())
+    assert all(3 < it["lm loss"] < 6 for it in found["train"]) and len(found["train"]) == 4
+    for row in found["tensors"]:
+        assert row["measured_bytes_per_token"] == pytest.approx(row["planned_bytes_per_token"], rel=0.01), row
+
+
 @pytest.mark.parametrize(
     "more,said",
     [
