@@ -176,4 +176,4 @@ def test_norms_of_heads(rng, short, kind, fmt):
         assert torch.allclose(a.float(), b.float(), rtol=1e-4, atol=1e-4)
     q, k = found[0][12:14]
     for again, part in ((q, found[0][0]), (k, found[0][1])):
-        assert (again - part).norm() < 0.15 * part.norm()
+        assert (again - part).norm() < 0.3 * part.norm()
