@@ -94,7 +94,7 @@ def gradients(p, x, grad, rules, packing=None, head_dim=32):
 
 
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS.keys())
-@pytest.mark.parametrize("rules,bound", [(OFF, 1e-5), (AGAIN, 0.35)], ids=["off", "again"])
+@pytest.mark.parametrize("rules,bound", [(OFF, 1e-5), (AGAIN, 0.2)], ids=["off", "again"])
 def test_documents_are_as_if_alone(rng, rules, bound, rows):
     p = parameters(rng, 64, 96, (6, 2, 32), "RMSNorm", "swiglu", True, torch.float32)
     p["angles"] = torch.arange(S)[:, None, None, None] * p["angles"][1]  # of tokens at equal distances
