@@ -11,8 +11,14 @@ from __future__ import annotations
 import functools
 
 import torch
+from agoq_kernels import patterns
+from agoq_kernels.patterns import PLAIN, Documents, Pattern
 from torch import Tensor
 
+__all__ = [
+    "AT_A_TIME", "LARGEST_HEAD", "PLAIN", "Documents", "Pattern", "attention", "attention_backend",
+    "attention_backward", "groups_at_a_time",
+]  # fmt: skip
 _aten = torch.ops.aten
 AT_A_TIME = 2**26
 """Numbers of Q whose attention is run backward at a time, or one group of heads."""
@@ -43,17 +49,22 @@ def attention_backend(
     raise NotImplementedError(f"no fused attention kernel takes head dimension {head_dim}")
 
 
-def _backend(q: Tensor) -> str:
+def _backend(q: Tensor, pattern: Pattern = PLAIN) -> str:
     deterministic = torch.are_deterministic_algorithms_enabled()
-    return attention_backend(q.device.type, q.dtype, q.shape[-1], deterministic)
+    backend = attention_backend(q.device.type, q.dtype, q.shape[-1], deterministic)
+    # torch hands cuDNN neither windows nor documents.
+    return "flash" if backend == "cudnn" and not pattern.causal_only else backend
+
+
+def _readable(x: Tensor) -> Tensor:
+    """``x``, copied where a kernel would read other numbers: all take the features of a head to be neighbours,
+    and some no numbers that share an address."""
+    return x.contiguous() if x.stride(3) != 1 or 0 in x.stride() else x
 
 
 def _heads_first(x: Tensor) -> Tensor:
-    """``[s, b, n, d]`` seen as ``[b, n, s, d]``; copied where a kernel would read other numbers: all take the
-    features of a head to be neighbours, and some no numbers that share an address."""
-    if x.stride(3) != 1 or 0 in x.stride():
-        x = x.contiguous()
-    return x.permute(1, 2, 0, 3)
+    """``[s, b, n, d]`` seen as ``[b, n, s, d]``."""
+    return _readable(x).permute(1, 2, 0, 3)
 
 
 def _sequence_first(x: Tensor) -> Tensor:
@@ -70,18 +81,23 @@ def _sum_groups(grad: Tensor, groups: int) -> Tensor:
     return grad.view(b, groups, n // groups, s, d).sum(2)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, pattern: Pattern = PLAIN
+) -> tuple[Tensor, Tensor]:
     """Causal softmax attention.
 
     Args:
         q: ``[s, b, n, d]``.
         k, v: ``[s, b, g, d]``, ``g`` dividing ``n``.
         scale: factor on the scores.
+        pattern: which of the tokens before it a query sees.
 
     Returns:
         output ``[s, b, n, d]`` and the FP32 log-sum-exp in the kernel's own layout.
     """
-    backend = _backend(q)
+    backend = _backend(q, pattern)
+    if not pattern.causal_only:
+        return patterns.forward(backend, *map(_readable, (q, k, v)), scale, pattern)
     heads = q.shape[2]
     q, k, v = _heads_first(q), _heads_first(k), _heads_first(v)
     if backend == "cpu":
@@ -110,14 +126,17 @@ def groups_at_a_time(numel: int, groups: int) -> int:
 
 
 def attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float,
+    pattern: Pattern = PLAIN,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of Q, K and V at the given (exact or dequantized) tensors.
 
     Shapes as in :func:`attention`; ``grad`` and ``out`` are ``[s, b, n, d]``. All may be some heads of larger
     tensors, and ``lse`` some along its second axis.
     """
-    backend = _backend(q)
+    backend = _backend(q, pattern)
+    if not pattern.causal_only:
+        return patterns.backward(backend, *map(_readable, (grad, q, k, v, out)), lse, scale, pattern)
     (s, _, heads, _), groups = q.shape, k.shape[2]
     grad, q, k, v, out = (_heads_first(t) for t in (grad, q, k, v, out))
     if backend != "cpu":

@@ -22,6 +22,7 @@ from agoq_kernels.operator import operator
 from agoq_kernels.rotary import common_vectors as vectors
 from agoq_kernels.rotary import merge_qkv_backward
 from agoq_kernels.rotary import split_qkv as split
+from agoq_kernels.segments import by_token
 from torch import Tensor
 
 Kept = tuple[Tensor, Tensor, Tensor]
@@ -253,32 +254,34 @@ def _(grad, x, scale, zero, kind, fmt, output_into_grad):
 
 
 def common_vectors(
-    qkv: Tensor, groups: int, head_dim: int, tables: tuple[Tensor, Tensor] | None, interleaved: bool
-) -> Tensor:
-    """FP32 ``[b, n + 2g, d]``; see :func:`agoq_kernels.rotary.common_vectors`."""
+    qkv: Tensor, groups: int, head_dim: int, tables: tuple[Tensor, Tensor] | None, interleaved: bool,
+    bounds: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """FP32 ``[b, n + 2g, d]``, or of segments; see :func:`agoq_kernels.rotary.common_vectors`."""
     cos, sin = tables if tables is not None else (None, None)
-    return common_vectors_op(qkv, cos, sin, groups, head_dim, interleaved)
+    return common_vectors_op(qkv, cos, sin, groups, head_dim, interleaved, bounds)
 
 
 @operator("common_vectors")
 def common_vectors_op(
-    qkv: Tensor, cos: Tensor | None, sin: Tensor | None, groups: int, head_dim: int, interleaved: bool
-) -> Tensor:
-    return vectors(qkv, groups, head_dim, None if cos is None else (cos, sin), interleaved)
+    qkv: Tensor, cos: Tensor | None, sin: Tensor | None, groups: int, head_dim: int, interleaved: bool,
+    bounds: Tensor | None,
+) -> Tensor:  # fmt: skip
+    return vectors(qkv, groups, head_dim, None if cos is None else (cos, sin), interleaved, bounds)
 
 
 @common_vectors_op.register_kernel("cuda")
-def _(qkv, cos, sin, groups, head_dim, interleaved):
+def _(qkv, cos, sin, groups, head_dim, interleaved, bounds):
     tables = None if cos is None else (cos, sin)
     if qkv.dtype == torch.float64:
-        return vectors(qkv, groups, head_dim, tables, interleaved)
-    return _triton().common_vectors(qkv, tables, groups, head_dim, interleaved)
+        return vectors(qkv, groups, head_dim, tables, interleaved, bounds)
+    return _triton().common_vectors(qkv, tables, groups, head_dim, interleaved, bounds)
 
 
 def split_qkv(
     qkv: Tensor, groups: int, head_dim: int, tables: tuple[Tensor, Tensor] | None,
     interleaved: bool, formats: tuple[Format | None, ...], keys: tuple[int, ...],
-    common: Tensor | None = None, centre_key: bool = False,
+    common: Tensor | None = None, centre_key: bool = False, segments: Tensor | None = None,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Kept, Kept, Kept]]:  # fmt: skip
     """Split Megatron's interleaved projection, rotate query and key, quantize all three.
 
@@ -288,13 +291,16 @@ def split_qkv(
         formats, keys: of query, key and value, packed as ``[s, b, heads * head_dim]``.
         common: what :func:`common_vectors` found: it is taken off what is packed.
         centre_key: it is taken off the key that is returned, too.
+        segments: which of its rows is a token's, int32 ``[s, b]``; without, its sequence's.
 
     Returns:
         query ``[s, b, groups * r, d]``, key and value ``[s, b, groups, d]``; and the three packed.
     """
     cos, sin = tables if tables is not None else (None, None)
     names = ",".join(format_name(fmt) for fmt in formats)
-    out = split_qkv_op(qkv, cos, sin, groups, head_dim, interleaved, names, list(keys), common, centre_key)
+    out = split_qkv_op(
+        qkv, cos, sin, groups, head_dim, interleaved, names, list(keys), common, centre_key, segments
+    )
     return tuple(out[:3]), (tuple(out[3:6]), tuple(out[6:9]), tuple(out[9:12]))
 
 
@@ -302,12 +308,13 @@ def split_qkv(
 def split_qkv_op(
     qkv: Tensor, cos: Tensor | None, sin: Tensor | None, groups: int, head_dim: int,
     interleaved: bool, formats: str, keys: list[int], common: Tensor | None, centre_key: bool,
+    segments: Tensor | None,
 ) -> list[Tensor]:  # fmt: skip
     tables = None if cos is None else (cos, sin)
     parts = split(qkv, groups, head_dim, tables, interleaved)
     out = [part.clone() if part.data_ptr() == qkv.data_ptr() else part for part in parts]
     heads = [part.shape[2] for part in parts]
-    shifts = [None] * 3 if common is None else common.split(heads, dim=1)
+    shifts = [None] * 3 if common is None else by_token(common, segments).split(heads, dim=-2)
     names = formats.split(",")
     for i, (part, shift, name, key) in enumerate(zip(parts, shifts, names, keys, strict=True)):
         rest = part if shift is None else part.to(shift.dtype) - shift
@@ -318,11 +325,11 @@ def split_qkv_op(
 
 
 @split_qkv_op.register_kernel("cuda")
-def _(qkv, cos, sin, groups, head_dim, interleaved, formats, keys, common, centre_key):
+def _(qkv, cos, sin, groups, head_dim, interleaved, formats, keys, common, centre_key, segments):
     tables = None if cos is None else (cos, sin)
     formats = tuple(_format(name) for name in formats.split(","))
     parts, packed = _triton().split_qkv(
-        qkv, tables, groups, head_dim, interleaved, formats, tuple(keys), common, centre_key
+        qkv, tables, groups, head_dim, interleaved, formats, tuple(keys), common, centre_key, segments
     )
     return [*parts, *packed[0], *packed[1], *packed[2]]
 

@@ -24,8 +24,10 @@ from agoq_kernels import reference
 from agoq_kernels.formats import Format
 from agoq_kernels.fused import Kept, _format, _pack, _triton, format_name
 from agoq_kernels.operator import operator
+from agoq_kernels.ops import shift_fits
 from agoq_kernels.rotary import rotate, rotate_backward
 from agoq_kernels.rotary import split_qkv as split
+from agoq_kernels.segments import by_token
 from torch import Tensor
 
 KINDS = (*norms.KINDS, "L2Norm")
@@ -74,11 +76,13 @@ class KeptHeads:
             tensors (``fused.kept_as_is``).
         fmt: what they are in.
         shift: FP32 ``[b, heads * d]`` that was taken off what was quantized; not read without a format.
+        segments: which row of the shift is a token's, int32 ``[s, b]``; without, its sequence's.
     """
 
     kept: Kept
     fmt: Format | None
     shift: Tensor | None = None
+    segments: Tensor | None = None
 
     @property
     def width(self) -> int:
@@ -91,12 +95,13 @@ class KeptHeads:
         shape = tuple(self.kept[0].shape)
         if len(shape) != 3 or self.width % head_dim:
             raise ValueError(f"what was kept, {shape}, is no [s, b, heads * {head_dim}]")
-        if self.fmt and self.shift is not None and tuple(self.shift.shape) != (shape[1], self.width):
+        fits = self.shift is None or shift_fits(self.shift, self.kept[0], self.width, self.segments)
+        if self.fmt and not fits:
             raise ValueError(f"shift is {tuple(self.shift.shape)}; it takes {(shape[1], self.width)}")
 
 
 def _unnormed(codes: Tensor, scale: Tensor, zero: Tensor, shift: Tensor | None, fmt: str, head_dim: int,
-              wide: torch.dtype) -> Tensor:  # fmt: skip
+              wide: torch.dtype, segments: Tensor | None) -> Tensor:  # fmt: skip
     """What was kept, in FP32 (or FP64) ``[s, b, heads, d]``."""
     its_format = _format(fmt)
     if its_format is None:
@@ -104,7 +109,7 @@ def _unnormed(codes: Tensor, scale: Tensor, zero: Tensor, shift: Tensor | None, 
     else:
         x = reference.dequantize(codes, scale, zero, its_format, wide)
         if shift is not None:
-            x = x + shift
+            x = x + by_token(shift, segments)
     return x.unflatten(-1, (-1, head_dim))
 
 
@@ -135,7 +140,7 @@ def unnormed_parts(qkv: Tensor, groups: int, head_dim: int) -> tuple[Tensor, Ten
 def split_normed_qkv(
     qkv: Tensor, groups: int, head_dim: int, tables: Tables, interleaved: bool, norm: HeadNorm,
     parameters: Parameters, formats: tuple[Format | None, ...], keys: tuple[int, ...],
-    common: Tensor | None = None,
+    common: Tensor | None = None, segments: Tensor | None = None,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Kept, Kept, Kept]]:  # fmt: skip
     """:func:`fused.split_qkv` with query and key normalized before they are rotated.
 
@@ -146,6 +151,7 @@ def split_normed_qkv(
         formats, keys: of query, key and value, packed as ``[s, b, heads * head_dim]`` before norm and
             rotation. None packs nothing; what is kept as it is comes from :func:`unnormed_parts`.
         common: what ``common_vectors`` found without tables: it is taken off what is packed.
+        segments: which of its rows is a token's, int32 ``[s, b]``; without, its sequence's.
 
     Returns:
         query ``[s, b, groups * r, d]`` and key ``[s, b, groups, d]``, normalized and rotated, and value; and
@@ -155,7 +161,7 @@ def split_normed_qkv(
         norm.check(weight, bias, head_dim)
     out = split_normed_qkv_op(
         qkv, *_unpair(tables), *parameters, common, groups, head_dim, interleaved, norm.kind, norm.eps,
-        ",".join(format_name(fmt) for fmt in formats), list(keys),
+        ",".join(format_name(fmt) for fmt in formats), list(keys), segments,
     )  # fmt: skip
     return tuple(out[:3]), (tuple(out[3:6]), tuple(out[6:9]), tuple(out[9:12]))
 
@@ -164,10 +170,11 @@ def split_normed_qkv(
 def split_normed_qkv_op(
     qkv: Tensor, cos: Tensor | None, sin: Tensor | None, weight_q: Tensor | None, bias_q: Tensor | None,
     weight_k: Tensor | None, bias_k: Tensor | None, common: Tensor | None, groups: int, head_dim: int,
-    interleaved: bool, kind: str, eps: float, formats: str, keys: list[int],
+    interleaved: bool, kind: str, eps: float, formats: str, keys: list[int], segments: Tensor | None,
 ) -> list[Tensor]:  # fmt: skip
     parts = split(qkv, groups, head_dim, None, interleaved)
-    shifts = [None] * 3 if common is None else common.split([part.shape[2] for part in parts], dim=1)
+    heads = [part.shape[2] for part in parts]
+    shifts = [None] * 3 if common is None else by_token(common, segments).split(heads, dim=-2)
     rest = _pair(cos, sin), interleaved, kind, eps
     out = [
         _normed(part, weight, bias, *rest).to(qkv.dtype)
@@ -182,11 +189,11 @@ def split_normed_qkv_op(
 
 @split_normed_qkv_op.register_kernel("cuda")
 def _(qkv, cos, sin, weight_q, bias_q, weight_k, bias_k, common, groups, head_dim, interleaved, kind, eps,
-      formats, keys):  # fmt: skip
+      formats, keys, segments):  # fmt: skip
     formats = tuple(_format(name) for name in formats.split(","))
     parts, packed = _triton().split_normed_qkv(
         qkv, _pair(cos, sin), groups, head_dim, interleaved, HeadNorm(kind, eps),
-        (weight_q, bias_q, weight_k, bias_k), formats, tuple(keys), common,
+        (weight_q, bias_q, weight_k, bias_k), formats, tuple(keys), common, segments,
     )  # fmt: skip
     return [*parts, *packed[0], *packed[1], *packed[2]]
 
@@ -200,16 +207,17 @@ def normed_from_kept(
 ) -> Tensor:  # fmt: skip
     """Queries or keys ``[s, b, heads, d]``, normalized and rotated, in ``dtype``, from what was kept.
 
-    ``centre``: FP32 ``[b, heads * d]``, taken off before the result is rounded. Of keys any vector may be: it
-    changes neither the softmax nor any gradient, and the mean of the tokens, a large one, costs precision.
+    ``centre``: FP32 ``[b, heads * d]``, or of segments as the shift, taken off before the result is rounded.
+    Of keys any vector may be: it changes neither the softmax nor any gradient, and the mean of the tokens, a
+    large one, costs precision.
     """
     norm.check(weight, bias, head_dim), heads.check(head_dim)
-    expected = heads.kept[0].shape[1], heads.width
-    if centre is not None and tuple(centre.shape) != expected:
+    if centre is not None and not shift_fits(centre, heads.kept[0], heads.width, heads.segments):
+        expected = heads.kept[0].shape[1] if heads.segments is None else "segments", heads.width
         raise ValueError(f"centre is {tuple(centre.shape)}; it takes {expected}")
     return normed_from_kept_op(
         *heads.kept, heads.shift, centre, *_unpair(tables), weight, bias, format_name(heads.fmt), head_dim,
-        interleaved, norm.kind, norm.eps, dtype,
+        interleaved, norm.kind, norm.eps, dtype, heads.segments,
     )  # fmt: skip
 
 
@@ -217,17 +225,21 @@ def normed_from_kept(
 def normed_from_kept_op(
     x: Tensor, scale: Tensor, zero: Tensor, shift: Tensor | None, centre: Tensor | None, cos: Tensor | None,
     sin: Tensor | None, weight: Tensor | None, bias: Tensor | None, fmt: str, head_dim: int,
-    interleaved: bool, kind: str, eps: float, dtype: torch.dtype,
+    interleaved: bool, kind: str, eps: float, dtype: torch.dtype, segments: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    x = _unnormed(x, scale, zero, shift, fmt, head_dim, torch.promote_types(dtype, torch.float32))
+    wide = torch.promote_types(dtype, torch.float32)
+    x = _unnormed(x, scale, zero, shift, fmt, head_dim, wide, segments)
     y = _normed(x, weight, bias, _pair(cos, sin), interleaved, kind, eps)
-    return (y if centre is None else y - centre.view(-1, *y.shape[2:])).to(dtype)
+    if centre is not None:
+        y = y - by_token(centre, segments).unflatten(-1, y.shape[2:])
+    return y.to(dtype)
 
 
 @normed_from_kept_op.register_kernel("cuda")
-def _(x, scale, zero, shift, centre, cos, sin, weight, bias, fmt, head_dim, interleaved, kind, eps, dtype):
+def _(x, scale, zero, shift, centre, cos, sin, weight, bias, fmt, head_dim, interleaved, kind, eps, dtype,
+      segments):  # fmt: skip
     return _triton().normed_from_kept(
-        KeptHeads((x, scale, zero), _format(fmt), shift), head_dim, _pair(cos, sin), interleaved,
+        KeptHeads((x, scale, zero), _format(fmt), shift, segments), head_dim, _pair(cos, sin), interleaved,
         HeadNorm(kind, eps), weight, bias, dtype, centre,
     )  # fmt: skip
 
@@ -268,6 +280,7 @@ def merge_normed_qkv(
     grads = merge_normed_qkv_op(
         grad_q, grad_k, grad_v, *_unpair(tables), *parameters, *query.kept, query.shift, *key.kept, key.shift,
         format_name(query.fmt), format_name(key.fmt), first_group, interleaved, norm.kind, norm.eps, out,
+        query.segments,
     )  # fmt: skip
     return out, tuple(None if p is None else g for p, g in zip(parameters, grads, strict=True))
 
@@ -279,6 +292,7 @@ def merge_normed_qkv_op(
     q: Tensor, scale_q: Tensor, zero_q: Tensor, shift_q: Tensor | None,
     k: Tensor, scale_k: Tensor, zero_k: Tensor, shift_k: Tensor | None,
     fmt_q: str, fmt_k: str, first_group: int, interleaved: bool, kind: str, eps: float, out: Tensor,
+    segments: Tensor | None,
 ) -> list[Tensor]:  # fmt: skip
     s, b, groups, head_dim = grad_k.shape
     wide, grads, merged = torch.promote_types(grad_k.dtype, torch.float32), [], []
@@ -287,7 +301,7 @@ def merge_normed_qkv_op(
         (grad_k, weight_k, bias_k, (k, scale_k, zero_k, shift_k), fmt_k),
     ):
         first = first_group * (grad.shape[2] // groups)
-        x = _unnormed(*kept, fmt, head_dim, wide)[:, :, first : first + grad.shape[2]]
+        x = _unnormed(*kept, fmt, head_dim, wide, segments)[:, :, first : first + grad.shape[2]]
         grad = rotate_backward(grad.to(wide), _pair(cos, sin), interleaved)
         parameters = [None if p is None else p.to(wide) for p in (weight, bias)]
         grad, *of_parameters = norms.norm_backward(grad, x, *parameters, eps, kind)
@@ -300,10 +314,12 @@ def merge_normed_qkv_op(
 
 @merge_normed_qkv_op.register_kernel("cuda")
 def _(grad_q, grad_k, grad_v, cos, sin, weight_q, bias_q, weight_k, bias_k, q, scale_q, zero_q, shift_q,
-      k, scale_k, zero_k, shift_k, fmt_q, fmt_k, first_group, interleaved, kind, eps, out):  # fmt: skip
+      k, scale_k, zero_k, shift_k, fmt_q, fmt_k, first_group, interleaved, kind, eps, out,
+      segments):  # fmt: skip
     grads = _triton().merge_normed_qkv(
         grad_q, grad_k, grad_v, _pair(cos, sin), interleaved, HeadNorm(kind, eps),
-        (weight_q, bias_q, weight_k, bias_k), KeptHeads((q, scale_q, zero_q), _format(fmt_q), shift_q),
-        KeptHeads((k, scale_k, zero_k), _format(fmt_k), shift_k), first_group, out,
+        (weight_q, bias_q, weight_k, bias_k),
+        KeptHeads((q, scale_q, zero_q), _format(fmt_q), shift_q, segments),
+        KeptHeads((k, scale_k, zero_k), _format(fmt_k), shift_k, segments), first_group, out,
     )  # fmt: skip
     return [out.new_empty(0) if g is None else g for g in grads]

@@ -10,6 +10,7 @@ import torch
 from agoq_kernels import reference
 from agoq_kernels.formats import Format
 from agoq_kernels.operator import operator
+from agoq_kernels.segments import by_token
 from torch import Tensor
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -37,13 +38,14 @@ def quantize(x: Tensor, fmt: Format, key: int = 0) -> tuple[Tensor, Tensor, Tens
 
 
 def dequantize(
-    codes: Tensor, scale: Tensor, zero: Tensor, fmt: Format, dtype: torch.dtype, shift: Tensor | None = None
-) -> Tensor:
+    codes: Tensor, scale: Tensor, zero: Tensor, fmt: Format, dtype: torch.dtype, shift: Tensor | None = None,
+    segments: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """The tensor [..., n], in dtype, that quantize() stored in format fmt as (codes, scale, zero).
 
-    Computed in FP32, then cast. shift, FP32 [b, n], is added to a tensor [s, b, n] before. Raises
-    ValueError where the tensors do not fit each other or fmt, TypeError for a dtype that is not
-    floating-point.
+    Computed in FP32, then cast. shift, FP32 [b, n], is added to a tensor [s, b, n] before; with segments,
+    int32 [s, b], it is [rows, n], and they say which row is a token's. Raises ValueError where the tensors
+    do not fit each other or fmt, TypeError for a dtype that is not floating-point.
     """
     if dtype not in _FLOATS:
         raise TypeError(f"dequantize to a floating-point dtype, not {dtype}")
@@ -62,13 +64,21 @@ def dequantize(
                 f"{name} is {tensor.dtype} {tuple(tensor.shape)}; "
                 f"codes {tuple(codes.shape)} in {fmt} go with {its_dtype} {shape}"
             )
-    if shift is not None and (codes.dim() != 3 or tuple(shift.shape) != (codes.shape[1], n)):
+    if shift is not None and (codes.dim() != 3 or not shift_fits(shift, codes, n, segments)):
         raise ValueError(
             f"shift is {tuple(shift.shape)}; codes {tuple(codes.shape)} in {fmt} are not [s, b, n]"
         )
     return dequantize_op(
-        codes, scale, zero, fmt.bits, fmt.code, fmt.group, fmt.scale_bits, fmt.outliers, dtype, shift
-    )
+        codes, scale, zero, fmt.bits, fmt.code, fmt.group, fmt.scale_bits, fmt.outliers, dtype, shift,
+        segments,
+    )  # fmt: skip
+
+
+def shift_fits(shift: Tensor, x: Tensor, n: int, segments: Tensor | None) -> bool:
+    """Whether there is a vector of ``n`` numbers for each sequence of ``x`` ``[s, b, ...]``, or segment."""
+    if segments is None:
+        return tuple(shift.shape) == (x.shape[1], n)
+    return shift.dim() == 2 and shift.shape[1] == n and segments.shape == x.shape[:2]
 
 
 @operator("quantize")
@@ -112,27 +122,30 @@ def dequantize_op(
     outliers: int,
     dtype: torch.dtype,
     shift: Tensor | None,
+    segments: Tensor | None,
 ) -> Tensor:
-    return _dequantize(codes, scale, zero, bits, code, group, scale_bits, outliers, dtype, shift)
+    return _dequantize(codes, scale, zero, bits, code, group, scale_bits, outliers, dtype, shift, segments)
 
 
-def _dequantize(codes, scale, zero, bits, code, group, scale_bits, outliers, dtype, shift):
+def _dequantize(codes, scale, zero, bits, code, group, scale_bits, outliers, dtype, shift, segments):
     fmt = Format(bits, code, group, scale_bits, outliers=outliers)
     if shift is None:
         return reference.dequantize(codes, scale, zero, fmt, dtype)
-    return (reference.dequantize(codes, scale, zero, fmt, shift.dtype) + shift).to(dtype)
+    return (reference.dequantize(codes, scale, zero, fmt, shift.dtype) + by_token(shift, segments)).to(dtype)
 
 
 @dequantize_op.register_kernel("cuda")
-def _(codes, scale, zero, bits, code, group, scale_bits, outliers, dtype, shift):
+def _(codes, scale, zero, bits, code, group, scale_bits, outliers, dtype, shift, segments):
     if dtype == torch.float64:
-        return _dequantize(codes, scale, zero, bits, code, group, scale_bits, outliers, dtype, shift)
+        return _dequantize(
+            codes, scale, zero, bits, code, group, scale_bits, outliers, dtype, shift, segments
+        )
     from agoq_kernels.triton import launchers
 
     fmt = Format(bits, code, group, scale_bits, outliers=outliers)
-    return launchers.dequantize((codes, scale, zero), fmt, dtype, shift)
+    return launchers.dequantize((codes, scale, zero), fmt, dtype, shift, segments)
 
 
 @dequantize_op.register_fake
-def _(codes, scale, zero, bits, code, group, scale_bits, outliers, dtype, shift):
+def _(codes, scale, zero, bits, code, group, scale_bits, outliers, dtype, shift, segments):
     return codes.new_empty((*codes.shape[:-1], codes.shape[-1] * 8 // bits), dtype=dtype)

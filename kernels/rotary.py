@@ -86,8 +86,9 @@ def sampled_tokens(s: int) -> slice:
 
 
 def common_vectors(
-    qkv: Tensor, groups: int, head_dim: int, tables: tuple[Tensor, Tensor] | None, interleaved: bool
-) -> Tensor:
+    qkv: Tensor, groups: int, head_dim: int, tables: tuple[Tensor, Tensor] | None, interleaved: bool,
+    bounds: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """What the tokens of a sequence have in common in each head: the mean over some of them.
 
     Queries and keys of pretrained models have a large part that all tokens share (from the biases of the
@@ -97,13 +98,34 @@ def common_vectors(
 
     Args: as :func:`split_qkv`. Without tables they are those before the rotation, and before a norm of heads
         (``head_norm.py``), whose input is what is kept.
+        bounds: of the segments of each sequence (``segments.Segments``), int32 ``[b, k + 1]``: each has
+            vectors of its own, 0 where it is empty.
 
     Returns:
-        FP32 (FP64 of FP64) ``[b, n + 2g, d]``: of the heads of query, key and value after the rotation.
+        FP32 (FP64 of FP64) ``[b, n + 2g, d]``, with bounds ``[b * k, n + 2g, d]``: of the heads of query, key
+        and value after the rotation.
     """
+    if bounds is not None:
+        return _of_segments(qkv, groups, head_dim, tables, interleaved, bounds)
     sampled = sampled_tokens(qkv.shape[0])
     if tables is not None:
         tables = tuple(t[sampled] for t in tables)
     parts = split_qkv(qkv[sampled].contiguous(), groups, head_dim, tables, interleaved)
     wide = torch.promote_types(qkv.dtype, torch.float32)
     return torch.cat([part.mean(0, dtype=wide) for part in parts], dim=1)
+
+
+def _of_segments(
+    qkv: Tensor, groups: int, head_dim: int, tables: tuple[Tensor, Tensor] | None, interleaved: bool,
+    bounds: Tensor,
+) -> Tensor:  # fmt: skip
+    (b, k), wide = (bounds.shape[0], bounds.shape[1] - 1), torch.promote_types(qkv.dtype, torch.float32)
+    heads = qkv.shape[2] // head_dim
+    found = torch.zeros(b * k, heads, head_dim, dtype=wide, device=qkv.device)
+    for sequence, row in enumerate(bounds.tolist()):
+        for i, (start, end) in enumerate(zip(row, row[1:], strict=False)):
+            if end > start:
+                part = qkv[start:end, sequence : sequence + 1]
+                turns = None if tables is None else tuple(t[start:end] for t in tables)
+                found[sequence * k + i] = common_vectors(part, groups, head_dim, turns, interleaved)[0]
+    return found

@@ -50,6 +50,14 @@ def test_common_vectors_are_counted_where_the_sequence_is_known():
     assert more == pytest.approx(4 * (1024 + 256) / 16)
 
 
+def test_common_vectors_of_documents():
+    """For each 256 tokens of a sequence, whatever documents there are; one at least."""
+    for tokens, segments in ((2048, 8), (700, 2), (100, 1)):
+        known = Plan(config(agoq_sequence=tokens, agoq_documents=True))
+        more = known.planned_bytes_per_token_layer - Plan(config()).planned_bytes_per_token_layer
+        assert more == pytest.approx(4 * (1024 + 256) * segments / tokens)
+
+
 def test_tensor_parallel_shares():
     whole = Plan(config("off"))
     tp = Plan(config("off", tensor_model_parallel_size=2))

@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
+from agoq_kernels.attention import Documents
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -24,6 +25,7 @@ from agoq_megatron.autograd.attention_backends import AttentionBackend
 from agoq_megatron.autograd.function import Function, in_order
 from agoq_megatron.autograd.heads import NORM_PARAMETERS, Heads, Layout, Parameters, Rotated
 from agoq_megatron.autograd.kept import KeptTensor, keep, restore, save
+from agoq_megatron.autograd.packing import Packing
 from agoq_megatron.autograd.saving import SavedTensor
 
 
@@ -52,9 +54,9 @@ class AttentionSpec:
     recompute: bool
     heads: Heads = Rotated()
 
-    def layout(self, angles: Tensor | None) -> Layout:
-        """Of the projection; ``angles`` as :func:`attend` takes them."""
-        return Layout(self.groups, self.head_dim, angles, self.interleaved)
+    def layout(self, angles: Tensor | None, packing: Packing | None) -> Layout:
+        """Of the projection; both as :func:`attend` takes them."""
+        return Layout(self.groups, self.head_dim, angles, self.interleaved, packing)
 
     @property
     def again(self) -> bool:
@@ -74,6 +76,8 @@ class KeptAttention:
         angles: ``[s, 1, 1, rot]`` or None: one constant table of the model, shared by all layers and steps.
         spec: of the attention.
         parameters: of the norms of queries and keys.
+        packing: the documents that the sequences are packed of, or None; of the micro-batch, shared by all
+            layers.
         once: where several read it in a backward pass, what one has rebuilt waits here for the next.
     """
 
@@ -85,6 +89,7 @@ class KeptAttention:
     angles: Tensor | None
     spec: AttentionSpec
     parameters: Parameters = ()
+    packing: Packing | None = None
     once: dict | None = None
 
     def stored(self) -> tuple[Tensor | None, ...]:
@@ -102,9 +107,10 @@ class KeptAttention:
     def tensors(self, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
         """Q, K, V and output ``[s, b, heads, d]`` as they were kept, and the output's log-sum-exp."""
         kept = self.query, self.key, self.value
-        q, k, v = self.spec.heads.rebuild(kept, self.spec.layout(self.angles), self.parameters, dtype)
+        layout = self.spec.layout(self.angles, self.packing)
+        q, k, v = self.spec.heads.rebuild(kept, layout, self.parameters, dtype)
         if self.spec.again:
-            out, lse = self.spec.backend.forward(q, k, v)
+            out, lse = self.spec.backend.forward(q, k, v, documents_of(self.packing))
         else:
             out, lse = self.output.rebuild(dtype).unflatten(-1, (-1, self.spec.head_dim)), self.lse
         return [q, k, v, out], lse
@@ -115,6 +121,12 @@ class KeptAttention:
             return self.output.rebuild(dtype)
         self.once["tensors"] = found = self.tensors(dtype)
         return found[0][3].flatten(2)
+
+    def _workspace(self, heads: int) -> int:
+        """Numbers beyond those of Q that FlashAttention sums gradients of: 128 rows a document."""
+        if self.packing is None:
+            return 0
+        return 128 * (self.packing.documents.cu_seqlens.numel() - 1) * heads * self.spec.head_dim
 
     def gather(self, group) -> tuple[KeptAttention, list]:
         raise NotImplementedError("an attention's output is split over heads, not over the sequence")
@@ -129,7 +141,7 @@ class KeptAttention:
         spec, backend = self.spec, self.spec.backend
         (s, b, heads, _), dtype = tensors[0].shape, tensors[0].dtype
         heads_a_group = heads // spec.groups
-        at_a_time = backend.groups_at_a_time(tensors[0].numel(), spec.groups)
+        at_a_time = backend.groups_at_a_time(tensors[0].numel() + self._workspace(heads), spec.groups)
         kept, grad_qkv, of_parameters = (self.query, self.key, self.value), None, []
         for start in range(0, spec.groups, at_a_time):
             groups = slice(start, start + at_a_time)
@@ -137,13 +149,14 @@ class KeptAttention:
             grads = backend.backward(
                 *(t[:, :, groups if t.shape[2] == spec.groups else queries] for t in tensors),
                 lse[:, queries],
+                documents_of(self.packing),
             )
             if start + at_a_time >= spec.groups:
                 tensors.clear()
             if grad_qkv is None:
                 shape = s, b, spec.groups, (heads_a_group + 2) * spec.head_dim
                 grad_qkv = torch.empty(shape, dtype=dtype, device=lse.device)
-            layout, out = spec.layout(self.angles), grad_qkv[:, :, groups].flatten(2)
+            layout, out = spec.layout(self.angles, self.packing), grad_qkv[:, :, groups].flatten(2)
             of_parameters.append(spec.heads.merge(grads, layout, self.parameters, kept, start, out))
             del grads, layout  # before the next ones are made
         summed = (
@@ -153,28 +166,34 @@ class KeptAttention:
         return grad_qkv.flatten(2), tuple(summed)
 
 
+def documents_of(packing: Packing | None) -> Documents | None:
+    return None if packing is None else packing.documents
+
+
 def attend(
-    qkv: Tensor, angles: Tensor | None, spec: AttentionSpec, keeps: bool, parameters: Parameters = ()
-) -> tuple[Tensor, KeptAttention | None]:
+    qkv: Tensor, angles: Tensor | None, spec: AttentionSpec, keeps: bool, parameters: Parameters = (),
+    packing: Packing | None = None,
+) -> tuple[Tensor, KeptAttention | None]:  # fmt: skip
     """``attention(rotate(split(qkv)))``, and what is kept for its backward pass.
 
     Args:
         qkv: ``[s, b, (n + 2g) d]``.
-        angles: ``[s, 1, 1, rot]``, or None for no rotation.
+        angles: ``[s, 1, 1, rot]``, or None for no rotation. Where ``packing`` has positions, of a document.
         keeps: a backward pass can follow.
         parameters: of the norms of queries and keys, if ``spec.heads`` has them.
+        packing: the documents that the sequences are packed of; None for one each.
 
     Returns:
         Output ``[s, b, n d]``; None unless ``keeps``.
     """
     s, b, _ = qkv.shape
-    layout, heads = spec.layout(angles), spec.heads
+    layout, heads = spec.layout(angles, packing), spec.heads
     sites = spec.query, spec.key, spec.value
     formats = tuple(saved.rule.format if keeps else None for saved in sites)
     keys = tuple(saved.next_key() if keeps else 0 for saved in sites)
     common = heads.statistics(spec.backend, qkv, layout) if any(formats) else None
     parts, packed = heads.split(qkv, layout, parameters, formats, keys, common, spec.again)
-    out, lse = spec.backend.forward(*parts)
+    out, lse = spec.backend.forward(*parts, documents_of(packing))
     flat = out.view(s, b, -1)
     if not keeps:
         return flat, None
@@ -184,13 +203,15 @@ def attend(
         spec.query.announce_beside("common_vectors", shared)
     parts = heads.unpacked(qkv, layout, parts, formats)
     its = zip(sites, parts, packed, shifts, strict=True)
-    kept = [keep(saved, part.view(s, b, -1), packed, shift) for saved, part, packed, shift in its]
+    kept = [
+        keep(saved, part.view(s, b, -1), packed, shift, layout.segments) for saved, part, packed, shift in its
+    ]
     if spec.again:
         output, lse = KeptTensor(spec.output, ()), None
     else:
         output = keep(spec.output, flat)
         spec.output.announce_beside("log_sum_exp", lse)
-    return flat, KeptAttention(*kept, output, lse, angles, spec, parameters)
+    return flat, KeptAttention(*kept, output, lse, angles, spec, parameters, packing)
 
 
 class Attention(Function):
@@ -207,10 +228,11 @@ class Attention(Function):
         query_norm_bias: Tensor | None = None,
         key_norm_weight: Tensor | None = None,
         key_norm_bias: Tensor | None = None,
+        packing: Packing | None = None,
     ) -> tuple[Tensor, KeptAttention | None]:
         """``qkv`` ``[s, b, (n + 2g) d]`` -> the output ``[s, b, n d]``, and as it is kept for readers."""
         parameters = query_norm_weight, query_norm_bias, key_norm_weight, key_norm_bias
-        out, kept = attend(qkv, angles, spec, keeps, parameters)
+        out, kept = attend(qkv, angles, spec, keeps, parameters, packing)
         if keeps:
             kept = replace(kept, once={})
             save(ctx, kept)

@@ -16,6 +16,7 @@ from agoq_megatron.autograd.attention import AttentionSpec, attend
 from agoq_megatron.autograd.function import Function, in_order
 from agoq_megatron.autograd.heads import NORM_PARAMETERS
 from agoq_megatron.autograd.kept import restore, save
+from agoq_megatron.autograd.packing import Packing
 from agoq_megatron.autograd.products import Products
 
 
@@ -46,8 +47,10 @@ class AttentionLinear(Function):
         query_norm_bias: Tensor | None = None,
         key_norm_weight: Tensor | None = None,
         key_norm_bias: Tensor | None = None,
+        packing: Packing | None = None,
     ) -> Tensor:
-        """``qkv`` ``[s, b, (n + 2g) d]``, ``angles`` ``[s, 1, 1, rot]`` -> ``[s, b, h]``.
+        """``qkv`` ``[s, b, (n + 2g) d]``, ``angles`` ``[s, 1, 1, rot]`` -> ``[s, b, h]``; ``packing`` as
+        ``attend`` takes it.
 
         The result is this rank's partial sum; the caller reduces it over tensor-parallel ranks.
         """
@@ -55,9 +58,9 @@ class AttentionLinear(Function):
         if keeps:
             run, needs = spec.query.run, ctx.needs_input_grad
             ctx.probe = probing.capture(
-                run, AttentionLinear, spec, needs, qkv, angles, weight, after=parameters
+                run, AttentionLinear, spec, needs, qkv, angles, weight, after=(*parameters, packing)
             )
-        out, kept = attend(qkv, angles, spec, keeps, parameters)
+        out, kept = attend(qkv, angles, spec, keeps, parameters, packing)
         if keeps:
             save(ctx, kept, others=(weight,))
             ctx.products, ctx.dtype = spec.products, qkv.dtype

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from agoq_megatron.autograd.attention_backends import AttentionBackend, Tables
 from agoq_megatron.autograd.kept import KeptTensor
+from agoq_megatron.autograd.packing import Packing
 
 Parameters = tuple[Tensor | None, ...]
 """Weight and bias ``[d]`` of the queries' norm, then of the keys'; None for those that there are not."""
@@ -47,17 +48,31 @@ class Layout:
         head_dim: features a head.
         angles: ``[s, 1, 1, rot]``; None for no rotation.
         interleaved: rotary pairs are neighbours instead of halves.
+        packing: the documents that the sequences are packed of, or None.
     """
 
     groups: int
     head_dim: int
     angles: Tensor | None
     interleaved: bool
+    packing: Packing | None = None
 
     @cached_property
     def tables(self) -> Tables:
         """Made where they are needed: of long sequences they are large."""
-        return None if self.angles is None else rotary_tables(self.angles)
+        if self.angles is None:
+            return None
+        return rotary_tables(self.angles if self.packing is None else self.packing.angles(self.angles))
+
+    @property
+    def bounds(self) -> Tensor | None:
+        """Of segments, as ``common_vectors`` takes them."""
+        return None if self.packing is None else self.packing.segments.bounds
+
+    @property
+    def segments(self) -> Tensor | None:
+        """Which row of the common vectors is a token's, ``[s, b]``; None for its sequence's."""
+        return None if self.packing is None else self.packing.segments.of_tokens
 
     @property
     def arguments(self) -> tuple[int, int, Tables, bool]:
@@ -69,7 +84,8 @@ class Heads(Protocol):
     """``n`` query heads in ``g`` groups, ``d`` features a head."""
 
     def statistics(self, backend: AttentionBackend, qkv: Tensor, layout: Layout) -> Tensor:
-        """FP32 ``[b, n + 2g, d]``: what the tokens of a head share of what is kept."""
+        """FP32 ``[b, n + 2g, d]``: what the tokens of a head share of what is kept; of segments, where
+        sequences are packed."""
 
     def split(
         self, qkv: Tensor, layout: Layout, parameters: Parameters, formats: tuple[Format | None, ...],
@@ -111,12 +127,12 @@ class Rotated:
     """Queries and keys are rotated."""
 
     def statistics(self, backend, qkv, layout):
-        return backend.statistics(qkv, *layout.arguments)
+        return backend.statistics(qkv, *layout.arguments, layout.bounds)
 
     def split(self, qkv, layout, parameters, formats, keys, common, again):
         # Where statistics of this pass are kept they must be those of the keys that backward sees.
         centre_key = common is not None and formats[1] is not None and not again
-        return split_qkv(qkv, *layout.arguments, formats, keys, common, centre_key)
+        return split_qkv(qkv, *layout.arguments, formats, keys, common, centre_key, layout.segments)
 
     def unpacked(self, qkv, layout, parts, formats):
         return parts
@@ -145,10 +161,14 @@ class Normed:
     norm: HeadNorm
 
     def statistics(self, backend, qkv, layout):
-        return backend.statistics(qkv, layout.groups, layout.head_dim, None, layout.interleaved)
+        return backend.statistics(
+            qkv, layout.groups, layout.head_dim, None, layout.interleaved, layout.bounds
+        )
 
     def split(self, qkv, layout, parameters, formats, keys, common, again):
-        return split_normed_qkv(qkv, *layout.arguments, self.norm, parameters, formats, keys, common)
+        return split_normed_qkv(
+            qkv, *layout.arguments, self.norm, parameters, formats, keys, common, layout.segments
+        )
 
     def unpacked(self, qkv, layout, parts, formats):
         if None not in formats[:2]:
@@ -179,4 +199,4 @@ class Normed:
 
 
 def _heads(kept: KeptTensor) -> KeptHeads:
-    return KeptHeads(kept.packed, kept.how.rule.format, kept.shift)
+    return KeptHeads(kept.packed, kept.how.rule.format, kept.shift, kept.segments)

@@ -12,7 +12,7 @@ All tensors go through ``save_for_backward``: autograd's own checks (in-place ch
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, Self
 
 import torch
@@ -48,18 +48,21 @@ class KeptTensor:
         how: which tensor, and in which format.
         tensors: none (it is made again from another), itself, or codes, scales and zero points, if any.
         shift: FP32 ``[b, n]`` that was taken off before it was quantized, or None.
+        segments: which row of the shift is a token's, ``[s, b]`` (of the micro-batch, shared by all layers);
+            None for its sequence's.
     """
 
     how: SavedTensor
     tensors: tuple[Tensor | None, ...]
     shift: Tensor | None = None
+    segments: Tensor | None = None
 
     def stored(self) -> tuple[Tensor | None, ...]:
         return *self.tensors, self.shift
 
     def over(self, tensors: Iterable[Tensor | None]) -> KeptTensor:
         *own, shift = tensors
-        return KeptTensor(self.how, tuple(own), shift)
+        return replace(self, tensors=tuple(own), shift=shift)
 
     @property
     def packed(self) -> Packed:
@@ -67,19 +70,20 @@ class KeptTensor:
         return self.how.packed(self.tensors)
 
     def rebuild(self, dtype: torch.dtype) -> Tensor:
-        return self.how.unpack(self.tensors, dtype, self.shift)
+        return self.how.unpack(self.tensors, dtype, self.shift, self.segments)
 
     def gather(self, group) -> tuple[KeptTensor, list]:
         gathered = [gather_sequence(part, group) for part in self.tensors]
-        whole = KeptTensor(self.how, tuple(part for part, _ in gathered), self.shift)
+        whole = replace(self, tensors=tuple(part for part, _ in gathered))
         return whole, [handle for _, handle in gathered]
 
 
 def keep(
-    how: SavedTensor, x: Tensor, packed: Packed | None = None, shift: Tensor | None = None
-) -> KeptTensor:
+    how: SavedTensor, x: Tensor, packed: Packed | None = None, shift: Tensor | None = None,
+    segments: Tensor | None = None,
+) -> KeptTensor:  # fmt: skip
     """Keep ``x`` ``[s, b, n]``, packed here or by a fused operator (nothing where it is to be recomputed)."""
-    return KeptTensor(how, how.pack(x, packed), shift)
+    return KeptTensor(how, how.pack(x, packed), shift, segments)
 
 
 def save(ctx, *kept: Kept, others: tuple[Tensor | None, ...] = ()) -> None:

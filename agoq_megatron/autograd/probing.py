@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from agoq_megatron.autograd.function import arguments_of
+from agoq_megatron.autograd.packing import Packing
 from agoq_megatron.autograd.run import Run
 from agoq_megatron.autograd.saving import SavedTensor
 from agoq_megatron.policy.policy import Rule
@@ -90,7 +91,7 @@ class GradientTally:
         Args:
             needs: ``ctx.needs_input_grad``.
             inputs: the first ``[s, b, n]``; the function may write into it afterwards.
-            after: parameters.
+            after: parameters, and documents that sequences are packed of.
         """
         sites = {getattr(spec, f.name).site: f.name for f in _tensors(spec)}
         number = getattr(spec, next(iter(sites.values()))).layer_number
@@ -112,7 +113,7 @@ class GradientTally:
         sums = dict(zip(self._columns, self.squares[row], strict=True))
         return Probe(
             function, spec, needs, mine, exact, rounded, entry and entry[0], name, parts, sums,
-            self._detailed[number], self._key + number, after,
+            self._detailed[number], self._key + number, tuple(_cut(x, TOKENS) for x in after),
         )  # fmt: skip
 
 
@@ -232,7 +233,9 @@ def _tensors(spec) -> list:
 
 def _cut(x, tokens: int, parts: int = 1):
     """The first tokens of the first sequence of an activation ``[s, b, ...]``, of each of ``parts`` pieces of
-    its sequence; a parameter or anything else as it is."""
+    its sequence; of documents those that begin there; a parameter or anything else as it is."""
+    if isinstance(x, Packing):
+        return x.first(tokens)
     if not isinstance(x, Tensor) or x.dim() < 3:
         return x
     x = x.detach()

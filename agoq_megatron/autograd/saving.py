@@ -73,13 +73,16 @@ class SavedTensor:
             return tensors
         return *tensors, torch.empty(0, dtype=torch.uint8, device=tensors[0].device)
 
-    def unpack(self, kept: tuple[Tensor, ...], dtype: torch.dtype, shift: Tensor | None = None) -> Tensor:
+    def unpack(
+        self, kept: tuple[Tensor, ...], dtype: torch.dtype, shift: Tensor | None = None,
+        segments: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """The tensor ``[..., n]`` back from what :meth:`pack` returned; ``shift`` ``[b, n]`` was taken off
-        what was quantized."""
+        what was quantized, or of each token the row that ``segments`` says."""
         fmt = self.rule.format
         if fmt is None:
             return kept[0]
-        return dequantize(*self.packed(kept), fmt, dtype, shift)
+        return dequantize(*self.packed(kept), fmt, dtype, shift, segments)
 
 
 def saved_tensor(policy: ActivationPolicy, site: Site, layer_number: int, config) -> SavedTensor:

@@ -113,8 +113,6 @@ REFUSED: tuple[Check, ...] = (
     ),
     _no("--save-activations-interval", _RECORDED),
     _no("--save-dgrads-interval", _RECORDED),
-    _no("--reset-attention-mask", "the fused attention is causal over the whole sequence and reads no mask"),
-    _no("--dataloader-inter-document-masking", "packed sequences are not carried yet"),
     _no("--fim-data", "fill-in-the-middle data sets are not carried yet"),
     _no(
         "--pipeline-model-parallel-layout",
@@ -134,7 +132,6 @@ REFUSED: tuple[Check, ...] = (
     ),
     _no("--flash-attention-version", "attention always runs in torch's fused kernels"),
     _no("--batch-invariant-mode", "attention always runs in torch's fused kernels"),
-    _no("--sft", "packed fine-tuning sequences are not carried yet"),
     _no("--tp-comm-overlap", "it needs Transformer Engine's linear layers"),
     _no("--symmetric-ar-type", "it needs Transformer Engine's linear layers"),
     _no("--delay-wgrad-compute", "it needs Transformer Engine's layers"),
@@ -188,6 +185,9 @@ CARRIED = {
         rotary_percent rotary_seq_len_interpolation_factor use_rope_scaling rope_scaling_factor
         make_vocab_size_divisible_by untie_embeddings_and_output_weights embedding_init_method_std
         clone_scatter_output_in_embedding use_mup cross_entropy_loss_fusion seed vocab_size""",
+    "entries/data.py": """
+        reset_attention_mask reset_position_ids eod_mask_loss dataloader_inter_document_masking sft
+        sft_tokenizer_prompt_format""",
     "Megatron's schedules": """
         pipeline_model_parallel_size decoder_first_pipeline_num_layers num_layers_per_virtual_pipeline_stage
         num_virtual_stages_per_pipeline_rank microbatch_group_size_per_vp_stage overlap_p2p_comm
@@ -227,7 +227,7 @@ IDLE = {
         mamba_* use_mamba_mem_eff_path mtp_* bert_* ict_* biencoder_* retriever_* titles_data_path
         query_in_block_prob use_one_sent_docs evidence_data_path block_data_path embedding_path indexer_*
         use_fused_weighted_squared_relu fim_* mask_prob short_seq_prob decoder_seq_length sample_rate
-        sft_tokenizer_prompt_format rl_* grpo_* langrl_* refit_method logits_*""",
+        rl_* grpo_* langrl_* refit_method logits_*""",
     "FP8, FP4 and offloading": """
         fp8_* fp4_* first_last_layers_bf16 num_layers_at_start_in_bf16 num_layers_at_end_in_bf16
         keep_fp8_transpose_cache reuse_grad_buf_for_mxfp8_param_ag offload_modules min_offloaded_tensor_size

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from argparse import Namespace
+from importlib.util import find_spec
 from pathlib import Path
 
 import agoq_megatron.modules.sites  # noqa: F401  (contributes what policies name)
@@ -16,6 +17,7 @@ from agoq_megatron.checks.flag_register import check_register
 from agoq_megatron.checks.saving import check_counts, check_empty, check_saving
 from agoq_megatron.checks.shapes import check_numbers, check_shapes
 from agoq_megatron.checks.states import check_gradients, check_optimizer
+from agoq_megatron.modules.packing import packs_documents
 from agoq_megatron.policy.policy import COMPUTED, load_policy
 from agoq_megatron.seams.refusals import UsageError
 
@@ -160,7 +162,45 @@ def _check_recompute(args: Namespace) -> None:
             )
 
 
+def _check_conversations(args: Namespace) -> None:
+    others = (
+        "mock_data reset_attention_mask reset_position_ids eod_mask_loss dataloader_inter_document_masking"
+    )
+    for name in others.split():
+        if getattr(args, name):
+            raise UsageError(
+                f"--{name.replace('_', '-')} with --sft: conversations have documents, positions and masks "
+                "of their own; leave it out."
+            )
+    if find_spec("datasets") is None:
+        raise UsageError("--sft: Megatron reads conversations by a package; pip install datasets")
+    if args.tokenizer_type != "SFTTokenizer":
+        raise UsageError(f"--sft with --tokenizer-type {args.tokenizer_type}: it takes SFTTokenizer.")
+    given = [*(args.data_path or ()), *(args.train_data_path or ()), *(args.valid_data_path or ())]
+    if not given:
+        raise UsageError("--sft: give --data-path or --train-data-path, a file of JSON lines of messages.")
+    for path in given:
+        if not path.replace(".", "", 1).isdigit() and "://" not in path and not Path(path).is_file():
+            raise UsageError(f"--sft: no file {path!r} (--data-path, --train-data-path, --valid-data-path).")
+
+
 def _check_data(args: Namespace) -> None:
+    for flag, name in (
+        ("--multi-latent-attention", "multi_latent_attention"), ("--mtp-num-layers", "mtp_num_layers"),
+    ):  # fmt: skip
+        if getattr(args, name, None) and packs_documents(args):
+            raise UsageError(
+                f"{flag} with documents that do not see each other (--reset-attention-mask, "
+                "--dataloader-inter-document-masking, --sft): not carried together yet; leave one out."
+            )
+    if args.reset_attention_mask and args.dataloader_inter_document_masking:
+        raise UsageError(
+            "--reset-attention-mask with --dataloader-inter-document-masking: by the one a document begins "
+            "behind each end-of-document token, by the other where one of the corpus does; leave one out."
+        )
+    if args.sft:
+        _check_conversations(args)
+        return
     if args.mock_data:
         return
     if args.tokenizer_type == "HuggingFaceTokenizer" and args.tokenizer_model:

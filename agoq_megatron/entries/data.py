@@ -9,53 +9,65 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from megatron.core import mpu
 from megatron.core.datasets import gpt_dataset
 from megatron.core.datasets.blended_dataset import BlendedDataset
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.utils import get_batch_on_this_tp_rank
 from megatron.training import get_args, get_tokenizer
+from megatron.training.datasets.sft_dataset import SFTDataset
 from megatron.training.utils import (
     get_blend_and_blend_per_split,
     is_first_or_last_pipeline_stage,
     print_rank_0,
 )
 
+from agoq_megatron.modules.packing import packs_documents
 from agoq_megatron.planning.batches import schedule_from_args
 from agoq_megatron.resuming import order
 from agoq_megatron.seams.refusals import UsageError
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
+DOCUMENT_KEYS = ("cu_seqlens", "max_seqlen")
+"""Of a sample: where its documents begin and end, int32 [s + 1], the last bound repeated to the end; and the
+tokens of the longest."""
 
 
-def get_batch(data_iterator, vp_stage: int | None) -> tuple[torch.Tensor | None, ...]:
+def get_batch(data_iterator, vp_stage: int | None) -> tuple:
     """Draw the next micro-batch on this rank.
 
     Tensor-parallel rank 0 reads, the others receive. The first pipeline stage gets tokens and
-    positions, the last one labels and loss mask, those between get nothing and read nothing.
+    positions, the last one labels and loss mask, those between get nothing and read nothing. Where sequences
+    are packed of documents that do not see each other, every stage reads, and gets their bounds.
 
     Args:
         data_iterator: yields dictionaries of [b, s] tensors on tensor-parallel rank 0.
         vp_stage: virtual pipeline stage of the model chunk, or None.
 
     Returns:
-        tokens, labels, loss mask, attention mask and position ids; None where not needed here.
+        tokens, labels, loss mask, attention mask, position ids and, for the layers, ``PackedSeqParams``; None
+        where not needed here.
     """
-    if not is_first_or_last_pipeline_stage(vp_stage):
-        return (None,) * len(BATCH_KEYS)
     args = get_args()
-    batch = None
+    packed = packs_documents(args)
+    if not packed and not is_first_or_last_pipeline_stage(vp_stage):
+        return (None,) * (len(BATCH_KEYS) + 1)
+    batch = sample = None
     tp_rank = mpu.get_tensor_model_parallel_rank()
     if tp_rank == 0:
         sample = next(data_iterator)
-        batch = {key: sample[key].cuda(non_blocking=True) if key in sample else None for key in BATCH_KEYS}
+        keys = BATCH_KEYS + DOCUMENT_KEYS if packed else BATCH_KEYS
+        batch = {key: sample[key].cuda(non_blocking=True) if key in sample else None for key in keys}
     evaluating = not torch.is_grad_enabled()
     batch = get_batch_on_this_tp_rank(
         batch,
-        has_cu_seqlens=False,
+        has_cu_seqlens=packed,
         is_hybrid_cp=False,
-        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
+        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader and not packed,
         broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
         broadcast_group=mpu.get_tensor_model_parallel_group(),
         cp_size=1,
@@ -69,7 +81,23 @@ def get_batch(data_iterator, vp_stage: int | None) -> tuple[torch.Tensor | None,
         ),
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage),
     )
-    return tuple(batch[key] for key in BATCH_KEYS)
+    params = None
+    if packed:
+        params = packed_params((batch if sample is None else sample)["cu_seqlens"].cpu())
+    return *(batch[key] for key in BATCH_KEYS), params
+
+
+def packed_params(bounds: torch.Tensor) -> PackedSeqParams:
+    """For the layers, of the documents' bounds in each sequence [b, s + 1].
+
+    They stay on the CPU, where the layers read them without waiting for a GPU. Positions go on through a
+    sequence, as under Megatron's --reset-attention-mask: a rotation turns by what two tokens are apart.
+    """
+    b, s = bounds.shape[0], bounds.shape[1] - 1
+    whole = torch.unique(bounds.long() + s * torch.arange(b)[:, None])
+    return PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=whole, cu_seqlens_kv=whole, max_seqlen_q=s, max_seqlen_kv=s
+    )
 
 
 @dataclass
@@ -89,6 +117,9 @@ class _OwnMasks:
     The masks of the first sample are kept for all others, and then edited for the padding in that sample: its
     places are masked ever after. And padding is fed to the model as token 0, also where the model has an
     embedding for it, as it has for every token that a corpus holds.
+
+    And where a document is not to see those before it (--reset-attention-mask) the sample says where they
+    begin, behind a token for their end, in place of a mask of [s, s].
     """
 
     def _query_document_sample_shuffle_indices(self, idx: int):
@@ -105,6 +136,12 @@ class _OwnMasks:
         if padding is not None and 0 <= padding < self.config.embeddings:
             tokens = torch.from_numpy(self._text[: len(sample["tokens"])])
             sample["tokens"] = tokens.to(sample["tokens"].dtype)
+        if self.config.reset_attention_mask:
+            s = len(sample["tokens"])
+            ends = np.flatnonzero(self._text[:s] == self.config.tokenizer.eod) + 1
+            bounds = np.concatenate(([0], ends, np.full(s - len(ends), s))).astype(np.int32)
+            sample["cu_seqlens"] = torch.from_numpy(bounds)
+            sample["max_seqlen"] = torch.tensor(np.diff(bounds).max(), dtype=torch.int32)
         return sample
 
 
@@ -140,7 +177,8 @@ def dataset_config(args) -> DatasetConfig:
         reset_position_ids=args.reset_position_ids,
         reset_attention_mask=args.reset_attention_mask,
         eod_mask_loss=args.eod_mask_loss,
-        create_attention_mask=args.create_attention_mask_in_dataloader,
+        create_attention_mask=args.create_attention_mask_in_dataloader and not packs_documents(args),
+        inter_document_masking=args.dataloader_inter_document_masking,
         object_storage_cache_path=args.object_storage_cache_path,
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
         allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
@@ -192,13 +230,17 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tu
     args = get_args()
 
     def reads_here() -> bool:
-        return is_first_or_last_pipeline_stage(vp_stage) and (mpu.get_tensor_model_parallel_rank() == 0)
+        reads = packs_documents(args) or is_first_or_last_pipeline_stage(vp_stage)
+        return reads and mpu.get_tensor_model_parallel_rank() == 0
 
-    kind = MockGPTDataset if args.mock_data else GPTDataset
+    kind = SFTDataset if args.sft else MockGPTDataset if args.mock_data else GPTDataset
     print_rank_0(f"> building {kind.__name__}s for training, validation and test")
     num_samples = [samples_to_read(args, num_samples[0]), *num_samples[1:]]
-    datasets = order.builder(kind, args, num_samples, reads_here, dataset_config(args)).build()
-    datasets = without_empty(datasets)
+    if args.sft:  # conversations come in the order of their file, however long the run
+        builder = BlendedMegatronDatasetBuilder(kind, num_samples, reads_here, dataset_config(args))
+    else:
+        builder = order.builder(kind, args, num_samples, reads_here, dataset_config(args))
+    datasets = without_empty(builder.build())
     if datasets[0] is not None and not args.skip_train and args.dataloader_type == "single":
         check_length(len(datasets[0]), num_samples[0])
     return datasets

@@ -13,7 +13,7 @@ from agoq_megatron.seams import compat
 
 IDLE = {
     *("loss_mask", "input_ids", "position_ids", "attention_mask", "decoder_input", "context"),
-    *("compute_language_model_loss", "scale_logits"),
+    *("compute_language_model_loss", "scale_logits", "packed_seq_params"),
 }
 """Of what the model hands over: what a loss by token does not need. (--use-mup alone scales logits.)"""
 

@@ -32,6 +32,7 @@ from agoq_megatron.checks.validation import check
 from agoq_megatron.config import AGoQConfig
 from agoq_megatron.model.memory import Plan
 from agoq_megatron.model.transformer_config import complete_model_config
+from agoq_megatron.modules.packing import packs_documents
 from agoq_megatron.planning.policies import compute_policy
 from agoq_megatron.policy.fitting import policy_for
 from agoq_megatron.policy.policy import PolicyError
@@ -96,10 +97,16 @@ def prepare_stock(model: GPTModelConfig) -> None:
         compat.check_megatron(layers_alone=True)
         args = arguments()
         check(args, on_cpu=not torch.cuda.is_available())
+        if args.reset_attention_mask:
+            raise UsageError(
+                "--reset-attention-mask: Megatron's script hands documents to its layers as a mask, which "
+                "those here do not read; use --dataloader-inter-document-masking, or start "
+                "pretrain_gpt_agoq.py."
+            )
         compute_policy(args)
         config.agoq = policy_for(config, args.agoq_activations, args.agoq_rounding)
         config.agoq_gradients = config.agoq_optimizer = None
-        config.agoq_sequence = args.seq_length
+        config.agoq_sequence, config.agoq_documents = args.seq_length, packs_documents(args)
         plan = Plan(config)
         complete_model_config(model, args)
     except (UsageError, PolicyError, compat.CompatibilityError) as problem:

@@ -126,9 +126,9 @@ def forward_step(data_iterator, model):
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
     vp_stage = get_attr_wrapped_model(model, "vp_stage")
-    tokens, labels, loss_mask, attention_mask, position_ids = get_batch(data_iterator, vp_stage)
+    tokens, labels, loss_mask, attention_mask, position_ids, packed = get_batch(data_iterator, vp_stage)
     timers("batch-generator").stop()
-    more = {}
+    more = {} if packed is None else {"packed_seq_params": packed}
     if get_args().agoq_loss_chunks > 1:
         more["output_processor"] = loss_in_parts
     output = model(tokens, position_ids, attention_mask, labels=labels, loss_mask=loss_mask, **more)

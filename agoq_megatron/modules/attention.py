@@ -15,6 +15,7 @@ from agoq_megatron.autograd.heads import NORM_PARAMETERS, Normed, Rotated
 from agoq_megatron.autograd.products import Products
 from agoq_megatron.autograd.saving import saved_tensor
 from agoq_megatron.modules.norm import head_norm
+from agoq_megatron.modules.packing import packing_from
 from agoq_megatron.modules.residual import ResidualStream
 from agoq_megatron.modules.sites import ATTENTION_OUTPUT, KEY, NORM1_INPUT, NORM1_OUTPUT, QUERY, VALUE
 from agoq_megatron.policy.policy import ActivationPolicy
@@ -93,25 +94,31 @@ class SelfAttention(MegatronSelfAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """``[s, b, h]`` (``[s / t, b, h]``), not yet normalized -> the same shape, and the bias.
 
-        The mask is always causal, so ``attention_mask`` is not read.
+        The mask is always causal, so ``attention_mask`` is not read. With ``packed_seq_params`` (``thd``) it
+        is causal within each document.
 
         Raises:
-            NotImplementedError: an inference context, packed sequences or an attention bias.
+            NotImplementedError: an inference context, packed sequences of another format or an attention
+                bias.
+            ValueError: packed sequences that are not of these tokens.
         """
         for name, value in (
             ("inference_context", inference_context),
-            ("packed_seq_params", packed_seq_params),
             ("attention_bias", attention_bias),
             ("key_value_states", key_value_states),
         ):
             if value is not None:
                 raise NotImplementedError(f"AGoQ's self-attention does not take {name}")
-        no_rope = self.config.no_rope_freq
-        if no_rope and no_rope[self.layer_number - 1]:
-            rotary_pos_emb = None
         if isinstance(rotary_pos_emb, tuple):  # the same table for query and key
             rotary_pos_emb = rotary_pos_emb[0]
         qkv, _ = self.linear_qkv(hidden_states)
+        packing = None
+        if packed_seq_params is not None:
+            rows = None if rotary_pos_emb is None else rotary_pos_emb.shape[0]
+            packing = packing_from(packed_seq_params, *qkv.shape[:2], qkv.device, rows)
+        no_rope = self.config.no_rope_freq
+        if no_rope and no_rope[self.layer_number - 1]:
+            rotary_pos_emb = None
         parameters = {}
         if self.q_layernorm is not None:
             of_both = *self.q_layernorm(), *self.k_layernorm()
@@ -122,5 +129,6 @@ class SelfAttention(MegatronSelfAttention):
             angles=rotary_pos_emb,
             spec=self.core_attention.spec,
             keeps=torch.is_grad_enabled(),
+            packing=packing,
             **parameters,
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from agoq_kernels.segments import most_segments
+
 from agoq_megatron.policy.sites import Companion, Site, contribute
 
 QKV, ATTENTION = "self_attention.linear_qkv", "self_attention.core_attention"
@@ -65,12 +67,15 @@ def _log_sum_exp(config, rule, kept):
 
 def _common_vectors(config, rule, kept):
     """Of Q and V (also of K, where that is kept before a norm), once a sequence, where anything beside them
-    is rounded."""
+    is rounded; of sequences packed of documents, once a segment."""
     rounded = QUERY in kept and any(rule(site).format for site in QKV_SITES)
     if not rounded or not config.agoq_sequence:
         return None
     normed = config.qk_layernorm or config.qk_l2_norm
     width = _query(config) + (2 if normed else 1) * _key(config)
+    if getattr(config, "agoq_documents", False):
+        segments = most_segments(config.agoq_sequence)
+        return f"FP32, {segments} a sequence", width, 4 * width * segments / config.agoq_sequence
     return "FP32, once a sequence", width, 4 * width / config.agoq_sequence
 
 

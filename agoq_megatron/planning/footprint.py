@@ -282,6 +282,8 @@ def _attention_moment(config, plan: Plan, number: int, tokens: int) -> float:
     some = groups_at_a_time(int(q * tokens), groups) / groups  # of the heads
     inputs = o + sum(n for n, kept in zip((q, k, v, o), held, strict=True) if not kept)
     outputs = q + k + v if some == 1 else (1 + some) * (q + k + v)
+    if getattr(config, "agoq_documents", False) and tokens > config.agoq_sequence:
+        inputs += some * (q + k + v + 2 * o)  # sequences one behind the other, as documents lie
     gone = sum(plan.bytes_of(site, number) for site in MLP_SITES) * tokens
     return (inputs + outputs) * here + some * workspace_of_attention(config, q * tokens) - gone
 

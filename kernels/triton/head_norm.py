@@ -34,7 +34,7 @@ from agoq_kernels.triton.heads import (
 )
 from agoq_kernels.triton.launch import Kernel, cdiv
 from agoq_kernels.triton.quantize import Packed, empty_packed, packed_arguments, signed_key
-from agoq_kernels.triton.rotary import _largest_power_of_2, _rotate, _tables, token_stride
+from agoq_kernels.triton.rotary import _largest_power_of_2, _rotate, _tables, shared_row, token_stride
 from torch import Tensor
 
 TILE = 2048  # elements a program, at most, or one head
@@ -43,14 +43,15 @@ TILE = 2048  # elements a program, at most, or one head
 @functools.partial(Kernel, strided=("source_ptr",))
 @triton.jit(do_not_specialize=["n_heads", "key_a", "key_b"])
 def _forward_kernel(
-    source_ptr, out_ptr, cos_ptr, sin_ptr, weight_ptr, bias_ptr, common_ptr, codes_ptr, scale_ptr, zero_ptr,
-    tables_ptr, n_heads, batch, source_token, source_group, common_batch, eps, key_a, key_b,
-    HEADS: tl.constexpr, HEADS_A_GROUP: tl.constexpr, LAYER_NORM: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ROT: tl.constexpr, INTERLEAVED: tl.constexpr, QUANTIZE: tl.constexpr,
-    CENTRE: tl.constexpr, R: tl.constexpr, N: tl.constexpr, B: tl.constexpr, FMT: tl.constexpr,
+    source_ptr, out_ptr, cos_ptr, sin_ptr, weight_ptr, bias_ptr, common_ptr, segments_ptr, codes_ptr,
+    scale_ptr, zero_ptr, tables_ptr, n_heads, batch, source_token, source_group, common_row, eps, key_a,
+    key_b, HEADS: tl.constexpr, HEADS_A_GROUP: tl.constexpr, LAYER_NORM: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, ROT: tl.constexpr, INTERLEAVED: tl.constexpr,
+    QUANTIZE: tl.constexpr, CENTRE: tl.constexpr, SEGMENTS: tl.constexpr, R: tl.constexpr, N: tl.constexpr,
+    B: tl.constexpr, FMT: tl.constexpr,
 ):  # fmt: skip
-    """HEADS a token, of n_heads in all. CENTRE: the common vectors are taken off what is quantized. Strides
-    in elements; ROT 0 does not rotate."""
+    """HEADS a token, of n_heads in all. CENTRE: the common vectors are taken off what is quantized; SEGMENTS:
+    see rotary.py. Strides in elements; ROT 0 does not rotate."""
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     mask = row < n_heads
     token, head = row // HEADS, row % HEADS
@@ -58,7 +59,8 @@ def _forward_kernel(
     xs = load_heads(source_ptr + token * source_token + inside, mask, N, B)
     if QUANTIZE:
         GROUPS: tl.constexpr = N * B // FMT.group
-        common = common_ptr + token % batch * common_batch + head * (N * B)
+        shared = shared_row(token, mask, segments_ptr, batch, SEGMENTS)
+        common = common_ptr + shared * common_row + head * (N * B)
         run = tl.arange(0, B)[None, :]
         for g in tl.static_range(GROUPS):
             rest = ()
@@ -79,16 +81,17 @@ def _forward_kernel(
 @Kernel
 @triton.jit(do_not_specialize=["n_heads"])
 def _from_kept_kernel(
-    x_ptr, scale_ptr, zero_ptr, tables_ptr, shift_ptr, cos_ptr, sin_ptr, weight_ptr, bias_ptr, centre_ptr,
-    out_ptr, n_heads, batch, eps,
+    x_ptr, scale_ptr, zero_ptr, tables_ptr, shift_ptr, segments_ptr, cos_ptr, sin_ptr, weight_ptr, bias_ptr,
+    centre_ptr, out_ptr, n_heads, batch, eps,
     HEADS: tl.constexpr, LAYER_NORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
     ROT: tl.constexpr, INTERLEAVED: tl.constexpr, QUANTIZED: tl.constexpr, SHIFT: tl.constexpr,
-    CENTRE: tl.constexpr, R: tl.constexpr, N: tl.constexpr, B: tl.constexpr, FMT: tl.constexpr,
+    CENTRE: tl.constexpr, SEGMENTS: tl.constexpr, R: tl.constexpr, N: tl.constexpr, B: tl.constexpr,
+    FMT: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     mask = row < n_heads
     token = row // HEADS
-    shifts = token % batch * HEADS + row % HEADS
+    shifts = shared_row(token, mask, segments_ptr, batch, SEGMENTS) * HEADS + row % HEADS
     xs = load_kept(
         x_ptr, scale_ptr, zero_ptr, tables_ptr, shift_ptr, row, shifts, mask, QUANTIZED, SHIFT, N, B, FMT
     )
@@ -103,11 +106,12 @@ def _from_kept_kernel(
 @functools.partial(Kernel, strided=("out_ptr",))
 @triton.jit(do_not_specialize=["n_heads", "first"])
 def _backward_kernel(
-    grad_ptr, x_ptr, scale_ptr, zero_ptr, tables_ptr, shift_ptr, cos_ptr, sin_ptr, weight_ptr, out_ptr,
-    grad_weight_ptr, grad_bias_ptr, n_heads, first, kept_heads, batch, out_token, out_group, eps,
+    grad_ptr, x_ptr, scale_ptr, zero_ptr, tables_ptr, shift_ptr, segments_ptr, cos_ptr, sin_ptr, weight_ptr,
+    out_ptr, grad_weight_ptr, grad_bias_ptr, n_heads, first, kept_heads, batch, out_token, out_group, eps,
     HEADS: tl.constexpr, HEADS_A_GROUP: tl.constexpr, LAYER_NORM: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr, ROT: tl.constexpr, INTERLEAVED: tl.constexpr, QUANTIZED: tl.constexpr,
-    SHIFT: tl.constexpr, R: tl.constexpr, N: tl.constexpr, B: tl.constexpr, FMT: tl.constexpr,
+    SHIFT: tl.constexpr, SEGMENTS: tl.constexpr, R: tl.constexpr, N: tl.constexpr, B: tl.constexpr,
+    FMT: tl.constexpr,
 ):  # fmt: skip
     """Gradients of HEADS a token, which are those from the first on of kept_heads."""
     program = tl.program_id(0).to(tl.int64)
@@ -123,9 +127,10 @@ def _backward_kernel(
         mask = row < n_heads
         token, head = row // HEADS, row % HEADS
         grads = load_heads(grad_ptr + row * (N * B), mask, N, B)
+        shared = shared_row(token, mask, segments_ptr, batch, SEGMENTS)
         xs = load_kept(
             x_ptr, scale_ptr, zero_ptr, tables_ptr, shift_ptr, token * kept_heads + (first + head),
-            token % batch * kept_heads + (first + head), mask, QUANTIZED, SHIFT, N, B, FMT,
+            shared * kept_heads + (first + head), mask, QUANTIZED, SHIFT, N, B, FMT,
         )  # fmt: skip
         grads = turn(grads, cos_ptr, sin_ptr, token // batch, mask, ROT, INTERLEAVED, True, R, N, B)
         ys, rstd = normalize(xs, mask, eps, LAYER_NORM, N, B)
@@ -190,7 +195,7 @@ def _parameters(norm: HeadNorm, weight: Tensor | None, bias: Tensor | None, unre
 def split_normed_qkv(
     qkv: Tensor, tables: Tables, groups: int, head_dim: int, interleaved: bool, norm: HeadNorm,
     parameters: Parameters, formats: tuple[Format | None, ...], keys: tuple[int, ...],
-    common: Tensor | None = None,
+    common: Tensor | None = None, segments: Tensor | None = None,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Packed, Packed, Packed]]:  # fmt: skip
     """See head_norm.split_normed_qkv(); groups of a format lie within a head."""
     qkv = qkv.contiguous()
@@ -211,7 +216,7 @@ def split_normed_qkv(
             packed.append(
                 _rotate(
                     source, part, None, heads, 1, head_dim, strides, s * b, b, interleaved, False, fmt,
-                    keys[i], shift, groups * per_group,
+                    keys[i], shift, groups * per_group, segments=segments,
                 )
             )  # fmt: skip
             continue
@@ -221,9 +226,10 @@ def split_normed_qkv(
         if part.numel():
             _forward_kernel[(cdiv(s * b * heads, shape["R"]),)](
                 source, part, cos, sin, *tensors, qkv if shift is None else shift,
+                qkv if segments is None else segments.contiguous(),
                 *packed_arguments(packed[i], fmt), s * b * heads, b, width, per_group, groups * per_group,
                 norm.eps, *signed_key(keys[i]), HEADS=heads, HEADS_A_GROUP=heads_a_group, **constant,
-                QUANTIZE=fmt is not None, CENTRE=shift is not None, **shape,
+                QUANTIZE=fmt is not None, CENTRE=shift is not None, SEGMENTS=segments is not None, **shape,
             )  # fmt: skip
     return tuple(parts), tuple(packed)
 
@@ -242,10 +248,11 @@ def normed_from_kept(
     shape = _shape(head_dim, tables, interleaved, fmt)
     if out.numel():
         _from_kept_kernel[(cdiv(s * b * heads, shape["R"]),)](
-            *packed_arguments(kept.kept, fmt), out if shift is None else shift.contiguous(), cos, sin,
-            *tensors, out if centre is None else centre.contiguous(), out, s * b * heads, b, norm.eps,
-            HEADS=heads, **constant, QUANTIZED=fmt is not None, SHIFT=shift is not None,
-            CENTRE=centre is not None, **shape,
+            *packed_arguments(kept.kept, fmt), out if shift is None else shift.contiguous(),
+            out if kept.segments is None else kept.segments.contiguous(), cos, sin, *tensors,
+            out if centre is None else centre.contiguous(), out, s * b * heads, b, norm.eps, HEADS=heads,
+            **constant, QUANTIZED=fmt is not None, SHIFT=shift is not None,
+            CENTRE=centre is not None, SEGMENTS=kept.segments is not None, **shape,
         )  # fmt: skip
     return out
 
@@ -282,12 +289,13 @@ def merge_normed_qkv(
         ]
         if part.numel():
             _backward_kernel[(programs,)](
-                part, *packed_arguments(kept.kept, fmt), part if shift is None else shift.contiguous(), cos,
-                sin, tensors[0], out[..., i * queries * head_dim :],
-                *(part if t is None else t for t in sums), s * b * heads, first_group * heads_a_group,
+                part, *packed_arguments(kept.kept, fmt), part if shift is None else shift.contiguous(),
+                part if kept.segments is None else kept.segments.contiguous(), cos, sin, tensors[0],
+                out[..., i * queries * head_dim :], *(part if t is None else t for t in sums),
+                s * b * heads, first_group * heads_a_group,
                 kept.width // head_dim, b, token, per_group, norm.eps, HEADS=heads,
                 HEADS_A_GROUP=heads_a_group, **constant, QUANTIZED=fmt is not None,
-                SHIFT=shift is not None, **shape,
+                SHIFT=shift is not None, SEGMENTS=kept.segments is not None, **shape,
             )  # fmt: skip
         found += [None if t is None else t.sum(0) for t in sums]
     strides = groups * head_dim, head_dim, token, per_group

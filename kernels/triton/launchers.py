@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from agoq_kernels.formats import Format
 from agoq_kernels.head_norm import HeadNorm, KeptHeads, Parameters, Tables, unnormed_parts
+from agoq_kernels.segments import by_token
 from agoq_kernels.triton import activation, head_norm, rotary
 from agoq_kernels.triton.norm import norm_backward, norm_forward, norm_from_kept
 from agoq_kernels.triton.quantize import Packed, dequantize, empty_packed, quantize
@@ -54,19 +55,22 @@ def activation_backward(
 def split_qkv(
     qkv: Tensor, tables: tuple[Tensor, Tensor] | None, groups: int, head_dim: int,
     interleaved: bool, formats: tuple[Format | None, ...], keys: tuple[int, ...],
-    common: Tensor | None = None, centre_key: bool = False,
+    common: Tensor | None = None, centre_key: bool = False, segments: Tensor | None = None,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Packed, Packed, Packed]]:  # fmt: skip
     """See fused.split_qkv()."""
     fused = [f if f is None or head_dim % f.group == 0 else None for f in formats]
     centre_later = centre_key and formats[1] is not fused[1]
     parts, packed = rotary.split_qkv(
-        qkv, tables, groups, head_dim, interleaved, fused, keys, common, centre_key and not centre_later
-    )
+        qkv, tables, groups, head_dim, interleaved, fused, keys, common, centre_key and not centre_later,
+        segments,
+    )  # fmt: skip
     parts, packed, before = list(parts), list(packed), 0
     for i, fmt in enumerate(formats):
         heads = parts[i].shape[2]
         if fmt is not fused[i]:
-            rest = parts[i] if common is None else parts[i].float() - common[:, before : before + heads]
+            rest = parts[i]
+            if common is not None:
+                rest = rest.float() - by_token(common[:, before : before + heads], segments)
             packed[i] = quantize(rest.flatten(2), fmt, keys[i])
             if i == 1 and centre_later:
                 parts[1] = rest.to(qkv.dtype)
@@ -77,12 +81,12 @@ def split_qkv(
 def split_normed_qkv(
     qkv: Tensor, tables: Tables, groups: int, head_dim: int, interleaved: bool, norm: HeadNorm,
     parameters: Parameters, formats: tuple[Format | None, ...], keys: tuple[int, ...],
-    common: Tensor | None = None,
+    common: Tensor | None = None, segments: Tensor | None = None,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Packed, Packed, Packed]]:  # fmt: skip
     """See head_norm.split_normed_qkv()."""
     fused = tuple(f if f is None or head_dim % f.group == 0 else None for f in formats)
     parts, packed = head_norm.split_normed_qkv(
-        qkv, tables, groups, head_dim, interleaved, norm, parameters, fused, keys, common
+        qkv, tables, groups, head_dim, interleaved, norm, parameters, fused, keys, common, segments
     )
     if fused == formats:
         return parts, packed
@@ -91,7 +95,9 @@ def split_normed_qkv(
     for i, part in enumerate(unnormed_parts(qkv, groups, head_dim)):
         n = part.shape[2]
         if fused[i] != formats[i]:
-            rest = part if common is None else part.float() - shifts[:, before : before + n]
+            rest = part
+            if common is not None:
+                rest = part.float() - by_token(shifts[:, before : before + n], segments)
             packed[i] = quantize(rest, formats[i], keys[i])
         before += n
     return parts, tuple(packed)
@@ -101,7 +107,7 @@ def _within_heads(heads: KeptHeads, head_dim: int) -> KeptHeads:
     """What a fused kernel can read: unpacked by itself where groups cross from one head to the next."""
     if heads.fmt is None or head_dim % heads.fmt.group == 0:
         return heads
-    x = dequantize(heads.kept, heads.fmt, torch.float32, heads.shift)
+    x = dequantize(heads.kept, heads.fmt, torch.float32, heads.shift, heads.segments)
     return KeptHeads((x, *empty_packed((), 0, None, x.device)[1:]), None)
 
 

@@ -45,8 +45,8 @@ def _quantize_kernel(
 @Kernel
 @triton.jit(do_not_specialize=["n_groups"])
 def _dequantize_kernel(
-    codes_ptr, scale_ptr, zero_ptr, tables_ptr, x_ptr, shift_ptr, n_groups, groups_per_row, batch,
-    SHIFT: tl.constexpr, R: tl.constexpr, FMT: tl.constexpr,
+    codes_ptr, scale_ptr, zero_ptr, tables_ptr, x_ptr, shift_ptr, segments_ptr, n_groups, groups_per_row,
+    batch, SHIFT: tl.constexpr, SEGMENTS: tl.constexpr, R: tl.constexpr, FMT: tl.constexpr,
 ):  # fmt: skip
     B: tl.constexpr = FMT.group // FMT.lanes
     groups = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
@@ -54,7 +54,10 @@ def _dequantize_kernel(
     xs = load_dequantize(groups, mask, codes_ptr, scale_ptr, zero_ptr, tables_ptr, FMT)
     out = x_ptr + (groups * FMT.group)[:, None] + tl.arange(0, B)[None, :]
     row = groups // groups_per_row
-    first = (row % batch * groups_per_row + (groups - row * groups_per_row)) * FMT.group
+    shared = row % batch
+    if SEGMENTS:
+        shared = tl.load(segments_ptr + row, mask=mask, other=0).to(tl.int64)
+    first = (shared * groups_per_row + (groups - row * groups_per_row)) * FMT.group
     shift = shift_ptr + first[:, None] + tl.arange(0, B)[None, :]
     for i in tl.static_range(tl.constexpr(FMT.lanes)):
         x = xs[i]
@@ -116,7 +119,10 @@ def quantize(x: Tensor, fmt: Format, key: int) -> Packed:
     return packed
 
 
-def dequantize(packed: Packed, fmt: Format, dtype: torch.dtype, shift: Tensor | None = None) -> Tensor:
+def dequantize(
+    packed: Packed, fmt: Format, dtype: torch.dtype, shift: Tensor | None = None,
+    segments: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """ops.dequantize() on a GPU."""
     codes = packed[0]
     x = torch.empty((*codes.shape[:-1], codes.shape[-1] * 8 // fmt.bits), dtype=dtype, device=codes.device)
@@ -124,8 +130,9 @@ def dequantize(packed: Packed, fmt: Format, dtype: torch.dtype, shift: Tensor | 
     if n_groups:
         per_group = TILE // fmt.group
         _dequantize_kernel[(cdiv(n_groups, per_group),)](
-            *packed_arguments(packed, fmt), x, x if shift is None else shift.contiguous(), n_groups,
-            x.shape[-1] // fmt.group, 1 if shift is None else shift.shape[0], SHIFT=shift is not None,
+            *packed_arguments(packed, fmt), x, x if shift is None else shift.contiguous(),
+            x if segments is None else segments.contiguous(), n_groups, x.shape[-1] // fmt.group,
+            1 if shift is None else shift.shape[0], SHIFT=shift is not None, SEGMENTS=segments is not None,
             R=per_group, FMT=constants(fmt), num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return x

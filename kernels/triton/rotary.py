@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from agoq_kernels.formats import Format
-from agoq_kernels.rotary import sampled_tokens
+from agoq_kernels.rotary import SAMPLED, sampled_tokens
 from agoq_kernels.triton.codec import quantize_store
 from agoq_kernels.triton.constants import constants
 from agoq_kernels.triton.launch import Kernel, cdiv
@@ -23,18 +23,29 @@ from torch import Tensor
 TILE = 4096  # elements a program, at most
 
 
+@triton.jit
+def shared_row(token, mask, segments_ptr, batch, SEGMENTS: tl.constexpr):
+    """Which row of common vectors a token's is: its segment's, or its sequence's."""
+    if SEGMENTS:
+        return tl.load(segments_ptr + token, mask=mask, other=0).to(tl.int64)
+    else:
+        return token % batch
+
+
 @partial(Kernel, strided=("source_ptr", "out_ptr"))
 @triton.jit(do_not_specialize=["n_tokens", "key_a", "key_b"])
 def _rotate_kernel(
-    source_ptr, out_ptr, cos_ptr, sin_ptr, common_ptr, codes_ptr, scale_ptr, zero_ptr, tables_ptr,
-    n_tokens, batch, source_token, source_group, out_token, out_group, common_batch, key_a, key_b,
+    source_ptr, out_ptr, cos_ptr, sin_ptr, common_ptr, segments_ptr, codes_ptr, scale_ptr, zero_ptr,
+    tables_ptr, n_tokens, batch, source_token, source_group, out_token, out_group, common_row, key_a, key_b,
     HEADS: tl.constexpr, HEADS_A_GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, ROT: tl.constexpr,
     INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr, QUANTIZE: tl.constexpr, CENTRE: tl.constexpr,
-    CENTRE_OUT: tl.constexpr, RUNS: tl.constexpr, T: tl.constexpr, NG: tl.constexpr, FMT: tl.constexpr,
+    CENTRE_OUT: tl.constexpr, SEGMENTS: tl.constexpr, RUNS: tl.constexpr, T: tl.constexpr, NG: tl.constexpr,
+    FMT: tl.constexpr,
 ):  # fmt: skip
     """T tokens, and all heads of each as NG groups (padded). Strides in elements; ROT 0 copies.
 
     CENTRE: the common vector of each head is taken off what is quantized; CENTRE_OUT: off the output, too.
+    SEGMENTS: whose it is says segments_ptr [n_tokens]; else it is the token's sequence's.
     RUNS: no lane of a group crosses the middle or the end of the rotated features, so that the
     partners of a run of neighbours are a run as well.
     """
@@ -51,7 +62,8 @@ def _rotate_kernel(
     source = source_ptr + token * source_token + inside[0] * source_group + inside[1]
     out = out_ptr + token * out_token + inside[0] * out_group + inside[1]
     table = (token // batch) * ROT
-    common = common_ptr + token % batch * common_batch + head * HEAD_DIM
+    shared = shared_row(token, mask, segments_ptr, batch, SEGMENTS)
+    common = common_ptr + shared * common_row + head * HEAD_DIM
     run = tl.arange(0, B)[None, :]
 
     xs = ()
@@ -94,17 +106,30 @@ def _rotate_kernel(
 @Kernel
 @triton.jit
 def _common_kernel(
-    source_ptr, cos_ptr, sin_ptr, out_ptr, n, first, stride, batch, width, count,
+    source_ptr, cos_ptr, sin_ptr, bounds_ptr, out_ptr, n, first, stride, batch, width, count, places,
     PER_GROUP: tl.constexpr, QUERIES: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    ROT: tl.constexpr, INTERLEAVED: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
+    ROT: tl.constexpr, INTERLEAVED: tl.constexpr, SEGMENTS: tl.constexpr, SAMPLED: tl.constexpr,
+    T: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Mean of one head of one sequence, after the rotation, over n tokens from the first on, stride apart.
+
+    SEGMENTS: of one of its segments, of the tokens that sampled_tokens() takes of it; bounds_ptr is
+    [batch, places + 1].
 
     Heads of the output are those of queries, keys, values; HEADS: queries in all; QUERIES: of a group.
     """
     HALF: tl.constexpr = ROT // 2
     head = tl.program_id(0) % count
-    b = (tl.program_id(0) // count).to(tl.int64)
+    row = (tl.program_id(0) // count).to(tl.int64)
+    b = row
+    if SEGMENTS:
+        b = row // places
+        bound = bounds_ptr + b * (places + 1) + row % places
+        begin = tl.load(bound)
+        end = tl.load(bound + 1)
+        first = begin + (end - begin) // 2
+        stride = tl.maximum((end - first) // SAMPLED, 1)
+        n = (end - first + stride - 1) // stride
     groups = (count - HEADS) // 2
     key = head - HEADS
     # Of a group's [q ... q k v]: where this head begins.
@@ -119,8 +144,8 @@ def _common_kernel(
     while start < n:  # a for takes no run-time bounds in the interpreter under NumPy 2.5
         token = (first + (start + tl.arange(0, T)).to(tl.int64) * stride)[:, None]
         mask = ((start + tl.arange(0, T)) < n)[:, None] & inside
-        row = source + token * batch * width
-        x = widen(tl.load(row + feature, mask=mask, other=0.0))
+        at = source + token * batch * width
+        x = widen(tl.load(at + feature, mask=mask, other=0.0))
         if ROT > 0:
             turned = mask_if(turns, mask & (feature < ROT))
             if INTERLEAVED:
@@ -129,20 +154,23 @@ def _common_kernel(
             else:
                 partner = tl.where(feature < HALF, feature + HALF, feature - HALF)
                 lower = feature < HALF
-            other = widen(tl.load(row + partner, mask=turned, other=0.0))
+            other = widen(tl.load(at + partner, mask=turned, other=0.0))
             cos = tl.load(cos_ptr + token * ROT + feature, mask=turned, other=1.0)
             sin = tl.load(sin_ptr + token * ROT + feature, mask=turned, other=0.0)
             x = x * cos + tl.where(lower, 0.0 - other, other) * sin
         total += x
         start += T
+    if SEGMENTS:
+        n = tl.maximum(n, 1)  # of an empty one the mean is 0
     mean = tl.sum(total, 0) / n
     feature = tl.arange(0, D)
-    tl.store(out_ptr + (b * count + head) * HEAD_DIM + feature, mean, mask=feature < HEAD_DIM)
+    tl.store(out_ptr + (row * count + head) * HEAD_DIM + feature, mean, mask=feature < HEAD_DIM)
 
 
 def common_vectors(
-    qkv: Tensor, tables: tuple[Tensor, Tensor] | None, groups: int, head_dim: int, interleaved: bool
-) -> Tensor:
+    qkv: Tensor, tables: tuple[Tensor, Tensor] | None, groups: int, head_dim: int, interleaved: bool,
+    bounds: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """See rotary.common_vectors()."""
     qkv = qkv.contiguous()
     s, b, width = qkv.shape
@@ -151,16 +179,17 @@ def common_vectors(
     count = groups * (queries + 2)
     rot = 0 if tables is None else tables[0].shape[-1]
     cos, sin = _tables(tables, qkv)
-    out = torch.empty((b, count, head_dim), dtype=torch.float32, device=qkv.device)
+    places = 1 if bounds is None else bounds.shape[1] - 1
+    out = torch.empty((b * places, count, head_dim), dtype=torch.float32, device=qkv.device)
     sampled = sampled_tokens(s)
     if out.numel():
         padded = triton.next_power_of_2(head_dim)
-        _common_kernel[(b * count,)](
-            qkv, cos, sin, out, cdiv(s - sampled.start, sampled.step), sampled.start, sampled.step,
-            b, width, count, PER_GROUP=per_group,
-            QUERIES=queries, HEADS=groups * queries, HEAD_DIM=head_dim, ROT=rot,
-            INTERLEAVED=interleaved, T=max(4096 // padded, 1), D=padded, num_warps=4,
-            enable_fp_fusion=False,
+        _common_kernel[(b * places * count,)](
+            qkv, cos, sin, qkv if bounds is None else bounds.contiguous(), out,
+            cdiv(s - sampled.start, sampled.step), sampled.start, sampled.step, b, width, count, places,
+            PER_GROUP=per_group, QUERIES=queries, HEADS=groups * queries, HEAD_DIM=head_dim, ROT=rot,
+            INTERLEAVED=interleaved, SEGMENTS=bounds is not None, SAMPLED=SAMPLED,
+            T=max(4096 // padded, 1), D=padded, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return out
 
@@ -178,7 +207,7 @@ def _rotate(
     source: Tensor, out: Tensor, tables: tuple[Tensor, Tensor] | None, heads: int, per_group: int,
     head_dim: int, strides: tuple[int, int, int, int], tokens: int, batch: int, interleaved: bool,
     inverse: bool, fmt: Format | None = None, key: int = 0, common: Tensor | None = None,
-    common_batch: int = 0, centre_out: bool = False,
+    common_row: int = 0, centre_out: bool = False, segments: Tensor | None = None,
 ) -> Packed:  # fmt: skip
     rot = 0 if tables is None else tables[0].shape[-1]
     # Without a format any power of two that divides the head serves as a group.
@@ -192,10 +221,11 @@ def _rotate(
     if tokens:
         _rotate_kernel[(cdiv(tokens, per_program),)](
             source, out, cos, sin, source if common is None else common,
-            *packed_arguments(packed, fmt), tokens, batch, *strides, common_batch,
+            source if segments is None else segments.contiguous(),
+            *packed_arguments(packed, fmt), tokens, batch, *strides, common_row,
             *signed_key(key), HEADS=heads, HEADS_A_GROUP=per_group, HEAD_DIM=head_dim, ROT=rot,
             INTERLEAVED=interleaved, INVERSE=inverse, QUANTIZE=fmt is not None,
-            CENTRE=common is not None, CENTRE_OUT=centre_out,
+            CENTRE=common is not None, CENTRE_OUT=centre_out, SEGMENTS=segments is not None,
             RUNS=rot // 2 % lane == 0, T=per_program, NG=groups, FMT=numbers,
             num_warps=min(max(groups * numbers.group * per_program // 512, 1), 16),
             enable_fp_fusion=False,
@@ -206,7 +236,7 @@ def _rotate(
 def split_qkv(
     qkv: Tensor, tables: tuple[Tensor, Tensor] | None, groups: int, head_dim: int,
     interleaved: bool, formats: tuple[Format | None, ...], keys: tuple[int, ...],
-    common: Tensor | None = None, centre_key: bool = False,
+    common: Tensor | None = None, centre_key: bool = False, segments: Tensor | None = None,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Packed, Packed, Packed]]:  # fmt: skip
     """See fused.split_qkv(); groups of a format lie within a head."""
     qkv = qkv.contiguous()
@@ -226,7 +256,7 @@ def split_qkv(
             _rotate(
                 qkv.view(-1)[offset:], part, tables if i < 2 else None, heads, heads_a_group,
                 head_dim, strides, s * b, b, interleaved, False, formats[i], keys[i], shift,
-                groups * per_group, centre_key and i == 1,
+                groups * per_group, centre_key and i == 1, segments,
             )
         )  # fmt: skip
     return tuple(parts), tuple(packed)

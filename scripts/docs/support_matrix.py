@@ -128,6 +128,7 @@ SECTIONS: dict[str, list[Feature]] = {
         Feature("stock pretrain_gpt.py by --spec"),
         Feature("packed sequences, fine-tuning", {"sft": True}),
         Feature("attention mask by document", {"reset_attention_mask": True}),
+        Feature("packed sequences by document", {"dataloader_inter_document_masking": True}),
         Feature("Transformer Engine installed"),
         Feature("apex installed"),
     ],

@@ -155,12 +155,11 @@ def oracle_layer(x, p, rules, shape, kind, act, ours):
         q, k = of_q(q), of_k(k)
 
     def rest(site, t):
-        """The tensor that backward sees: what is kept is quantized without what all tokens share (here, of a
-        short sequence, the mean of its second half), which queries and values get back; keys only before a
-        norm."""
+        """The tensor that backward sees: what is kept is quantized without what all tokens share, which
+        queries and values get back; keys only before a norm."""
         if rules[site].format is None:
             return kept_at(site, t)
-        common = t[len(t) // 2 :].mean(0).detach()
+        common = shared(t).detach()
         kept = kept_at(site, t - common)
         return kept if site is KEY and not normed else kept + common
 
@@ -169,7 +168,7 @@ def oracle_layer(x, p, rules, shape, kind, act, ours):
         q, k = through(of_q, [q], kept[:1]), through(of_k, [k], kept[1:2])
         kept[:2] = of_q(kept[0]).detach(), of_k(kept[1]).detach()
     elif rules[KEY].format is not None:  # the softmax does not see it; kept statistics are of these keys
-        k = k - k[len(k) // 2 :].mean(0).detach()
+        k = k - shared(k).detach()
     if rules[ATTENTION_OUTPUT].recompute:
         out_kept, statistics = plain_attention(*kept), scores(*kept[:2]).logsumexp(-1)
     else:
@@ -205,6 +204,11 @@ class WeightAt(torch.autograd.Function):
     def backward(ctx, grad):
         y, w = ctx.saved_tensors
         return grad @ w, None, torch.einsum("sbo,sbi->oi", grad, y)
+
+
+def shared(t):
+    """What the tokens of a head share, of short sequences."""
+    return t[len(t) // 2 :].mean(0)
 
 
 def scores(q, k):
@@ -250,7 +254,7 @@ def turn(x, angles):
     return torch.cat((z.real, z.imag, x[..., 2 * half :]), -1)
 
 
-def our_layer(x, p, rules, shape, kind, act, run=None, keep=True):
+def our_layer(x, p, rules, shape, kind, act, run=None, keep=True, packing=None):
     heads, groups, d = shape
     run = run or Run()
 
@@ -273,8 +277,9 @@ def our_layer(x, p, rules, shape, kind, act, run=None, keep=True):
         norm_spec(NORM1_INPUT, NORM1_OUTPUT), keep,
     )  # fmt: skip
     attended = AttentionLinear.call(
-        qkv=qkv, angles=p["angles"], weight=p["proj"], spec=attention, keeps=keep, **of_heads
-    )
+        qkv=qkv, angles=p["angles"], weight=p["proj"], spec=attention, keeps=keep, packing=packing,
+        **of_heads,
+    )  # fmt: skip
     h, x = NormLinear.apply(
         attended, x, p["n2w"], p["n2b"], p["fc1"], p["fc1_b"],
         norm_spec(NORM2_INPUT, NORM2_OUTPUT), keep,
@@ -351,7 +356,7 @@ def test_the_default_policy_on_widths_that_64_does_not_divide(rng, monkeypatch):
     compare(rng, monkeypatch, rules, "RMSNorm", "swiglu", (4, 2, 24), True, 96, 176)
 
 
-def compare(rng, monkeypatch, rules, kind, act, shape, rotary, h, f, of_heads=None):
+def compare(rng, monkeypatch, rules, kind, act, shape, rotary, h, f, of_heads=None, packing=None):
     p = parameters(rng, h, f, shape, kind, act, rotary, torch.float32, of_heads)
     x = torch.randn(11, 3, h, generator=rng)
     grad = torch.randn(11, 3, h, generator=rng)
@@ -370,7 +375,7 @@ def compare(rng, monkeypatch, rules, kind, act, shape, rotary, h, f, of_heads=No
     at_a_time = 1 if rules is OFF else of_query // 2 if rules is MIXED else of_query
     monkeypatch.setattr("agoq_kernels.attention.AT_A_TIME", at_a_time)
     leaf = x.clone().requires_grad_()
-    y = our_layer(leaf, p, rules, shape, kind, act)
+    y = our_layer(leaf, p, rules, shape, kind, act, packing=packing)
     ours, our_grads = y.detach(), torch.autograd.grad(y, [leaf, *wanted], grad)
     y = oracle_layer(leaf, p, rules, shape, kind, act, kept)
     oracle, oracle_grads = y.detach(), torch.autograd.grad(y, [leaf, *wanted], grad)

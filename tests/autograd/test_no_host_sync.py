@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 
 from agoq_megatron.autograd import probing
 from agoq_megatron.autograd.cross_entropy import vocab_parallel_cross_entropy
 from agoq_megatron.autograd.run import Run
+from agoq_megatron.modules.packing import packing_from
 from agoq_megatron.observing.gradient_check import errors_of
 from tests.autograd.test_layer_gradients import MIXED, OFF, our_layer, parameters
 
@@ -41,6 +43,23 @@ def test_layer(rng, no_sync, rules, kind, act, shape, of_heads):
     torch.cuda.synchronize()
     no_sync()
     our_layer(x, p, rules, shape, kind, act).backward(grad)
+
+
+@pytest.mark.parametrize("of_heads", [None, "RMSNorm"])
+def test_packed_documents(rng, no_sync, of_heads):
+    """Made of bounds on the CPU they are sent, and not waited for either."""
+    p = parameters(rng, 64, 96, (6, 2, 64), "RMSNorm", "swiglu", True, torch.bfloat16, of_heads)
+    p = {k: t if t is None else t.detach().cuda().requires_grad_(k != "angles") for k, t in p.items()}
+    p["angles"] = p["angles"].float()
+    x = torch.randn(11, 3, 64, generator=rng).to("cuda", torch.bfloat16).requires_grad_()
+    grad = torch.randn(11, 3, 64, generator=rng).to("cuda", torch.bfloat16)
+    device = x.device
+    for _ in range(2):
+        params = PackedSeqParams(qkv_format="thd", cu_seqlens_q=torch.tensor([0, 4, 11, 22, 23, 33]))
+        packing = packing_from(params, 11, 3, device, 11)
+        our_layer(x, p, MIXED, (6, 2, 64), "RMSNorm", "swiglu", packing=packing).backward(grad)
+        torch.cuda.synchronize()
+        no_sync()
 
 
 def test_a_probed_layer(rng, no_sync):

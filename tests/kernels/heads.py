@@ -47,7 +47,8 @@ def map_tensors(x, function):
     if isinstance(x, torch.Tensor):
         return function(x)
     if isinstance(x, KeptHeads):
-        return KeptHeads(map_tensors(x.kept, function), x.fmt, map_tensors(x.shift, function))
+        shift, segments = (map_tensors(t, function) for t in (x.shift, x.segments))
+        return KeptHeads(map_tensors(x.kept, function), x.fmt, shift, segments)
     return tuple(map_tensors(t, function) for t in x) if isinstance(x, tuple) else x
 
 

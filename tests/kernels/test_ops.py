@@ -23,8 +23,9 @@ def test_opcheck(fmt, rng):
     x = torch.randn(3, 2, 256, generator=rng).bfloat16()
     args = (fmt.bits, fmt.code, fmt.group, fmt.scale_bits)
     torch.library.opcheck(quantize_op.overload, (x, *args, fmt.rounding, fmt.outliers, 5))
-    for shift in (None, torch.randn(2, 256, generator=rng)):
-        kept = *quantize(x, fmt), *args, fmt.outliers, torch.bfloat16, shift
+    vectors = torch.randn(2, 256, generator=rng)
+    for shift, segments in ((None, None), (vectors, None), (vectors, torch.ones(3, 2, dtype=torch.int32))):
+        kept = *quantize(x, fmt), *args, fmt.outliers, torch.bfloat16, shift, segments
         torch.library.opcheck(dequantize_op.overload, kept)
 
 

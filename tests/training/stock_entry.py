@@ -54,10 +54,22 @@ def main():
         total, count = (losses.float() * mask).sum(), mask.sum()
         return total, count.int(), {"lm loss": torch.stack((total.detach(), count))}
 
+    def document_mask(packed):
+        """True where a query does not see a key, [b, 1, s, s]."""
+        s, bounds = packed.max_seqlen_q, packed.cu_seqlens_q
+        its_document = torch.searchsorted(bounds, torch.arange(bounds[-1]), right=True).view(-1, 1, s)
+        apart = its_document[:, :, :, None] != its_document[:, :, None, :]
+        return apart | torch.ones(s, s, dtype=torch.bool).triu(1)
+
     def step(data_iterator, model):
         stage = get_attr_wrapped_model(model, "vp_stage")
-        tokens, labels, mask, attention_mask, positions = get_batch(data_iterator, stage)
-        return model(tokens, positions, attention_mask, labels=labels), partial(mean_loss, mask)
+        tokens, labels, mask, attention_mask, positions, packed = get_batch(data_iterator, stage)
+        more = {}
+        if packed is not None and args.spec:  # which layers of Megatron's own take for a GPU alone
+            more["packed_seq_params"] = packed
+        elif packed is not None:
+            attention_mask = document_mask(packed)
+        return model(tokens, positions, attention_mask, labels=labels, **more), partial(mean_loss, mask)
 
     import torch
 

@@ -47,6 +47,10 @@ CASES = {
     "a memory without auto": (
         "--agoq-activation-memory 1GiB", ["--agoq-activation-memory 1GiB", "--agoq-activations auto"]
     ),
+    "documents in two ways": (
+        "--reset-attention-mask --dataloader-inter-document-masking",
+        ["--reset-attention-mask with --dataloader-inter-document-masking", "leave one out"],
+    ),
     "sensitivities without auto": ("--agoq-sensitivities a.json", ["--agoq-sensitivities a.json: only"]),
     "no size": (
         "--agoq-activations auto --agoq-gpu-memory lots", ["--agoq-gpu-memory 'lots'", "such as 80GiB"]

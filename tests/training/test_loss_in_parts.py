@@ -33,8 +33,11 @@ class OutputLayer:
 
 def arguments(rng, **others):
     """What Megatron's model hands to an output_processor."""
-    idle = ("loss_mask", "input_ids", "position_ids", "attention_mask", "decoder_input", "scale_logits")
-    none = ("inference_context", "packed_seq_params", "runtime_gather_output", "context")
+    idle = (
+        *("loss_mask", "input_ids", "position_ids", "attention_mask", "decoder_input", "scale_logits"),
+        "packed_seq_params",
+    )
+    none = ("inference_context", "runtime_gather_output", "context")
     return dict(
         hidden_states=torch.randn(S, B, H, generator=rng), output_layer=OutputLayer(),
         output_weight=torch.nn.Parameter(torch.randn(V, H, generator=rng)),
@@ -65,7 +68,7 @@ def test_the_losses_are_those_of_the_whole(rng):
         ({"gtp_remat_size": 2}, {}, "gtp_remat_size"),
         ({"grad_output_buffer": []}, {}, "grad_output_buffer"),
         ({"a_new_argument": 1}, {}, "a_new_argument"),
-        ({}, {"packed_seq_params": object()}, "packed_seq_params"),
+        ({}, {"inference_context": object()}, "inference_context"),
         ({}, {"runtime_gather_output": True}, "runtime_gather_output"),
         ({}, {"config": SimpleNamespace(use_mup=True)}, "--use-mup"),
         ({}, {"loss_scaling": 2.0}, "loss_scaling"),

@@ -30,6 +30,9 @@ RUNS = {
         2, f"{PP} --num-layers-per-virtual-pipeline-stage 1", "--agoq-rounding stochastic",
     ),
     "DP2": (2, "", "--agoq-rounding stochastic"),
+    "documents": (
+        1, "--dataloader-inter-document-masking --micro-batch-size 2", "--agoq-rounding stochastic",
+    ),
     "PP2, widths by the solver": (2, PP, "--agoq-activations auto --agoq-activation-memory 640KiB"),
 }  # fmt: skip
 
@@ -106,6 +109,9 @@ REFUSED = {
     "an unknown policy": ("", "--agoq-activations agoq9", ["--agoq-activations agoq9", "uniform4"]),
     "a negative seed": ("", "--agoq-seed -3", ["--agoq-seed"]),
     "attention dropout": ("--attention-dropout 0.1", "", ["--attention-dropout 0"]),
+    "documents as a mask": (
+        "--reset-attention-mask", "", ["--reset-attention-mask", "--dataloader-inter-document-masking"],
+    ),
     "an FP32 stream": ("--fp32-residual-connection", "", ["--fp32-residual-connection"]),
 }  # fmt: skip
 
