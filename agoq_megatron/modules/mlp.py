@@ -23,7 +23,6 @@ from agoq_megatron.modules.residual import ResidualStream
 from agoq_megatron.modules.sites import FC1_OUTPUT, FC2_INPUT, NORM2_INPUT, NORM2_OUTPUT
 from agoq_megatron.policy.policy import ActivationPolicy
 
-
 _KINDS = {
     (F.silu, True): "swiglu",
     (F.gelu, True): "geglu",

@@ -39,7 +39,7 @@ def kind_of(config: TransformerConfig) -> str:
 
 
 class Norm(torch.nn.Module):
-    """RMSNorm or LayerNorm by ``config.normalization``, zero-centred or not, sequence parallelism included."""
+    """RMSNorm or LayerNorm by ``config.normalization``, sequence parallelism included."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5):
         super().__init__()

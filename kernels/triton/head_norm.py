@@ -48,7 +48,8 @@ def _forward_kernel(
     tables_ptr, n_heads, batch, source_token, source_group, common_batch, eps, key_a, key_b,
     HEADS: tl.constexpr, HEADS_A_GROUP: tl.constexpr, LAYER_NORM: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr, ZERO_CENTRED: tl.constexpr, ROT: tl.constexpr, INTERLEAVED: tl.constexpr,
-    QUANTIZE: tl.constexpr, CENTRE: tl.constexpr, R: tl.constexpr, N: tl.constexpr, B: tl.constexpr, FMT: tl.constexpr,
+    QUANTIZE: tl.constexpr, CENTRE: tl.constexpr, R: tl.constexpr, N: tl.constexpr, B: tl.constexpr,
+    FMT: tl.constexpr,
 ):  # fmt: skip
     """HEADS a token, of n_heads in all. CENTRE: the common vectors are taken off what is quantized. Strides
     in elements; ROT 0 does not rotate."""
@@ -83,8 +84,9 @@ def _from_kept_kernel(
     x_ptr, scale_ptr, zero_ptr, tables_ptr, shift_ptr, cos_ptr, sin_ptr, weight_ptr, bias_ptr, centre_ptr,
     out_ptr, n_heads, batch, eps,
     HEADS: tl.constexpr, LAYER_NORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    ZERO_CENTRED: tl.constexpr, ROT: tl.constexpr, INTERLEAVED: tl.constexpr, QUANTIZED: tl.constexpr, SHIFT: tl.constexpr,
-    CENTRE: tl.constexpr, R: tl.constexpr, N: tl.constexpr, B: tl.constexpr, FMT: tl.constexpr,
+    ZERO_CENTRED: tl.constexpr, ROT: tl.constexpr, INTERLEAVED: tl.constexpr, QUANTIZED: tl.constexpr,
+    SHIFT: tl.constexpr, CENTRE: tl.constexpr, R: tl.constexpr, N: tl.constexpr, B: tl.constexpr,
+    FMT: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     mask = row < n_heads
@@ -108,7 +110,8 @@ def _backward_kernel(
     grad_weight_ptr, grad_bias_ptr, n_heads, first, kept_heads, batch, out_token, out_group, eps,
     HEADS: tl.constexpr, HEADS_A_GROUP: tl.constexpr, LAYER_NORM: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr, ZERO_CENTRED: tl.constexpr, ROT: tl.constexpr, INTERLEAVED: tl.constexpr,
-    QUANTIZED: tl.constexpr, SHIFT: tl.constexpr, R: tl.constexpr, N: tl.constexpr, B: tl.constexpr, FMT: tl.constexpr,
+    QUANTIZED: tl.constexpr, SHIFT: tl.constexpr, R: tl.constexpr, N: tl.constexpr, B: tl.constexpr,
+    FMT: tl.constexpr,
 ):  # fmt: skip
     """Gradients of HEADS a token, which are those from the first on of kept_heads."""
     program = tl.program_id(0).to(tl.int64)

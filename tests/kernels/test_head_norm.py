@@ -270,7 +270,8 @@ def test_megatrons_own_modules(kind, interleaved, rng):
     case = Case(rng, kind, s=7, groups=2, r=4, d=64, rot=32, interleaved=interleaved)
     config = SimpleNamespace(
         layernorm_zero_centered_gamma=False, persist_layer_norm=False, sequence_parallel=False,
-        memory_efficient_layer_norm=False, normalization=kind.removesuffix("1p"), num_query_groups=2, test_mode=False,
+        memory_efficient_layer_norm=False, normalization=kind.removesuffix("1p"), num_query_groups=2,
+        test_mode=False,
     )  # fmt: skip
 
     class Projected(torch.nn.Module):
