@@ -22,30 +22,12 @@ from agoq_kernels.norm import KINDS as NORMS  # noqa: E402
 from agoq_kernels.ops import dequantize  # noqa: E402
 from agoq_kernels.triton import launchers  # noqa: E402
 
+from tests.kernels.activations import plain  # noqa: E402
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GPT_OSS = gated_kind("quick_geglu", 1.0, 0.75)
 ALL = (*KINDS, GPT_OSS, gated_kind("swiglu", 0.0, 2.0), gated_kind("geglu", 0.5))
 IMPLEMENTATIONS = {"torch": fused, "triton": launchers}
-
-
-def plain(x: torch.Tensor, kind: str) -> torch.Tensor:
-    """By the definition, from functions of torch's that autograd differentiates."""
-    name, *words = kind.split()
-    more = {key: float(value) for key, value in (word.split("=") for word in words)}
-    function = {
-        "swiglu": lambda t: t / (1 + (-t).exp()),
-        "geglu": lambda t: t * (1 + torch.erf(t / 2**0.5)) / 2,
-        "geglu_tanh": lambda t: t / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (t + 0.044715 * t**3))),
-        "quick_geglu": lambda t: t / (1 + (-1.702 * t).exp()),
-        "squared_relu": lambda t: torch.where(t > 0, t * t, torch.zeros_like(t)),
-    }
-    function |= {"gelu": function["geglu"], "gelu_tanh": function["geglu_tanh"]}
-    if "glu" not in name:
-        return function[name](x)
-    gate, up = x.chunk(2, -1)
-    if "clamp" in more:
-        gate, up = gate.clamp(max=more["clamp"]), up.clamp(-more["clamp"], more["clamp"])
-    return function[name](gate) * (up + more.get("offset", 0.0))
 
 
 def close(got, expected, bound):

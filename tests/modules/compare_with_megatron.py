@@ -52,7 +52,8 @@ ARCHITECTURES = {
     "GEGLU": (GPT | {"gated_linear_unit": True, "glu_linear_offset": 0.5}, "learned_absolute"),
     "gpt-oss": (GPT | QUICK, "learned_absolute"),
     "zero-centred LayerNorm": (
-        GPT | ZERO_CENTRED | {"activation_func": squared_relu, "add_bias_linear": False}, "rope"
+        GPT | ZERO_CENTRED | {"activation_func": squared_relu, "add_bias_linear": False},
+        "rope",
     ),
     "zero-centred RMSNorm": (LLAMA | ZERO_CENTRED, "rope"),
 }
