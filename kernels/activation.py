@@ -140,6 +140,12 @@ def activation(x: Tensor, kind: str) -> Tensor:
     return (_value(gate, how.function) * up).to(x.dtype)
 
 
+def read_part(x: Tensor, kind: str) -> Tensor:
+    """What of the pre-activation makes a difference, which is what is quantized: of squared ReLU the positive
+    part, so that no code is spent on the rest and no scale follows it. NaN stays."""
+    return x.where(~(x < 0), 0.0) if parse(kind).function == "squared_relu" else x
+
+
 def activation_backward(grad: Tensor, x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """Gradient of the pre-activation, and the activation's output for the next weight gradient.
 

@@ -187,7 +187,7 @@ def activation_forward(
 ) -> tuple[Tensor, Kept]:
     """The activation's output ``[..., f]``, and its input ``x`` (``[..., 2f]`` of a gated one) packed.
 
-    ``kind``: see :mod:`agoq_kernels.activation`.
+    ``kind``: see :mod:`agoq_kernels.activation`, whose ``read_part`` says what of ``x`` is packed.
 
     ``output_into_x``: the output overwrites the first ``f`` columns of ``x``, then contiguous, and is a view
     of them.
@@ -204,7 +204,7 @@ def activation_forward(
 def activation_forward_op(
     x: Tensor, kind: str, fmt: str, key: int, output_into_x: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    y, packed = activations.activation(x, kind), _pack(x, _format(fmt), key)
+    y, packed = activations.activation(x, kind), _pack(activations.read_part(x, kind), _format(fmt), key)
     if output_into_x:
         x[..., : y.shape[-1]] = y
         y = x.new_empty(0)

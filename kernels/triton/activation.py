@@ -123,6 +123,11 @@ def _forward_kernel(
             y, _ = _value_and_slope(gates[i], FUNCTION)
         tl.store(y_ptr + row * y_stride + column, cast(y, y_ptr.dtype.element_ty), mask=column < n)
     if QUANTIZE:
+        if FUNCTION == "squared_relu":  # see activation.read_part()
+            positives = ()
+            for i in tl.static_range(LANES):
+                positives = positives + (tl.where(gates[i] < 0.0, 0.0, gates[i]),)
+            gates = positives
         per_half = n // FMT.group
         mask = group < per_half
         first = row * (per_half * (2 if GATED else 1)) + group

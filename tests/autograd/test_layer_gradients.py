@@ -186,12 +186,10 @@ def oracle_layer(x, p, rules, shape, kind, act, ours):
 
     h = norm_linear(x, p["n2w"], p["n2b"], p["fc1"], p["fc1_b"], NORM2_INPUT, NORM2_OUTPUT)
 
-    def activate(t):
-        return plain(t, act)
-
-    h_kept = kept_at(FC1_OUTPUT, h)
-    a = through(activate, [h], [h_kept])
-    a_weight = activate(h_kept if rules[FC2_INPUT].recompute else h).detach()
+    only_positive = act == "squared_relu" and rules[FC1_OUTPUT].format is not None  # is quantized
+    h_kept = kept_at(FC1_OUTPUT, h.relu() if only_positive else h)
+    a = through(lambda t: plain(t, act), [h], [h_kept])
+    a_weight = plain(h_kept if rules[FC2_INPUT].recompute else h, act).detach()
     return x + WeightAt.apply(a, a_weight, p["fc2"])
 
 

@@ -19,7 +19,7 @@ from agoq_kernels import fused  # noqa: E402
 from agoq_kernels.activation import KINDS, gated_kind, parse  # noqa: E402
 from agoq_kernels.formats import Format  # noqa: E402
 from agoq_kernels.norm import KINDS as NORMS  # noqa: E402
-from agoq_kernels.ops import dequantize  # noqa: E402
+from agoq_kernels.ops import dequantize, quantize  # noqa: E402
 from agoq_kernels.triton import launchers  # noqa: E402
 
 from tests.kernels.activations import plain  # noqa: E402
@@ -48,7 +48,10 @@ def test_values_and_gradients_are_those_of_the_formula(implementation, kind, rng
         if how is None:
             packed = fused.kept_as_is(x.to(DEVICE))
         else:
-            x = dequantize(*(t.cpu() for t in packed), how, torch.float32)
+            read = x.relu() if kind == "squared_relu" else x
+            for a, b in zip(packed, quantize(read, how, 3), strict=True):
+                assert torch.equal(a.cpu(), b)
+            x = dequantize(*packed, how, torch.float32).cpu()
         leaf = x.double().requires_grad_()
         at_kept = plain(leaf, kind)
         (expected,) = torch.autograd.grad(at_kept, leaf, grad.double())
