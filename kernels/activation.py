@@ -37,6 +37,9 @@ _FUNCTIONS = {
 }
 KINDS = tuple(_FUNCTIONS)
 
+BEYOND = 2.0
+"""See :func:`read_part`."""
+
 _TANH_SCALE = math.sqrt(2.0 / math.pi)
 _TANH_CUBE = 0.044715
 _QUICK = 1.702
@@ -141,9 +144,17 @@ def activation(x: Tensor, kind: str) -> Tensor:
 
 
 def read_part(x: Tensor, kind: str) -> Tensor:
-    """What of the pre-activation makes a difference, which is what is quantized: of squared ReLU the positive
-    part, so that no code is spent on the rest and no scale follows it. NaN stays."""
-    return x.where(~(x < 0), 0.0) if parse(kind).function == "squared_relu" else x
+    """What of the pre-activation makes a difference, which is what is quantized, so that no code is spent on
+    the rest and no scale follows it: of squared ReLU the positive part, of clamped halves what is within
+    ``BEYOND`` clamps (no nearer: rounded, a number must stay on its side of the clamp). NaN stays."""
+    how = parse(kind)
+    if how.function == "squared_relu":
+        return x.where(~(x < 0), 0.0)
+    if how.clamp is None:
+        return x
+    gate, up = _wide(x).chunk(2, dim=-1)
+    bound = BEYOND * how.clamp
+    return torch.cat((gate.clamp(max=bound), up.clamp(-bound, bound)), dim=-1)
 
 
 def activation_backward(grad: Tensor, x: Tensor, kind: str) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 import triton
 import triton.language as tl
-from agoq_kernels.activation import Activation, parse
+from agoq_kernels.activation import BEYOND, Activation, parse
 from agoq_kernels.formats import Format
 from agoq_kernels.triton.codec import load_dequantize, quantize_store
 from agoq_kernels.triton.constants import constants
@@ -70,11 +70,17 @@ def _value_and_slope(x, FUNCTION: tl.constexpr):
 
 
 @triton.jit
+def _clamp(gate, up, BOUND: tl.constexpr):
+    """NaN stays."""
+    gate = tl.where(gate > BOUND, BOUND, gate)
+    return gate, tl.where(up > BOUND, BOUND, tl.where(up < -BOUND, -BOUND, up))
+
+
+@triton.jit
 def _gate_and_up(gate, up, OFFSET: tl.constexpr, CLAMPED: tl.constexpr, CLAMP: tl.constexpr):
-    """Both as the product takes them. NaN stays."""
+    """Both as the product takes them."""
     if CLAMPED:
-        gate = tl.where(gate > CLAMP, CLAMP, gate)
-        up = tl.where(up > CLAMP, CLAMP, tl.where(up < -CLAMP, -CLAMP, up))
+        gate, up = _clamp(gate, up, CLAMP)
     if OFFSET != 0.0:
         up = up + OFFSET
     return gate, up
@@ -95,8 +101,8 @@ def _place(n, R: tl.constexpr, FMT: tl.constexpr):
 def _forward_kernel(
     x_ptr, y_ptr, codes_ptr, scale_ptr, zero_ptr, tables_ptr, n, x_stride, y_stride, key_a, key_b,
     FUNCTION: tl.constexpr, GATED: tl.constexpr, OFFSET: tl.constexpr, CLAMPED: tl.constexpr,
-    CLAMP: tl.constexpr, QUANTIZE: tl.constexpr, OUTPUT_INTO_X: tl.constexpr, R: tl.constexpr,
-    FMT: tl.constexpr,
+    CLAMP: tl.constexpr, READ: tl.constexpr, QUANTIZE: tl.constexpr, OUTPUT_INTO_X: tl.constexpr,
+    R: tl.constexpr, FMT: tl.constexpr,
 ):  # fmt: skip
     LANES: tl.constexpr = FMT.lanes
     B: tl.constexpr = FMT.group // LANES
@@ -123,11 +129,18 @@ def _forward_kernel(
             y, _ = _value_and_slope(gates[i], FUNCTION)
         tl.store(y_ptr + row * y_stride + column, cast(y, y_ptr.dtype.element_ty), mask=column < n)
     if QUANTIZE:
-        if FUNCTION == "squared_relu":  # see activation.read_part()
-            positives = ()
+        if FUNCTION == "squared_relu" or CLAMPED:  # see activation.read_part()
+            read_gates = ()
+            read_ups = ()
             for i in tl.static_range(LANES):
-                positives = positives + (tl.where(gates[i] < 0.0, 0.0, gates[i]),)
-            gates = positives
+                if CLAMPED:
+                    gate, up = _clamp(gates[i], ups[i], READ)
+                    read_gates = read_gates + (gate,)
+                    read_ups = read_ups + (up,)
+                else:
+                    read_gates = read_gates + (tl.where(gates[i] < 0.0, 0.0, gates[i]),)
+            gates = read_gates
+            ups = read_ups
         per_half = n // FMT.group
         mask = group < per_half
         first = row * (per_half * (2 if GATED else 1)) + group
@@ -239,7 +252,7 @@ def activation_forward(
         _forward_kernel[grid](
             rows, rows if output_into_x else y, *packed_arguments(packed, fmt), n, rows.stride(0),
             rows.stride(0) if output_into_x else n, *signed_key(key), **_constants(how),
-            QUANTIZE=fmt is not None, OUTPUT_INTO_X=output_into_x, **tile,
+            READ=BEYOND * (how.clamp or 0.0), QUANTIZE=fmt is not None, OUTPUT_INTO_X=output_into_x, **tile,
         )  # fmt: skip
     return y, packed
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import torch
-from agoq_kernels.activation import parse
+from agoq_kernels.activation import parse, read_part
 from agoq_kernels.formats import Format
 from agoq_kernels.head_norm import HeadNorm, KeptHeads, Parameters, Tables, unnormed_parts
 from agoq_kernels.triton import activation, head_norm, rotary
@@ -37,7 +37,7 @@ def activation_forward(
     half = x.shape[-1] // 2
     if fmt is None or not parse(kind).gated or half % fmt.group == 0:
         return activation.activation_forward(x, kind, fmt, key, output_into_x)
-    packed = quantize(x, fmt, key)
+    packed = quantize(read_part(x, kind), fmt, key)
     y, _ = activation.activation_forward(x, kind, None, key, output_into_x)
     return y, packed
 

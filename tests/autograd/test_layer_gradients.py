@@ -13,7 +13,7 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
-from agoq_kernels.activation import parse
+from agoq_kernels.activation import parse, read_part
 from agoq_kernels.formats import Format
 from agoq_kernels.head_norm import HeadNorm
 from agoq_kernels.ops import dequantize, quantize
@@ -186,8 +186,8 @@ def oracle_layer(x, p, rules, shape, kind, act, ours):
 
     h = norm_linear(x, p["n2w"], p["n2b"], p["fc1"], p["fc1_b"], NORM2_INPUT, NORM2_OUTPUT)
 
-    only_positive = act == "squared_relu" and rules[FC1_OUTPUT].format is not None  # is quantized
-    h_kept = kept_at(FC1_OUTPUT, h.relu() if only_positive else h)
+    rounded = rules[FC1_OUTPUT].format is not None
+    h_kept = kept_at(FC1_OUTPUT, read_part(h, act) if rounded else h)
     a = through(lambda t: plain(t, act), [h], [h_kept])
     a_weight = plain(h_kept if rules[FC2_INPUT].recompute else h, act).detach()
     return x + WeightAt.apply(a, a_weight, p["fc2"])

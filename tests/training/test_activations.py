@@ -140,8 +140,12 @@ def test_zero_centred_norms_are_others_less_one(launcher, reference):
     )  # weights and master weights of a layer's four norms, all layers in one, and the last
 
 
-@pytest.mark.supports("squared ReLU", "quick GEGLU", "zero-centred norms", part="gradients")
-@pytest.mark.supports("squared ReLU", "quick GEGLU", "zero-centred norms", part="states")
+@pytest.mark.supports(
+    "squared ReLU", "quick GEGLU", "clamped and offset gates", "zero-centred norms", part="gradients"
+)
+@pytest.mark.supports(
+    "squared ReLU", "quick GEGLU", "clamped and offset gates", "zero-centred norms", part="states"
+)
 @pytest.mark.parametrize(
     "case",
     covering(CASES, {"gpt-oss, MLP in pieces", "zero-centred, MLP run again"}),
