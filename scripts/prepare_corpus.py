@@ -108,7 +108,9 @@ def encode(path: str, directory: str) -> np.ndarray:
 # ---------------------------------------------------------------- writing
 
 
-def write_dataset(prefix: str, documents: Iterable[np.ndarray], end_id: int, vocab_size: int) -> int:
+def write_dataset(
+    prefix: str, documents: Iterable[np.ndarray], end_id: int, vocab_size: int
+) -> int:
     """Write one indexed dataset, every document closed by ``end_id``; returns its tokens."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that Transformer Engine is missing is no matter here

@@ -345,7 +345,9 @@ def main() -> None:
 
     import quickstart_results as results  # matplotlib: slow to import, and not needed before
 
-    reports = {run: json.loads((output / "reports" / f"{run}.json").read_text()) for run in results.RUNS}
+    reports = {
+        run: json.loads((output / "reports" / f"{run}.json").read_text()) for run in results.RUNS
+    }
     curves = {run: results.read_curves(output / "tensorboard" / run) for run in results.RUNS}
     results.draw_losses(curves, output / "loss.png")
     results.draw_memory(reports, output / "memory.png")

@@ -79,8 +79,10 @@ def summarize(reports: dict[str, dict], **extra) -> dict:
     return {
         "device": off["device"],
         **summary,
-        "valid_loss_difference_percent": 100 * (agoq["final_valid_loss"] / off["final_valid_loss"] - 1),
-        "saved_bytes_ratio": agoq["saved_bytes_per_token_layer"] / off["saved_bytes_per_token_layer"],
+        "valid_loss_difference_percent": 100
+        * (agoq["final_valid_loss"] / off["final_valid_loss"] - 1),
+        "saved_bytes_ratio": agoq["saved_bytes_per_token_layer"]
+        / off["saved_bytes_per_token_layer"],
         **extra,
     }
 

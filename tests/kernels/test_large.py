@@ -105,7 +105,9 @@ def test_gradients_and_adam(large):
     alone = torch.empty(gradients.segment_bytes(100), dtype=torch.uint8, device="cuda")
     gradients.zero_(alone, 100)
     gradients.accumulate(alone, alone.new_empty(0), 100, 0, grad[-tail:].clone(), fmt)
-    whole = gradients.sum_segments(bucket.view(1, -1), blocks, blocks - 100, tail, 1.0, "int8", torch.float32)
+    whole = gradients.sum_segments(
+        bucket.view(1, -1), blocks, blocks - 100, tail, 1.0, "int8", torch.float32
+    )
     part = gradients.sum_segments(alone.view(1, -1), 100, 0, tail, 1.0, "int8", torch.float32)
     assert torch.equal(whole, part)
 

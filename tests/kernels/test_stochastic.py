@@ -94,7 +94,9 @@ def test_nearest_ignores_the_key(code, rng):
 )
 def test_levels_stay_whatever_is_drawn(code, u, monkeypatch):
     """A value that can be stored is stored: nothing is drawn between it and itself."""
-    monkeypatch.setattr(reference, "uniform", lambda start, count, key, device: torch.full((count,), u))
+    monkeypatch.setattr(
+        reference, "uniform", lambda start, count, key, device: torch.full((count,), u)
+    )
     fmt = Format(4, code, 32, 16, "stochastic")
     zero = 8 if fmt.has_zero else 0
     levels = [oracle.decode(c, fmt, zero) for c in range(16 - (code == "int"))]

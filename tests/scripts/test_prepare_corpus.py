@@ -226,7 +226,9 @@ def test_megatron_reads_it(tree, tmp_path, monkeypatch):
     config = GPTDatasetConfig(
         random_seed=1,
         sequence_length=32,
-        blend_per_split=[([str(tmp_path / f"c_{split}_text_document")], None) for split in ("train", "valid")]
+        blend_per_split=[
+            ([str(tmp_path / f"c_{split}_text_document")], None) for split in ("train", "valid")
+        ]
         + [None],
         path_to_cache=str(tmp_path / "cache"),
         tokenizer=tokenizer,
@@ -234,7 +236,9 @@ def test_megatron_reads_it(tree, tmp_path, monkeypatch):
         reset_attention_mask=False,
         eod_mask_loss=False,
     )
-    train, valid, test = BlendedMegatronDatasetBuilder(GPTDataset, [64, 8, 0], lambda: True, config).build()
+    train, valid, test = BlendedMegatronDatasetBuilder(
+        GPTDataset, [64, 8, 0], lambda: True, config
+    ).build()
     assert test is None and len(train) >= 64 and len(valid) >= 8
     stream = np.concatenate(documents(tmp_path / "c", "train"))
     pairs = set(zip(stream[:-1].tolist(), stream[1:].tolist(), strict=True))

@@ -73,7 +73,9 @@ def test_checkpoint_continues_in_stock_megatron(launcher, stock, tmp_path, seed)
     whole = stock(*flags, "--save", theirs, "--save-interval", "3")
     (theirs / "latest_checkpointed_iteration.txt").write_text("3")
     off = ["--agoq-activations", "off"]
-    run = launcher.run(*flags, *off, "--load", theirs, "--save", ours, "--save-interval", "4", tiny=False)
+    run = launcher.run(
+        *flags, *off, "--load", theirs, "--save", ours, "--save-interval", "4", tiny=False
+    )
     assert run.ok, run.log[-4000:]
     assert_close(run, whole, 1e-4, first=4)
     (ours / "latest_checkpointed_iteration.txt").write_text("4")
