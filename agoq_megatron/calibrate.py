@@ -46,6 +46,7 @@ from agoq_megatron.autograd.recompute import quantized_checkpoint  # noqa: E402
 from agoq_megatron.entries import command_line, training  # noqa: E402
 from agoq_megatron.entries.data import datasets_provider  # noqa: E402
 from agoq_megatron.entries.specs import model_config_from_args  # noqa: E402
+from agoq_megatron.modules.sites import gated  # noqa: E402
 from agoq_megatron.planning import replay, sensitivity  # noqa: E402
 from agoq_megatron.seams.devices import compare_devices  # noqa: E402
 from agoq_megatron.seams.refusals import UsageError  # noqa: E402
@@ -186,7 +187,7 @@ def report(args, command: str, iteration: int | None, count: int, layers: dict[s
             "ffn_hidden_size": args.ffn_hidden_size,
             "heads": args.num_attention_heads,
             "query_groups": args.num_query_groups if args.group_query_attention else args.num_attention_heads,
-            "gated": args.swiglu,
+            "gated": gated(args),
             "normalization": args.normalization,
             "seq_length": args.seq_length,
             "tensor_parallel": args.tensor_model_parallel_size,

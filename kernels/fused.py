@@ -81,7 +81,7 @@ def norm_forward(
     Args:
         x, residual: ``[..., h]``; no residual, no addition.
         weight, bias: ``[h]``.
-        kind: ``"RMSNorm"`` or ``"LayerNorm"``.
+        kind: one of ``norm.KINDS``.
         fmt, key: how to quantize ``x + residual``; None packs nothing.
 
     Returns:
@@ -186,7 +186,9 @@ def _(grad, x, scale, zero, residual_grad, weight, bias, eps, kind, fmt, output_
 def activation_forward(
     x: Tensor, kind: str, fmt: Format | None = None, key: int = 0, output_into_x: bool = False
 ) -> tuple[Tensor, Kept]:
-    """The activation's output ``[..., f]``, and its input ``x`` (``[..., 2f]`` for swiglu) packed.
+    """The activation's output ``[..., f]``, and its input ``x`` (``[..., 2f]`` of a gated one) packed.
+
+    ``kind``: see :mod:`agoq_kernels.activation`, whose ``read_part`` says what of ``x`` is packed.
 
     ``output_into_x``: the output overwrites the first ``f`` columns of ``x``, then contiguous, and is a view
     of them.
@@ -195,7 +197,7 @@ def activation_forward(
         check_writable("x", x)
     y, *packed = activation_forward_op(x, kind, format_name(fmt), key, output_into_x)
     if output_into_x:
-        y = x.chunk(2, -1)[0] if kind == "swiglu" else x
+        y = x.chunk(2, -1)[0] if activations.parse(kind).gated else x
     return y, tuple(packed)
 
 
@@ -203,7 +205,7 @@ def activation_forward(
 def activation_forward_op(
     x: Tensor, kind: str, fmt: str, key: int, output_into_x: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    y, packed = activations.activation(x, kind), _pack(x, _format(fmt), key)
+    y, packed = activations.activation(x, kind), _pack(activations.read_part(x, kind), _format(fmt), key)
     if output_into_x:
         x[..., : y.shape[-1]] = y
         y = x.new_empty(0)
@@ -227,7 +229,7 @@ def activation_backward(
             weight gradient.
 
     Returns:
-        ``[..., 2f]`` for swiglu, else ``[..., f]``, in the dtype of ``grad``.
+        ``[..., 2f]`` of a gated one, else ``[..., f]``, in the dtype of ``grad``.
     """
     if output_into_grad:
         check_writable("grad", grad)

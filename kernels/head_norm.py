@@ -41,7 +41,7 @@ class HeadNorm:
     """The norm of each head of queries and keys.
 
     Attributes:
-        kind: ``"RMSNorm"``, ``"LayerNorm"``, or ``"L2Norm"``: Megatron's name of an RMSNorm without a weight.
+        kind: one of ``norm.KINDS``, or ``"L2Norm"``: Megatron's name of an RMSNorm without a weight.
         eps: added to the mean square.
     """
 
@@ -55,7 +55,8 @@ class HeadNorm:
     def check(self, weight: Tensor | None, bias: Tensor | None, head_dim: int) -> None:
         """Refuse parameters that are not this norm's: weight ``[d]`` (L2Norm has none), bias ``[d]`` of
         LayerNorm only."""
-        if (weight is None) != (self.kind == "L2Norm") or (bias is not None and self.kind != "LayerNorm"):
+        may_have_bias = norms.is_layer_norm(self.kind)
+        if (weight is None) != (self.kind == "L2Norm") or (bias is not None and not may_have_bias):
             raise ValueError(
                 f"{self.kind} of heads with {'no' if weight is None else 'a'} weight and "
                 f"{'no' if bias is None else 'a'} bias"

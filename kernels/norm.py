@@ -11,13 +11,33 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-KINDS = ("RMSNorm", "LayerNorm")
+KINDS = ("RMSNorm", "LayerNorm", "RMSNorm1p", "LayerNorm1p")
+"""The last two are zero-centred (Megatron's ``--apply-layernorm-1p``): they multiply by 1 + weight, a sum in
+FP32, which is not rounded to the weight's 16 bits. The weight's gradient is that of the sum."""
+
+
+def norm_kind(normalization: str, zero_centred: bool) -> str:
+    """``normalization`` is "RMSNorm" or "LayerNorm"."""
+    return normalization + ("1p" if zero_centred else "")
+
+
+def is_layer_norm(kind: str) -> bool:
+    return kind.startswith("LayerNorm")
+
+
+def is_zero_centred(kind: str) -> bool:
+    return kind.endswith("1p")
+
+
+def _multiplier(weight: Tensor, kind: str, like: Tensor) -> Tensor:
+    """What the normalized input is multiplied by, ``[h]``: in the dtype of ``like`` where it is a sum."""
+    return weight.to(like.dtype) + 1.0 if is_zero_centred(kind) else weight
 
 
 def _normalize(x: Tensor, eps: float, kind: str) -> tuple[Tensor, Tensor]:
     """FP32 normalized input ``[..., h]`` and reciprocal deviation ``[..., 1]``."""
     x = x.float() if x.dtype != torch.float64 else x
-    if kind == "LayerNorm":
+    if is_layer_norm(kind):
         x = x - x.mean(-1, keepdim=True)
     rstd = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
     return x * rstd, rstd
@@ -31,13 +51,13 @@ def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, kind
         weight: ``[h]``, or None (Megatron's L2Norm, an RMSNorm otherwise, has none).
         bias: ``[h]``, or None (only LayerNorm has one).
         eps: added to the mean square.
-        kind: ``"RMSNorm"`` or ``"LayerNorm"``.
+        kind: one of ``KINDS``.
 
     Returns:
         ``[..., h]`` in the dtype of ``x``.
     """
     normalized, _ = _normalize(x, eps, kind)
-    y = normalized if weight is None else normalized * weight
+    y = normalized if weight is None else normalized * _multiplier(weight, kind, normalized)
     if bias is not None:
         y = y + bias
     return y.to(x.dtype)
@@ -61,8 +81,8 @@ def norm_backward(
     grad_weight = None if weight is None else (g * normalized).sum(leading).to(weight.dtype)
     grad_bias = None if bias is None else g.sum(leading).to(bias.dtype)
     if weight is not None:
-        g = g * weight
+        g = g * _multiplier(weight, kind, g)
     grad_x = g - normalized * (g * normalized).mean(-1, keepdim=True)
-    if kind == "LayerNorm":
+    if is_layer_norm(kind):
         grad_x -= g.mean(-1, keepdim=True)
     return (grad_x * rstd).to(grad.dtype), grad_weight, grad_bias

@@ -22,7 +22,7 @@ class ActivationSpec:
     Attributes:
         pre_activation: how the activation's input (FC1's output: gate and up) is kept.
         output: how the activation's output is kept (usually not at all).
-        kind: "swiglu", "gelu" or "gelu_tanh".
+        kind: see :mod:`agoq_kernels.activation`.
     """
 
     pre_activation: SavedTensor
@@ -35,7 +35,7 @@ class ActivationOutput:
     """An activation's output, made again from its kept input.
 
     Attributes:
-        x: the input, ``[s, b, 2f]`` for SwiGLU, else ``[s, b, f]``.
+        x: the input, ``[s, b, 2f]`` of a gated activation, else ``[s, b, f]``.
         kind: see :class:`ActivationSpec`.
     """
 
@@ -72,7 +72,7 @@ def activation(
     it is kept in codes, or not at all.
 
     Args:
-        x: ``[s, b, 2f]`` for SwiGLU, ``[s, b, f]`` for GELU.
+        x: ``[s, b, 2f]`` of a gated activation, else ``[s, b, f]``.
         keeps: a backward pass can follow.
 
     Returns:

@@ -43,7 +43,7 @@ class ActivationLinear(Function):
         spec: ActivationLinearSpec,
         keeps: bool,
     ) -> Tensor:
-        """``x`` ``[s, b, 2f]`` for SwiGLU, ``[s, b, f]`` for GELU -> ``[s, b, h]``, a partial sum.
+        """``x`` ``[s, b, 2f]`` of a gated activation, else ``[s, b, f]`` -> ``[s, b, h]``, a partial sum.
 
         ``x`` is overwritten where it is kept in codes, or not at all.
 

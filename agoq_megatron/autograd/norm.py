@@ -21,7 +21,7 @@ class NormSpec:
 
     Attributes:
         norm_input, norm_output: how the two are kept (the output usually not at all).
-        kind: "RMSNorm" or "LayerNorm".
+        kind: one of ``agoq_kernels.norm.KINDS``.
         eps: the norm's epsilon.
     """
 

@@ -39,7 +39,6 @@ def _no(flag: str, why: str, attribute: str | None = None, refused: Callable = i
 _NO_TE = "it needs Transformer Engine's layers, which are replaced here"
 _UNREAD = "Megatron parses it, and nothing reads it"
 _BROKEN = "megatron-core 0.19 itself fails with it"
-_ACTIVATIONS = "the activations carried are SwiGLU and GELU"
 _RECORDED = "the layers here hand no tensors from module to module that could be recorded"
 
 REFUSED: tuple[Check, ...] = (
@@ -82,21 +81,12 @@ REFUSED: tuple[Check, ...] = (
         "the saved attention has no dropout mask; pass --attention-dropout 0 (Megatron's default is 0.1)",
         refused=lambda p: p > 0,
     ),
-    _no(
-        "--apply-layernorm-1p",
-        "zero-centred norm weights are not carried yet",
-        "layernorm_zero_centered_gamma",
-    ),
     _no("--fp32-residual-connection", "the residual stream is kept in the compute dtype"),
     _no(
         "--apply-residual-connection-post-layernorm",
         "the residual is taken before the norm, whose output is not kept",
     ),
-    _no("--squared-relu", _ACTIVATIONS),
-    _no("--quick-geglu", _ACTIVATIONS),
-    _no("--glu-linear-offset", _ACTIVATIONS),
-    _no("--activation-func-clamp-value", _ACTIVATIONS, refused=lambda v: True),
-    _no("--openai-gelu", f"{_UNREAD}; {_ACTIVATIONS}"),
+    _no("--openai-gelu", f"{_UNREAD}; GELU is the default"),
     _no("--onnx-safe", _UNREAD),
     _no("--decoder-num-layers", f"{_UNREAD} but T5; use --num-layers"),
     _no("--fp16-lm-cross-entropy", f"{_UNREAD} but T5 and BERT; the loss is computed in FP32"),
@@ -166,17 +156,18 @@ CARRIED = {
         recompute_granularity recompute_modules gradient_accumulation_fusion apply_query_key_layer_scaling
         attention_softmax_in_fp32 masked_softmax_fusion apply_rope_fusion""",
     "modules/mlp.py": """
-        ffn_hidden_size swiglu bias_swiglu_fusion bias_gelu_fusion gradient_accumulation_fusion
-        recompute_granularity recompute_modules""",
+        ffn_hidden_size swiglu squared_relu quick_geglu glu_linear_offset activation_func_clamp_value
+        bias_swiglu_fusion bias_gelu_fusion gradient_accumulation_fusion recompute_granularity
+        recompute_modules""",
     "modules/norm.py": """
-        hidden_size normalization layernorm_epsilon no_persist_layer_norm sequence_parallel qk_layernorm
-        qk_l2_norm""",
+        hidden_size normalization layernorm_epsilon layernorm_zero_centered_gamma no_persist_layer_norm
+        sequence_parallel qk_layernorm qk_l2_norm""",
     "modules/linear.py": """
         tensor_model_parallel_size sequence_parallel add_bias_linear add_qkv_bias init_method_std
         use_cpu_initialization gradient_accumulation_fusion normalization layernorm_epsilon""",
     "modules/sites.py": """
         hidden_size num_attention_heads num_query_groups kv_channels ffn_hidden_size swiglu
-        tensor_model_parallel_size qk_layernorm qk_l2_norm""",
+        quick_geglu tensor_model_parallel_size qk_layernorm qk_l2_norm""",
     "modules/layer.py": """
         num_layers hidden_dropout bias_dropout_fusion mlp_chunks_for_training recompute_method
         recompute_num_layers""",

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from agoq_kernels.attention import LARGEST_HEAD
 
+from agoq_megatron.modules.sites import gated
 from agoq_megatron.seams.refusals import UsageError
 
 _POSITIVE = "give a number above 0"
@@ -74,9 +75,10 @@ def check_shapes(args: Namespace, on_cpu: bool) -> None:
             "--tensor-model-parallel-size are not carried yet; leave it out."
         )
     _check_heads(args, tp, on_cpu)
-    unit = 2 * tp if args.swiglu else tp  # Megatron tries its own SwiGLU on halves of what a rank has of it
+    # Megatron tries its own SwiGLU on halves of what a rank has of it; --quick-geglu has two halves as well.
+    unit = 2 * tp if gated(args) else tp
     if args.ffn_hidden_size is not None and args.ffn_hidden_size % unit:
-        twice = ", twice with --swiglu" if args.swiglu else ""
+        twice = f", twice with {'--swiglu' if args.swiglu else '--quick-geglu'}" if gated(args) else ""
         raise UsageError(
             f"--ffn-hidden-size {args.ffn_hidden_size}: give a multiple of {unit} "
             f"(--tensor-model-parallel-size {tp}{twice})."

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from agoq_megatron.convert.families import FAMILIES, Biases, Family
+from agoq_megatron.convert.families import FAMILIES, LLAMA, Biases, Block, Family
 from agoq_megatron.seams.refusals import UsageError
 
 LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """What Megatron's ``--use-rope-scaling`` holds fixed; only the factor is a flag."""
+
+HIDDEN_ACT = {"swiglu": ("silu", "swish"), "squared_relu": ("relu2",)}
+"""``hidden_act`` by Megatron's activation; the first is written."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class Architecture:
         qk_norm: norms of each head's query and key, before the rotation.
         rope_interpolation: positions are divided by this whole number (``rope_type`` linear).
         no_rope_freq: every so many layers one has no rotary positions, the last of them; or None.
+        block: what its layers are made of.
+        rotary_part: share of a head's features that turn, the first ones.
     """
 
     layers: int
@@ -51,6 +56,8 @@ class Architecture:
     qk_norm: bool = False
     rope_interpolation: int = 1
     no_rope_freq: int | None = None
+    block: Block = LLAMA
+    rotary_part: float = 1.0
 
     @property
     def rope_kind(self) -> str:
@@ -69,7 +76,9 @@ class Architecture:
         return [
             row
             for row in FAMILIES.values()
-            if self.biases in row.biases
+            if self.block == row.block
+            and (row.rotary_part is not None or self.rotary_part == 1)
+            and self.biases in row.biases
             and self.qk_norm == row.qk_norm
             and self.rope_kind in row.rope_kinds
             and (row.any_width or whole)
@@ -110,6 +119,8 @@ class Architecture:
             self.rope_factor is not None and "--use-rope-scaling",
             self.rope_interpolation > 1 and "--rotary-seq-len-interpolation-factor",
             self.no_rope_freq and "--no-rope-freq",
+            self.rotary_part != 1 and f"--rotary-percent {self.rotary_part}",
+            self.block.activation == "squared_relu" and "--squared-relu",
             self.hidden % self.heads != 0
             and f"--hidden-size {self.hidden}, no multiple of --num-attention-heads {self.heads}",
         ]
@@ -130,7 +141,7 @@ class Architecture:
             "add_position_embedding": True,
             "use_rotary_position_embeddings": False,
             "rotary_base": self.rope_base,
-            "rotary_percent": 1.0,
+            "rotary_percent": self.rotary_part,
             "rotary_interleaved": False,
             "rotary_seq_len_interpolation_factor": self.rope_interpolation
             if self.rope_interpolation > 1
@@ -141,8 +152,10 @@ class Architecture:
             "add_bias_linear": self.biases == "all",
             "add_qkv_bias": self.biases == "qkv",
             "qk_layernorm": self.qk_norm,
-            "swiglu": True,
-            "normalization": "RMSNorm",
+            "swiglu": self.block.activation == "swiglu",
+            "squared_relu": self.block.activation == "squared_relu",
+            "normalization": self.block.normalization,
+            "layernorm_zero_centered_gamma": self.block.zero_centred,
             "layernorm_epsilon": self.epsilon,
             "untie_embeddings_and_output_weights": not self.tied,
             "attention_dropout": 0.0,
@@ -158,14 +171,21 @@ class Architecture:
             "--num-attention-heads": self.heads,
             "--kv-channels": self.head_dim,
             "--max-position-embeddings": self.positions,
-            "--normalization": "RMSNorm",
+            "--normalization": self.block.normalization,
             "--norm-epsilon": self.epsilon,
             "--position-embedding-type": "rope",
             "--rotary-base": self.rope_base,
             "--attention-dropout": 0,
             "--hidden-dropout": 0,
         }
-        flags = [str(word) for pair in values.items() for word in pair] + ["--swiglu"]
+        flags = [str(word) for pair in values.items() for word in pair]
+        flags.append("--" + self.block.activation.replace("_", "-"))
+        if self.block.zero_centred:
+            flags += ["--apply-layernorm-1p"]
+        if self.rotary_part != 1:
+            flags += ["--rotary-percent", str(self.rotary_part)]
+        if self.block.activation == "squared_relu" and self.biases == "all":
+            flags += ["--no-bias-gelu-fusion"]  # which Megatron has not
         if self.groups != self.heads:
             flags += ["--group-query-attention", "--num-query-groups", str(self.groups)]
         if self.rope_factor is not None:
@@ -209,12 +229,12 @@ class Architecture:
             "head_dim": self.head_dim,
             "vocab_size": self.vocabulary,
             "max_position_embeddings": self.positions,
-            "rms_norm_eps": self.epsilon,
+            row.epsilon_key: self.epsilon,
             # Under these names transformers 4 finds them and 5 translates them.
             "rope_theta": float(self.rope_base),
             "rope_scaling": scaling,
             "torch_dtype": dtype,
-            "hidden_act": "silu",
+            "hidden_act": HIDDEN_ACT[row.block.activation][0],
             "attention_dropout": 0.0,
             "tie_word_embeddings": self.tied,
             "use_cache": True,
@@ -226,6 +246,8 @@ class Architecture:
             **row.needs,
             **row.writes(self.layers),
         }
+        if row.rotary_part is not None:
+            config["partial_rotary_factor"] = self.rotary_part
         if row.no_rope:
             freq = self.no_rope_freq
             config["no_rope_layers"] = [int(not freq or (i + 1) % freq != 0) for i in range(self.layers)]

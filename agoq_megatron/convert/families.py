@@ -1,15 +1,16 @@
 """The table of what is converted: one row for each of Hugging Face's dense architectures.
 
 A row says how a class of transformers reads its ``config.json`` (defaults, keys with one carried value,
-biases) and how each of its tensors lies in Megatron's. Common to all are RMSNorm, SwiGLU and rotary positions
-that turn a head's halves. A new architecture is a row here and a case in tests/convert/test_families.py.
+biases) and how each of its tensors lies in Megatron's. Common to all are rotary positions that turn a head's
+halves, to all but one RMSNorm and SwiGLU. A new architecture is a row here and a case in
+tests/convert/test_families.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Biases = Literal["none", "qkv", "all"]
 """Which linear layers have one: none, query, key and value, or all but the output layer. So in Megatron."""
@@ -17,6 +18,24 @@ Biases = Literal["none", "qkv", "all"]
 Order = Literal["whole", "stacked", "heads", "rows"]
 """How parts lie in Megatron's tensor: it is one part; parts below each other; query, key and value by groups
 of heads (``weights.join_qkv``); the same, from one part with all queries, then all keys, then all values."""
+
+
+class Block(NamedTuple):
+    """What the layers of a row's models are made of.
+
+    Attributes:
+        normalization: Megatron's word.
+        zero_centred: norms multiply by 1 + weight.
+        activation: flag of Megatron's, as an argument.
+    """
+
+    normalization: str = "RMSNorm"
+    zero_centred: bool = False
+    activation: Literal["swiglu", "squared_relu"] = "swiglu"
+
+
+LLAMA = Block()
+NEMOTRON = Block("LayerNorm", True, "squared_relu")
 
 
 @dataclass(frozen=True)
@@ -77,6 +96,16 @@ FUSED: tuple[Rule, ...] = (
 )
 """One product for query, key and value, one for gate (first) and up, as Megatron has."""
 
+UNGATED: tuple[Rule, ...] = (
+    *(rule for rule in SEPARATE if not (rule.qk_norm or rule.name.startswith("mlp.linear_fc1."))),
+    Rule("self_attention.linear_qkv.layer_norm_bias", {"input_layernorm.bias": "h"}),
+    Rule("mlp.linear_fc1.layer_norm_weight", {"post_attention_layernorm.weight": "h"}),
+    Rule("mlp.linear_fc1.layer_norm_bias", {"post_attention_layernorm.bias": "h"}),
+    Rule("mlp.linear_fc1.weight", {"mlp.up_proj.weight": "f h"}),
+    Rule("mlp.linear_fc1.bias", {"mlp.up_proj.bias": "f"}, biases=_ALL),
+)
+"""As the first, without a gate, and norms with biases."""
+
 
 @dataclass(frozen=True)
 class Family:
@@ -86,7 +115,7 @@ class Family:
         model_type, hf_class: the names in ``config.json``.
         since: first version of transformers that loads what is written.
         positions: ``max_position_embeddings`` where the file leaves it out.
-        epsilon: ``rms_norm_eps``, likewise.
+        epsilon: ``rms_norm_eps``, or ``epsilon_key``, likewise.
         groups: ``num_key_value_heads``, likewise (None: as many as heads, which null stands for too).
         head_dim: likewise (None: ``hidden_size`` over heads, which null stands for too).
         tied: ``tie_word_embeddings``, likewise.
@@ -101,6 +130,8 @@ class Family:
         no_rope: some layers may be without rotary positions (``no_rope_layers``).
         any_width: ``hidden_size`` need not be a multiple of the heads.
         layer: how its tensors lie in Megatron's.
+        block: what its layers are made of.
+        rotary_part: ``partial_rotary_factor``, where the file leaves it out; None: the whole head turns.
     """
 
     model_type: str
@@ -122,6 +153,9 @@ class Family:
     no_rope: bool = False
     any_width: bool = True
     layer: tuple[Rule, ...] = SEPARATE
+    block: Block = LLAMA
+    epsilon_key: str = "rms_norm_eps"
+    rotary_part: float | None = None
 
 
 _ATTENTION_AND_MLP: dict[Biases, dict[str, bool]] = {
@@ -177,6 +211,12 @@ _ROWS = (
         "phi3", "Phi3ForCausalLM", "4.43",
         positions=4096, epsilon=1e-5, biases={"none": {}}, rope_kinds=("default",),
         needs={"sliding_window": None}, layer=FUSED,
+    ),
+    Family(
+        "nemotron", "NemotronForCausalLM", "4.48",
+        positions=4096, epsilon=1e-5, epsilon_key="norm_eps", rope_kinds=("default",), rotary_part=0.5,
+        biases=_ATTENTION_AND_MLP, bias_defaults={"attention_bias": False, "mlp_bias": False},
+        layer=UNGATED, block=NEMOTRON,
     ),
 )  # fmt: skip
 

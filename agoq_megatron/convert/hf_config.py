@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from agoq_megatron.convert.architecture import LLAMA3_SCALING, Architecture
+from agoq_megatron.convert.architecture import HIDDEN_ACT, LLAMA3_SCALING, Architecture
 from agoq_megatron.convert.families import FAMILIES, Biases, Family
 from agoq_megatron.seams.refusals import UsageError
 
@@ -87,7 +87,7 @@ def architecture_from_hf(config: _Config) -> Architecture:
         head_dim=head_dim,
         vocabulary=vocabulary,
         positions=positions,
-        epsilon=_number(config, "rms_norm_eps", row.epsilon),
+        epsilon=_number(config, row.epsilon_key, row.epsilon),
         rope_base=base,
         rope_factor=factor,
         biases=_biases(config, row),
@@ -95,6 +95,8 @@ def architecture_from_hf(config: _Config) -> Architecture:
         qk_norm=row.qk_norm,
         rope_interpolation=interpolation,
         no_rope_freq=_no_rope_freq(config, layers) if row.no_rope else None,
+        block=row.block,
+        rotary_part=_rotary_part(config, row, head_dim),
     )
     if row not in model.families():  # what transformers' own check of the file refuses
         raise _refusal(
@@ -104,8 +106,10 @@ def architecture_from_hf(config: _Config) -> Architecture:
 
 
 def _refuse_what_is_computed_otherwise(config: _Config, row: Family) -> None:
-    if config.get("hidden_act", "silu") not in ("silu", "swish"):  # two names of one function
-        raise _refusal(config, "hidden_act", "Megatron's --swiglu is silu")
+    activation = row.block.activation
+    if config.get("hidden_act", HIDDEN_ACT[activation][0]) not in HIDDEN_ACT[activation]:
+        flag = activation.replace("_", "-")
+        raise _refusal(config, "hidden_act", f"Megatron's --{flag} is {HIDDEN_ACT[activation][0]}")
     if config.get("quantization_config"):
         raise _refusal(config, "quantization_config", "save the model in 16 or 32 bits first")
     for key, carried in row.needs.items():
@@ -188,6 +192,27 @@ def _no_rope_freq(config: _Config, layers: int) -> int | None:
     return freq
 
 
+def _rotary_part(config: _Config, row: Family, head_dim: int) -> float:
+    """Share of a head's features that turn."""
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    part = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    part = row.rotary_part if part is None else part
+    if row.rotary_part is None:
+        if part not in (None, 1.0):
+            raise UsageError(
+                f"config.json: partial_rotary_factor is {part!r}; {row.hf_class} is converted where it "
+                "rotates the whole head."
+            )
+        return 1.0
+    part = _number({"partial_rotary_factor": part}, "partial_rotary_factor", None)
+    if part > 1 or int(head_dim * part) % 2 or int(head_dim * part) == 0:
+        raise UsageError(
+            f"config.json: partial_rotary_factor is {part}; of {head_dim} features a head an even number of "
+            "them turns, and not more than all."
+        )
+    return part
+
+
 def _rope(config: _Config, row: Family, positions: int) -> tuple[int, float | None, int]:
     """Base, LLaMA 3.1's factor (None: no scaling) and the factor of interpolation (1: none)."""
     key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"  # the order of transformers 5
@@ -199,11 +224,6 @@ def _rope(config: _Config, row: Family, positions: int) -> tuple[int, float | No
     base = _number(rope if rope.get("rope_theta") is not None else config, "rope_theta", row.rope_base)
     if base != int(base):
         raise UsageError(f"config.json: rope_theta is {base}; Megatron's --rotary-base is a whole number.")
-    part = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
-    if part not in (None, 1.0):
-        raise UsageError(
-            f"config.json: partial_rotary_factor is {part!r}; converted models rotate the whole head."
-        )
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in row.rope_kinds:
         raise UsageError(

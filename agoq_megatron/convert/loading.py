@@ -97,7 +97,7 @@ def weights_of_checkpoint(folder: Path, step: int | None = None) -> Weights:
     """
     reader = CheckpointReader(find_checkpoint(folder, step))
     model = architecture_from_args(reader.args, reader.embedding_rows())
-    weights = model_weights(model)
+    weights = model_weights(model, model.family().layer)
     reader.check(weights)
     tokenizer = getattr(reader.args, "tokenizer_model", None)
     known = reader.args.tokenizer_type == "HuggingFaceTokenizer" and tokenizer and Path(tokenizer).is_dir()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 
 from agoq_megatron.convert.architecture import Architecture
-from agoq_megatron.convert.families import Biases
+from agoq_megatron.convert.families import LLAMA, NEMOTRON, Biases, Block
 from agoq_megatron.seams.refusals import Check, UsageError, is_set
 
 
@@ -47,7 +47,12 @@ _NOT_CARRIED: tuple[Check, ...] = (
     ("squared_relu", is_set, "--squared-relu", "their MLP is SwiGLU"),
     ("quick_geglu", is_set, "--quick-geglu", "their MLP is SwiGLU"),
 )  # fmt: skip
-"""What no class in the table computes."""
+"""What no class in the table computes, but for the next lines."""
+_OF_BLOCKS = (
+    "normalization", "swiglu", "squared_relu", "layernorm_zero_centered_gamma", "apply_layernorm_1p",
+    "rotary_percent",
+)  # fmt: skip
+"""Not looked at in a model of Nemotron's layers."""
 
 
 def architecture_from_args(args: Namespace, vocabulary: int) -> Architecture:
@@ -56,7 +61,10 @@ def architecture_from_args(args: Namespace, vocabulary: int) -> Architecture:
     Raises:
         UsageError: what no class of Hugging Face's in the table can compute, by its flag.
     """
+    block = _block(args)
     for attribute, refused, flag, why in _NOT_CARRIED:
+        if block != LLAMA and attribute in _OF_BLOCKS:
+            continue
         value = getattr(args, attribute, None)
         if value is not None and refused(value):
             raise UsageError(
@@ -88,9 +96,20 @@ def architecture_from_args(args: Namespace, vocabulary: int) -> Architecture:
         qk_norm=bool(getattr(args, "qk_layernorm", False)),
         rope_interpolation=interpolation,
         no_rope_freq=_no_rope_freq(getattr(args, "no_rope_freq", None)),
+        block=block,
+        rotary_part=args.rotary_percent,
     )
     model.family()
     return model
+
+
+def _block(args: Namespace) -> Block:
+    """Nemotron's where all of it is there, else LLaMA's: what differs from that is refused by its flag."""
+    names = ("layernorm_zero_centered_gamma", "apply_layernorm_1p")  # older Megatrons' is the second
+    zero_centred = any(getattr(args, name, False) for name in names)
+    activation = "squared_relu" if getattr(args, "squared_relu", False) and not args.swiglu else "swiglu"
+    found = Block(args.normalization, zero_centred, activation)
+    return found if found == NEMOTRON else LLAMA
 
 
 def _no_rope_freq(given: int | list[int] | None) -> int | None:

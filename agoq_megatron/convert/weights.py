@@ -84,6 +84,8 @@ def model_weights(model: Architecture, layer: Sequence[Rule] = SEPARATE) -> list
     weights = [same(EMBEDDING, EMBED, model.vocabulary, model.hidden)]
     weights += [_layer_weight(model, number, rule) for number in range(model.layers) for rule in rules]
     weights.append(same("decoder.final_layernorm.weight", "model.norm.weight", model.hidden))
+    if model.block.normalization == "LayerNorm":
+        weights.append(same("decoder.final_layernorm.bias", "model.norm.bias", model.hidden))
     if not model.tied:
         weights.append(same(OUTPUT, LM_HEAD, model.vocabulary, model.hidden))
     return weights

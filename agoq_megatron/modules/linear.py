@@ -19,7 +19,7 @@ from agoq_megatron.autograd.function import Function
 from agoq_megatron.autograd.norm_linear import NormLinear, NormLinearSpec
 from agoq_megatron.autograd.products import Products, gradient_without_memory
 from agoq_megatron.autograd.saving import SavedTensor
-from agoq_megatron.modules.norm import norm_parameters
+from agoq_megatron.modules.norm import kind_of, norm_parameters
 from agoq_megatron.modules.residual import ResidualStream
 
 
@@ -47,7 +47,7 @@ class LayerNormColumnParallelLinear(ColumnParallelLinear):
         self.spec = NormLinearSpec(
             norm_input=norm_input,
             norm_output=norm_output,
-            kind=self.config.normalization,
+            kind=kind_of(self.config),
             eps=self.config.layernorm_epsilon,
             group=self.tp_group,
             sequence_parallel=self.sequence_parallel,

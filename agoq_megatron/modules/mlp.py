@@ -6,7 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
+from agoq_kernels.activation import gated_kind
+from megatron.core.activations import squared_relu
+from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.transformer.mlp import MLP as MegatronMLP
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from agoq_megatron.autograd.activation_linear import ActivationLinear, ActivationLinearSpec
@@ -17,6 +22,36 @@ from agoq_megatron.modules.linear import silent
 from agoq_megatron.modules.residual import ResidualStream
 from agoq_megatron.modules.sites import FC1_OUTPUT, FC2_INPUT, NORM2_INPUT, NORM2_OUTPUT
 from agoq_megatron.policy.policy import ActivationPolicy
+
+_KINDS = {
+    (F.silu, True): "swiglu",
+    (F.gelu, True): "geglu",
+    (quick_gelu, True): "quick_geglu",
+    (F.gelu, False): "gelu",
+    (squared_relu, False): "squared_relu",
+}
+"""By ``activation_func`` and ``gated_linear_unit``."""
+
+
+def activation_kind(config: TransformerConfig) -> str:
+    """The MLP's activation in the words of ``agoq_kernels.activation``.
+
+    Raises:
+        NotImplementedError: it is another one. (No flag of Megatron's gives it.)
+    """
+    gated, fused = config.gated_linear_unit, config.bias_activation_fusion
+    kind = _KINDS.get((config.activation_func, gated))
+    if kind is None:
+        raise NotImplementedError(
+            f"AGoQ's MLP has {', '.join(_KINDS.values())}; not {'gated ' * gated}{config.activation_func}"
+        )
+    if config.activation_func is F.gelu and fused:  # Megatron's fused bias + GELU is the tanh form
+        kind += "_tanh"
+    if not gated:
+        return kind
+    if fused and config.activation_func is not quick_gelu and config.activation_func_clamp_value is not None:
+        raise NotImplementedError("Megatron's fused activations have no clamp: bias_activation_fusion=False")
+    return gated_kind(kind, config.glu_linear_offset, config.activation_func_clamp_value)
 
 
 class MLP(MegatronMLP):
@@ -45,15 +80,10 @@ class MLP(MegatronMLP):
             saved_tensor(policy, NORM2_INPUT, number, self.config),
             saved_tensor(policy, NORM2_OUTPUT, number, self.config),
         )
-        if self.config.gated_linear_unit:
-            kind = "swiglu"
-        else:
-            # Megatron's fused bias + GELU is the tanh form, its unfused one the exact form.
-            kind = "gelu_tanh" if self.config.bias_activation_fusion else "gelu"
         self.spec = ActivationLinearSpec(
             pre_activation=saved_tensor(policy, FC1_OUTPUT, number, self.config),
             output=saved_tensor(policy, FC2_INPUT, number, self.config),
-            kind=kind,
+            kind=activation_kind(self.config),
             products=Products(self.config.gradient_accumulation_fusion),
         )
 

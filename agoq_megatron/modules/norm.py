@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from agoq_kernels.head_norm import HeadNorm
+from agoq_kernels.norm import norm_kind
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import Parameter
@@ -15,7 +16,8 @@ from agoq_megatron.policy.policy import Rule
 
 
 def norm_parameters(config: TransformerConfig, size: int) -> tuple[Parameter, Parameter | None]:
-    """Weight ``[size]`` of ones, and for LayerNorm a bias ``[size]`` of zeros.
+    """Weight ``[size]`` of ones (of zeros where it is zero-centred), and for LayerNorm a bias ``[size]`` of
+    zeros.
 
     They carry Megatron's ``sequence_parallel`` mark: each rank then sees a slice of the sequence only,
     and Megatron sums their gradients over the tensor-parallel ranks.
@@ -27,7 +29,13 @@ def norm_parameters(config: TransformerConfig, size: int) -> tuple[Parameter, Pa
         p.sequence_parallel = config.sequence_parallel
         return p
 
-    return parameter(1.0), parameter(0.0) if config.normalization == "LayerNorm" else None
+    weight = parameter(0.0 if config.layernorm_zero_centered_gamma else 1.0)
+    return weight, parameter(0.0) if config.normalization == "LayerNorm" else None
+
+
+def kind_of(config: TransformerConfig) -> str:
+    """Of the layers' norms: one of ``agoq_kernels.norm.KINDS``."""
+    return norm_kind(config.normalization, config.layernorm_zero_centered_gamma)
 
 
 class Norm(torch.nn.Module):
@@ -37,7 +45,7 @@ class Norm(torch.nn.Module):
         super().__init__()
         self.weight, self.bias = norm_parameters(config, hidden_size)
         kept = (SavedTensor(FINAL_NORM_INPUT, 0, rule) for rule in (Rule(keep=True), Rule()))
-        self.spec = norm.NormSpec(*kept, config.normalization, eps)
+        self.spec = norm.NormSpec(*kept, kind_of(config), eps)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[s, b, h]`` -> ``[s, b, h]``."""
@@ -51,7 +59,7 @@ def head_norm(config: TransformerConfig) -> HeadNorm | None:
     weight."""
     if config.qk_l2_norm:
         return HeadNorm("L2Norm", config.layernorm_epsilon)
-    return HeadNorm(config.normalization, config.layernorm_epsilon) if config.qk_layernorm else None
+    return HeadNorm(kind_of(config), config.layernorm_epsilon) if config.qk_layernorm else None
 
 
 class HeadNormParameters(torch.nn.Module):

@@ -12,6 +12,11 @@ LSE = f"{ATTENTION}.log_sum_exp"
 COMMON = f"{ATTENTION}.common_vectors"
 
 
+def gated(args) -> bool:
+    """Whether the MLP of Megatron's arguments has a gate."""
+    return bool(args.swiglu or getattr(args, "quick_geglu", False))
+
+
 def _hidden(config) -> int:
     return config.hidden_size
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from agoq_megatron.modules.sites import KEY, QUERY
+from agoq_megatron.modules.sites import KEY, QUERY, gated
 from agoq_megatron.planning.sensitivity import Sensitivities, load_sensitivities
 from agoq_megatron.policy.sites import SITES
 from agoq_megatron.seams.refusals import UsageError
@@ -38,7 +38,7 @@ def nearest(args) -> Sensitivities:
         shared = math.log(model["heads"] / model["query_groups"])
         wide = math.log(model["ffn_hidden_size"] / model["hidden_size"])
         return (
-            1000 * (bool(model["gated"]) != bool(args.swiglu))
+            1000 * (bool(model["gated"]) != gated(args))
             + 100 * (model["normalization"] != args.normalization)
             + 10 * abs(shared - math.log(args.num_attention_heads / groups))
             + abs(wide - math.log(args.ffn_hidden_size / args.hidden_size))

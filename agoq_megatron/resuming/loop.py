@@ -271,14 +271,14 @@ def peeked_state(read, args, to_go_on: bool = True) -> dict | None:
 
 OF_THE_MODEL_TOO = """
     layernorm_epsilon layernorm_zero_centered_gamma use_rope_scaling rope_scaling_factor no_rope_freq
+    quick_geglu glu_linear_offset activation_func_clamp_value
     rotary_seq_len_interpolation_factor use_mup mup_base_hidden_size mup_embedding_mult mup_output_mult
     mup_base_head_dim mup_attn_scale_power qk_layernorm qk_l2_norm
-    window_size softmax_type attention_output_gate glu_linear_offset quick_geglu
-    activation_func_clamp_value multi_latent_attention experimental_attention_variant
+    window_size softmax_type attention_output_gate multi_latent_attention experimental_attention_variant
     apply_residual_connection_post_layernorm
 """.split()
 """What --use-checkpoint-args leaves out in Megatron 0.19, though the weights mean nothing without it. (The
-last three lines are refused here, then by their names: Megatron would load the rest and say nothing.)"""
+last two lines are refused here, then by their names: Megatron would load the rest and say nothing.)"""
 
 
 def guarded_load_args(stock, args, load_arg: str = "load") -> None:

@@ -12,8 +12,19 @@ from collections.abc import Iterator
 from agoq_megatron.resuming.loop import OF_THE_MODEL_TOO
 from agoq_megatron.seams.refusals import UsageError
 
-OF_NORMED_HEADS = ("qk_layernorm", "qk_l2_norm")
-"""Other weights, or other scores from the same: never meant."""
+NEVER_MEANT = {
+    "qk_layernorm": ("--qk-layernorm", "norms on queries and keys"),
+    "qk_l2_norm": ("--qk-l2-norm", "norms on queries and keys"),
+    "layernorm_zero_centered_gamma": ("--apply-layernorm-1p", "norms"),
+    "swiglu": ("--swiglu", "MLPs"),
+    "squared_relu": ("--squared-relu", "MLPs"),
+    "quick_geglu": ("--quick-geglu", "MLPs"),
+}
+"""Switches without which the same weights are of no use: argument -> flag, what a model then has of it."""
+_OLDER = {"layernorm_zero_centered_gamma": "apply_layernorm_1p"}
+"""What older Megatrons call them."""
+_OF_GATES = {"glu_linear_offset": 0.0, "activation_func_clamp_value": None}
+"""Numbers of a gated MLP, and what they are where nobody gives them."""
 
 
 def check_same_model(args: Namespace, saved: dict | None) -> Iterator[str]:
@@ -24,18 +35,29 @@ def check_same_model(args: Namespace, saved: dict | None) -> Iterator[str]:
         saved: the part of the checkpoint that is no tensor, or None.
 
     Raises:
-        UsageError: norms on queries and keys differ.
+        UsageError: norms or activations differ.
     """
     before = (saved or {}).get("args")
-    for name in OF_NORMED_HEADS:
-        had, has = bool(getattr(before, name, False)), bool(getattr(args, name, False))
-        if before is not None and had != has:
-            flag = "--" + name.replace("_", "-")
-            theirs, ours = "has" if had else "has no", "has" if has else "has none"
+    for name, (flag, what) in NEVER_MEANT.items() if before is not None else ():
+        had = getattr(before, name, None)
+        had = getattr(before, _OLDER.get(name, ""), None) if had is None else had
+        if had is None and "qk_" not in name:
+            continue  # of norms on queries and keys, silence says that there are none
+        had, has = bool(had), bool(getattr(args, name, False))
+        if had != has:
+            theirs, ours = "has such" if had else "has no such", "has" if has else "has none"
             remedy = "Add the flag" if had else "Leave out the flag"
             raise UsageError(
-                f"{flag}: the checkpoint's model {theirs} such norms on queries and keys, this one {ours}. "
-                f"{remedy}, or take the checkpoint's with --use-checkpoint-args."
+                f"{flag}: the checkpoint's model {theirs} {what}, this one {ours}. {remedy}, or take the "
+                "checkpoint's with --use-checkpoint-args."
+            )
+    for name, nothing in _OF_GATES.items():
+        had, has = getattr(before, name, nothing), getattr(args, name, nothing)
+        if hasattr(before, name) and had != has:
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(
+                f"{flag}: {had} in the checkpoint's model, {has} in this one. Give the checkpoint's, or take "
+                "it with --use-checkpoint-args."
             )
     for name in OF_THE_MODEL_TOO:
         if hasattr(before, name) and hasattr(args, name) and getattr(before, name) != getattr(args, name):

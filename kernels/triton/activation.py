@@ -1,6 +1,6 @@
-"""SwiGLU and GELU, forward while packing their input, backward straight from its codes.
+"""The MLP's activations, forward while packing their input, backward straight from its codes.
 
-A program takes R groups of the gate and the same R groups of the up half of one row.
+A program takes R groups of one row; of a gated one R groups of the gate and the same of the up half.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from functools import partial
 import torch
 import triton
 import triton.language as tl
+from agoq_kernels.activation import BEYOND, Activation, parse
 from agoq_kernels.formats import Format
 from agoq_kernels.triton.codec import load_dequantize, quantize_store
 from agoq_kernels.triton.constants import constants
@@ -46,9 +47,19 @@ def _sigmoid(x):
 
 
 @triton.jit
-def _gelu(x, KIND: tl.constexpr):
-    """Value and slope."""
-    if KIND == "gelu":
+def _value_and_slope(x, FUNCTION: tl.constexpr):
+    if FUNCTION == "silu":
+        sigmoid = _sigmoid(x)
+        value = x * sigmoid
+        return value, sigmoid + value * (1.0 - sigmoid)
+    elif FUNCTION == "quick_gelu":
+        sigmoid = _sigmoid(1.702 * x)
+        value = x * sigmoid
+        return value, sigmoid + 1.702 * value * (1.0 - sigmoid)
+    elif FUNCTION == "squared_relu":
+        positive = tl.where(x < 0.0, 0.0, x)  # not a maximum, which would make NaN zero
+        return positive * positive, 2.0 * positive
+    elif FUNCTION == "gelu":
         cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
         return x * cdf, cdf + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
     else:
@@ -56,6 +67,23 @@ def _gelu(x, KIND: tl.constexpr):
         half = _sigmoid(2.0 * inner)  # (1 + tanh(inner)) / 2
         slope = 0.7978845608028654 * (1.0 + 3 * 0.044715 * x * x)
         return x * half, half + x * 2.0 * half * (1.0 - half) * slope
+
+
+@triton.jit
+def _clamp(gate, up, BOUND: tl.constexpr):
+    """NaN stays."""
+    gate = tl.where(gate > BOUND, BOUND, gate)
+    return gate, tl.where(up > BOUND, BOUND, tl.where(up < -BOUND, -BOUND, up))
+
+
+@triton.jit
+def _gate_and_up(gate, up, OFFSET: tl.constexpr, CLAMPED: tl.constexpr, CLAMP: tl.constexpr):
+    """Both as the product takes them."""
+    if CLAMPED:
+        gate, up = _clamp(gate, up, CLAMP)
+    if OFFSET != 0.0:
+        up = up + OFFSET
+    return gate, up
 
 
 @triton.jit
@@ -72,12 +100,12 @@ def _place(n, R: tl.constexpr, FMT: tl.constexpr):
 @triton.jit(do_not_specialize=["key_a", "key_b"])
 def _forward_kernel(
     x_ptr, y_ptr, codes_ptr, scale_ptr, zero_ptr, tables_ptr, n, x_stride, y_stride, key_a, key_b,
-    KIND: tl.constexpr, QUANTIZE: tl.constexpr, OUTPUT_INTO_X: tl.constexpr, R: tl.constexpr,
-    FMT: tl.constexpr,
+    FUNCTION: tl.constexpr, GATED: tl.constexpr, OFFSET: tl.constexpr, CLAMPED: tl.constexpr,
+    CLAMP: tl.constexpr, READ: tl.constexpr, QUANTIZE: tl.constexpr, OUTPUT_INTO_X: tl.constexpr,
+    R: tl.constexpr, FMT: tl.constexpr,
 ):  # fmt: skip
     LANES: tl.constexpr = FMT.lanes
     B: tl.constexpr = FMT.group // LANES
-    GATED: tl.constexpr = KIND == "swiglu"
     row, group, columns = _place(n, R, FMT)
     source = x_ptr + row * x_stride
     gates = ()
@@ -94,11 +122,25 @@ def _forward_kernel(
     for i in tl.static_range(LANES):
         column = columns + i * B
         if GATED:
-            y = gates[i] * _sigmoid(gates[i]) * ups[i]
+            gate, up = _gate_and_up(gates[i], ups[i], OFFSET, CLAMPED, CLAMP)
+            y, _ = _value_and_slope(gate, FUNCTION)
+            y = y * up
         else:
-            y, _ = _gelu(gates[i], KIND)
+            y, _ = _value_and_slope(gates[i], FUNCTION)
         tl.store(y_ptr + row * y_stride + column, cast(y, y_ptr.dtype.element_ty), mask=column < n)
     if QUANTIZE:
+        if FUNCTION == "squared_relu" or CLAMPED:  # see activation.read_part()
+            read_gates = ()
+            read_ups = ()
+            for i in tl.static_range(LANES):
+                if CLAMPED:
+                    gate, up = _clamp(gates[i], ups[i], READ)
+                    read_gates = read_gates + (gate,)
+                    read_ups = read_ups + (up,)
+                else:
+                    read_gates = read_gates + (tl.where(gates[i] < 0.0, 0.0, gates[i]),)
+            gates = read_gates
+            ups = read_ups
         per_half = n // FMT.group
         mask = group < per_half
         first = row * (per_half * (2 if GATED else 1)) + group
@@ -130,12 +172,12 @@ def _load_kept(
 @triton.jit
 def _backward_kernel(
     grad_ptr, x_ptr, scale_ptr, zero_ptr, tables_ptr, grad_x_ptr, n, grad_stride,
-    KIND: tl.constexpr, QUANTIZED: tl.constexpr, OUTPUT_INTO_GRAD: tl.constexpr,
-    R: tl.constexpr, FMT: tl.constexpr,
+    FUNCTION: tl.constexpr, GATED: tl.constexpr, OFFSET: tl.constexpr, CLAMPED: tl.constexpr,
+    CLAMP: tl.constexpr, QUANTIZED: tl.constexpr, OUTPUT_INTO_GRAD: tl.constexpr, R: tl.constexpr,
+    FMT: tl.constexpr,
 ):  # fmt: skip
     LANES: tl.constexpr = FMT.lanes
     B: tl.constexpr = FMT.group // LANES
-    GATED: tl.constexpr = KIND == "swiglu"
     HALVES: tl.constexpr = 2 if GATED else 1
     row, group, columns = _place(n, R, FMT)
     per_half = n // FMT.group
@@ -160,16 +202,19 @@ def _backward_kernel(
         column = columns + i * B
         inside = column < n
         grad = widen(grads[i])
-        gate = gates[i]
         if GATED:
-            sigmoid = _sigmoid(gate)
-            silu = gate * sigmoid
-            slope = sigmoid + silu * (1.0 - sigmoid)
-            y = silu * ups[i]
-            tl.store(out + column, cast(grad * ups[i] * slope, dtype), mask=inside)
-            tl.store(out + n + column, cast(grad * silu, dtype), mask=inside)
+            gate, up = _gate_and_up(gates[i], ups[i], OFFSET, CLAMPED, CLAMP)
+            value, slope = _value_and_slope(gate, FUNCTION)
+            y = value * up
+            of_gate = grad * up * slope
+            of_up = grad * value
+            if CLAMPED:  # beyond the clamp nothing depends on them; NaN has none, as in torch
+                of_gate = tl.where(gates[i] <= CLAMP, of_gate, 0.0)
+                of_up = tl.where(tl.abs(ups[i]) <= CLAMP, of_up, 0.0)
+            tl.store(out + column, cast(of_gate, dtype), mask=inside)
+            tl.store(out + n + column, cast(of_up, dtype), mask=inside)
         else:
-            y, slope = _gelu(gate, KIND)
+            y, slope = _value_and_slope(gates[i], FUNCTION)
             tl.store(out + column, cast(grad * slope, dtype), mask=inside)
         if OUTPUT_INTO_GRAD:
             tl.store(grad_ptr + row * grad_stride + column, cast(y, dtype), mask=inside)
@@ -184,12 +229,21 @@ def _launch(rows: int, n: int, fmt: Format | None) -> tuple[tuple[int], dict]:
     return (rows * cdiv(groups, per_program),), tile
 
 
+def _constants(how: Activation) -> dict:
+    """The activation as kernels take it."""
+    return dict(
+        FUNCTION=how.function, GATED=how.gated, OFFSET=how.offset, CLAMPED=how.clamp is not None,
+        CLAMP=how.clamp or 0.0,
+    )  # fmt: skip
+
+
 def activation_forward(
     x: Tensor, kind: str, fmt: Format | None, key: int, output_into_x: bool
 ) -> tuple[Tensor, Packed]:
     """See fused.activation_forward_op(); half of x's last axis is a multiple of the group."""
     rows = as_rows(x, written=output_into_x)
-    n = x.shape[-1] // (2 if kind == "swiglu" else 1)
+    how = parse(kind)
+    n = x.shape[-1] // how.halves
     shape = (0,) if output_into_x else (*x.shape[:-1], n)
     y = torch.empty(shape, dtype=x.dtype, device=x.device)
     packed = empty_packed(x.shape[:-1], x.shape[-1], fmt, x.device)
@@ -197,8 +251,8 @@ def activation_forward(
         grid, tile = _launch(rows.shape[0], n, fmt)
         _forward_kernel[grid](
             rows, rows if output_into_x else y, *packed_arguments(packed, fmt), n, rows.stride(0),
-            rows.stride(0) if output_into_x else n, *signed_key(key), KIND=kind,
-            QUANTIZE=fmt is not None, OUTPUT_INTO_X=output_into_x, **tile,
+            rows.stride(0) if output_into_x else n, *signed_key(key), **_constants(how),
+            READ=BEYOND * (how.clamp or 0.0), QUANTIZE=fmt is not None, OUTPUT_INTO_X=output_into_x, **tile,
         )  # fmt: skip
     return y, packed
 
@@ -208,13 +262,12 @@ def activation_backward(
 ) -> Tensor:
     """See fused.activation_backward()."""
     rows = as_rows(grad, written=output_into_grad)
-    n = grad.shape[-1]
-    halves = 2 if kind == "swiglu" else 1
-    grad_x = torch.empty((*grad.shape[:-1], halves * n), dtype=grad.dtype, device=grad.device)
+    n, how = grad.shape[-1], parse(kind)
+    grad_x = torch.empty((*grad.shape[:-1], how.halves * n), dtype=grad.dtype, device=grad.device)
     if rows.numel():
         grid, tile = _launch(rows.shape[0], n, fmt)
         _backward_kernel[grid](
             rows, *packed_arguments(kept, fmt), grad_x, n, rows.stride(0),
-            KIND=kind, QUANTIZED=fmt is not None, OUTPUT_INTO_GRAD=output_into_grad, **tile,
+            **_constants(how), QUANTIZED=fmt is not None, OUTPUT_INTO_GRAD=output_into_grad, **tile,
         )  # fmt: skip
     return grad_x

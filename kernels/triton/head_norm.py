@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from agoq_kernels.formats import Format
 from agoq_kernels.head_norm import HeadNorm, KeptHeads, Parameters, Tables
+from agoq_kernels.norm import is_layer_norm, is_zero_centred
 from agoq_kernels.triton.codec import quantize_store
 from agoq_kernels.triton.constants import constants
 from agoq_kernels.triton.heads import (
@@ -46,9 +47,9 @@ def _forward_kernel(
     source_ptr, out_ptr, cos_ptr, sin_ptr, weight_ptr, bias_ptr, common_ptr, segments_ptr, codes_ptr,
     scale_ptr, zero_ptr, tables_ptr, n_heads, batch, source_token, source_group, common_row, eps, key_a,
     key_b, HEADS: tl.constexpr, HEADS_A_GROUP: tl.constexpr, LAYER_NORM: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, ROT: tl.constexpr, INTERLEAVED: tl.constexpr,
-    QUANTIZE: tl.constexpr, CENTRE: tl.constexpr, SEGMENTS: tl.constexpr, R: tl.constexpr, N: tl.constexpr,
-    B: tl.constexpr, FMT: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, ZERO_CENTRED: tl.constexpr, ROT: tl.constexpr,
+    INTERLEAVED: tl.constexpr, QUANTIZE: tl.constexpr, CENTRE: tl.constexpr, SEGMENTS: tl.constexpr,
+    R: tl.constexpr, N: tl.constexpr, B: tl.constexpr, FMT: tl.constexpr,
 ):  # fmt: skip
     """HEADS a token, of n_heads in all. CENTRE: the common vectors are taken off what is quantized; SEGMENTS:
     see rotary.py. Strides in elements; ROT 0 does not rotate."""
@@ -73,7 +74,7 @@ def _forward_kernel(
             group = row * GROUPS + g
             quantize_store(rest, group, mask, codes_ptr, scale_ptr, zero_ptr, tables_ptr, key_a, key_b, FMT)
     ys, _ = normalize(xs, mask, eps, LAYER_NORM, N, B)
-    ys = shift(scale(ys, weight_ptr, HAS_WEIGHT, N, B), bias_ptr, HAS_BIAS, N, B)
+    ys = shift(scale(ys, weight_ptr, HAS_WEIGHT, ZERO_CENTRED, N, B), bias_ptr, HAS_BIAS, N, B)
     ys = turn(ys, cos_ptr, sin_ptr, token // batch, mask, ROT, INTERLEAVED, False, R, N, B)
     store_heads(out_ptr + row * (N * B), ys, mask, out_ptr.dtype.element_ty, N, B)
 
@@ -84,8 +85,9 @@ def _from_kept_kernel(
     x_ptr, scale_ptr, zero_ptr, tables_ptr, shift_ptr, segments_ptr, cos_ptr, sin_ptr, weight_ptr, bias_ptr,
     centre_ptr, out_ptr, n_heads, batch, eps,
     HEADS: tl.constexpr, LAYER_NORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    ROT: tl.constexpr, INTERLEAVED: tl.constexpr, QUANTIZED: tl.constexpr, SHIFT: tl.constexpr,
-    CENTRE: tl.constexpr, SEGMENTS: tl.constexpr, R: tl.constexpr, N: tl.constexpr, B: tl.constexpr,
+    ZERO_CENTRED: tl.constexpr, ROT: tl.constexpr, INTERLEAVED: tl.constexpr, QUANTIZED: tl.constexpr,
+    SHIFT: tl.constexpr, CENTRE: tl.constexpr, SEGMENTS: tl.constexpr, R: tl.constexpr, N: tl.constexpr,
+    B: tl.constexpr,
     FMT: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
@@ -96,7 +98,7 @@ def _from_kept_kernel(
         x_ptr, scale_ptr, zero_ptr, tables_ptr, shift_ptr, row, shifts, mask, QUANTIZED, SHIFT, N, B, FMT
     )
     ys, _ = normalize(xs, mask, eps, LAYER_NORM, N, B)
-    ys = shift(scale(ys, weight_ptr, HAS_WEIGHT, N, B), bias_ptr, HAS_BIAS, N, B)
+    ys = shift(scale(ys, weight_ptr, HAS_WEIGHT, ZERO_CENTRED, N, B), bias_ptr, HAS_BIAS, N, B)
     ys = turn(ys, cos_ptr, sin_ptr, token // batch, mask, ROT, INTERLEAVED, False, R, N, B)
     if CENTRE:
         ys = subtract_lanes(ys, load_heads(centre_ptr + shifts * (N * B), mask, N, B), N)
@@ -109,8 +111,9 @@ def _backward_kernel(
     grad_ptr, x_ptr, scale_ptr, zero_ptr, tables_ptr, shift_ptr, segments_ptr, cos_ptr, sin_ptr, weight_ptr,
     out_ptr, grad_weight_ptr, grad_bias_ptr, n_heads, first, kept_heads, batch, out_token, out_group, eps,
     HEADS: tl.constexpr, HEADS_A_GROUP: tl.constexpr, LAYER_NORM: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ROT: tl.constexpr, INTERLEAVED: tl.constexpr, QUANTIZED: tl.constexpr,
-    SHIFT: tl.constexpr, SEGMENTS: tl.constexpr, R: tl.constexpr, N: tl.constexpr, B: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ZERO_CENTRED: tl.constexpr, ROT: tl.constexpr, INTERLEAVED: tl.constexpr,
+    QUANTIZED: tl.constexpr, SHIFT: tl.constexpr, SEGMENTS: tl.constexpr, R: tl.constexpr, N: tl.constexpr,
+    B: tl.constexpr,
     FMT: tl.constexpr,
 ):  # fmt: skip
     """Gradients of HEADS a token, which are those from the first on of kept_heads."""
@@ -141,7 +144,7 @@ def _backward_kernel(
             grad_weights = add_lanes(grad_weights, products, N)
         if HAS_BIAS:
             grad_biases = add_lanes(grad_biases, grads, N)
-        grads = scale(grads, weight_ptr, HAS_WEIGHT, N, B)
+        grads = scale(grads, weight_ptr, HAS_WEIGHT, ZERO_CENTRED, N, B)
         along = dot(grads, ys, N) / (N * B)
         grad_xs = ()
         for i in tl.static_range(N):
@@ -188,8 +191,9 @@ def _parameters(norm: HeadNorm, weight: Tensor | None, bias: Tensor | None, unre
     """Weight and bias as kernels take them, and the constants that say which there are."""
     tensors = tuple(unread if p is None else p.contiguous() for p in (weight, bias))
     return tensors, dict(
-        LAYER_NORM=norm.kind == "LayerNorm", HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None
-    )
+        LAYER_NORM=is_layer_norm(norm.kind), ZERO_CENTRED=is_zero_centred(norm.kind),
+        HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
+    )  # fmt: skip
 
 
 def split_normed_qkv(

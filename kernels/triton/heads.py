@@ -99,12 +99,18 @@ def normalize(xs, mask, eps, LAYER_NORM: tl.constexpr, N: tl.constexpr, B: tl.co
 
 
 @triton.jit
-def scale(xs, weight_ptr, HAS_WEIGHT: tl.constexpr, N: tl.constexpr, B: tl.constexpr):
+def scale(
+    xs, weight_ptr, HAS_WEIGHT: tl.constexpr, ZERO_CENTRED: tl.constexpr, N: tl.constexpr, B: tl.constexpr
+):
+    """xs times the weight, or times 1 + weight."""
     if HAS_WEIGHT:
         run = tl.arange(0, B)[None, :]
         ys = ()
         for i in tl.static_range(N):
-            ys = ys + (xs[i] * widen(tl.load(weight_ptr + run + i * B)),)
+            weight = widen(tl.load(weight_ptr + run + i * B))
+            if ZERO_CENTRED:
+                weight = weight + 1.0
+            ys = ys + (xs[i] * weight,)
         return ys
     else:
         return xs

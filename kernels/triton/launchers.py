@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import torch
+from agoq_kernels.activation import parse, read_part
 from agoq_kernels.formats import Format
 from agoq_kernels.head_norm import HeadNorm, KeptHeads, Parameters, Tables, unnormed_parts
 from agoq_kernels.segments import by_token
@@ -35,9 +36,9 @@ def activation_forward(
 ) -> tuple[Tensor, Packed]:
     """See fused.activation_forward_op()."""
     half = x.shape[-1] // 2
-    if fmt is None or kind != "swiglu" or half % fmt.group == 0:
+    if fmt is None or not parse(kind).gated or half % fmt.group == 0:
         return activation.activation_forward(x, kind, fmt, key, output_into_x)
-    packed = quantize(x, fmt, key)
+    packed = quantize(read_part(x, kind), fmt, key)
     y, _ = activation.activation_forward(x, kind, None, key, output_into_x)
     return y, packed
 
@@ -46,7 +47,7 @@ def activation_backward(
     grad: Tensor, kept: Packed, kind: str, fmt: Format | None, output_into_grad: bool
 ) -> Tensor:
     """See fused.activation_backward()."""
-    if fmt is not None and kind == "swiglu" and grad.shape[-1] % fmt.group:
+    if fmt is not None and parse(kind).gated and grad.shape[-1] % fmt.group:
         x = dequantize(kept, fmt, torch.float32)
         kept, fmt = (x, *empty_packed((), 0, None, x.device)[1:]), None
     return activation.activation_backward(grad, kept, kind, fmt, output_into_grad)

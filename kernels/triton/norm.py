@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from agoq_kernels.formats import Format
+from agoq_kernels.norm import is_layer_norm, is_zero_centred
 from agoq_kernels.triton.codec import load_packed, quantize_store, unpack
 from agoq_kernels.triton.constants import constants
 from agoq_kernels.triton.launch import Kernel, cdiv
@@ -96,8 +97,23 @@ def _normalize(xs, columns, n, eps, LAYER_NORM: tl.constexpr, FMT: tl.constexpr)
 
 
 @triton.jit
-def _scale_and_shift(xs, weight_ptr, bias_ptr, columns, n, HAS_BIAS: tl.constexpr, FMT: tl.constexpr):
+def _load_multipliers(weight_ptr, columns, n, ZERO_CENTRED: tl.constexpr, FMT: tl.constexpr):
+    """Lanes of FP32 of what a normalized row is multiplied by: the weight, or 1 + weight."""
     weights = _load_lanes(weight_ptr, columns, n, FMT)
+    if ZERO_CENTRED:
+        sums = ()
+        for i in tl.static_range(tl.constexpr(FMT.lanes)):
+            sums = sums + (weights[i] + 1.0,)
+        weights = sums
+    return weights
+
+
+@triton.jit
+def _scale_and_shift(
+    xs, weight_ptr, bias_ptr, columns, n, HAS_BIAS: tl.constexpr, ZERO_CENTRED: tl.constexpr,
+    FMT: tl.constexpr,
+):  # fmt: skip
+    weights = _load_multipliers(weight_ptr, columns, n, ZERO_CENTRED, FMT)
     ys = ()
     for i in tl.static_range(tl.constexpr(FMT.lanes)):
         ys = ys + (xs[i] * weights[i],)
@@ -116,7 +132,7 @@ def _forward_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, total_ptr,
     codes_ptr, scale_ptr, zero_ptr, tables_ptr, n, x_stride, residual_stride, eps, key_a, key_b,
     LAYER_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr,
-    QUANTIZE: tl.constexpr, NG: tl.constexpr, FMT: tl.constexpr,
+    ZERO_CENTRED: tl.constexpr, QUANTIZE: tl.constexpr, NG: tl.constexpr, FMT: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, NG)
@@ -132,7 +148,7 @@ def _forward_kernel(
         xs = totals
         _store_lanes(total_ptr + row * n, xs, columns, n, FMT)
     normalized, _ = _normalize(xs, columns, n, eps, LAYER_NORM, FMT)
-    ys = _scale_and_shift(normalized, weight_ptr, bias_ptr, columns, n, HAS_BIAS, FMT)
+    ys = _scale_and_shift(normalized, weight_ptr, bias_ptr, columns, n, HAS_BIAS, ZERO_CENTRED, FMT)
     _store_lanes(y_ptr + row * n, ys, columns, n, FMT)
     if QUANTIZE:
         groups_per_row = n // FMT.group
@@ -168,7 +184,7 @@ def _unpack_kept(kept, tables_ptr, QUANTIZED: tl.constexpr, FMT: tl.constexpr):
 @triton.jit
 def _from_kept_kernel(
     x_ptr, scale_ptr, zero_ptr, tables_ptr, weight_ptr, bias_ptr, y_ptr, n, eps,
-    LAYER_NORM: tl.constexpr, HAS_BIAS: tl.constexpr, QUANTIZED: tl.constexpr,
+    LAYER_NORM: tl.constexpr, HAS_BIAS: tl.constexpr, ZERO_CENTRED: tl.constexpr, QUANTIZED: tl.constexpr,
     NG: tl.constexpr, FMT: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -177,7 +193,7 @@ def _from_kept_kernel(
     kept = _load_kept(x_ptr, row, columns, group, n, scale_ptr, zero_ptr, True, QUANTIZED, FMT)
     xs = _unpack_kept(kept, tables_ptr, QUANTIZED, FMT)
     normalized, _ = _normalize(xs, columns, n, eps, LAYER_NORM, FMT)
-    ys = _scale_and_shift(normalized, weight_ptr, bias_ptr, columns, n, HAS_BIAS, FMT)
+    ys = _scale_and_shift(normalized, weight_ptr, bias_ptr, columns, n, HAS_BIAS, ZERO_CENTRED, FMT)
     _store_lanes(y_ptr + row * n, ys, columns, n, FMT)
 
 
@@ -207,7 +223,8 @@ def _backward_kernel(
     grad_ptr, x_ptr, scale_ptr, zero_ptr, tables_ptr, residual_grad_ptr, weight_ptr, bias_ptr,
     grad_x_ptr, grad_weight_ptr, grad_bias_ptr, n_rows, n, grad_stride, residual_stride, eps,
     LAYER_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr,
-    OUTPUT_INTO_GRAD: tl.constexpr, QUANTIZED: tl.constexpr, NG: tl.constexpr, FMT: tl.constexpr,
+    ZERO_CENTRED: tl.constexpr, OUTPUT_INTO_GRAD: tl.constexpr, QUANTIZED: tl.constexpr, NG: tl.constexpr,
+    FMT: tl.constexpr,
 ):  # fmt: skip
     LANES: tl.constexpr = FMT.lanes
     B: tl.constexpr = FMT.group // LANES
@@ -233,7 +250,7 @@ def _backward_kernel(
         exists = following < n_rows
         raw_grads = _load_raw(grad_ptr + following * grad_stride, columns, n, exists, FMT)
         kept = _load_kept(x_ptr, following, columns, group, n, scale_ptr, zero_ptr, exists, QUANTIZED, FMT)
-        weights = _load_lanes(weight_ptr, columns, n, FMT)
+        weights = _load_multipliers(weight_ptr, columns, n, ZERO_CENTRED, FMT)
         weighted = ()
         for i in tl.static_range(LANES):
             weighted = weighted + (grads[i] * weights[i],)
@@ -279,7 +296,7 @@ def _backward_kernel(
         grad_biases = new_biases
         _store_lanes(grad_x_ptr + row * n, grad_xs, columns, n, FMT)
         if OUTPUT_INTO_GRAD:  # which all threads have read: the sums over the row are done
-            ys = _scale_and_shift(normalized, weight_ptr, bias_ptr, columns, n, HAS_BIAS, FMT)
+            ys = _scale_and_shift(normalized, weight_ptr, bias_ptr, columns, n, HAS_BIAS, ZERO_CENTRED, FMT)
             _store_lanes(grad_ptr + row * grad_stride, ys, columns, n, FMT)
         row = following
 
@@ -300,6 +317,11 @@ def _parameters(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Both as kernels take them; for no bias something that is not read."""
     weight = weight.contiguous()
     return weight, weight if bias is None else bias.contiguous()
+
+
+def _constants(kind: str, bias: Tensor | None) -> dict:
+    """The norm as kernels take it."""
+    return dict(LAYER_NORM=is_layer_norm(kind), ZERO_CENTRED=is_zero_centred(kind), HAS_BIAS=bias is not None)
 
 
 def _programs(rows: int, device: torch.device) -> int:
@@ -325,8 +347,8 @@ def norm_forward(
         _forward_kernel[(rows.shape[0],)](
             rows, residual_rows, *_parameters(weight, bias), y, total,
             *packed_arguments(packed, fmt), n, rows.stride(0), residual_rows.stride(0), eps,
-            *signed_key(key), LAYER_NORM=kind == "LayerNorm", HAS_RESIDUAL=residual is not None,
-            HAS_BIAS=bias is not None, QUANTIZE=fmt is not None, **_tile(n, fmt),
+            *signed_key(key), **_constants(kind, bias), HAS_RESIDUAL=residual is not None,
+            QUANTIZE=fmt is not None, **_tile(n, fmt),
         )  # fmt: skip
     return y, total, packed
 
@@ -341,7 +363,7 @@ def norm_from_kept(
     if y.numel():
         _from_kept_kernel[(y.numel() // n,)](
             *packed_arguments(kept, fmt), *_parameters(weight, bias), y, n, eps,
-            LAYER_NORM=kind == "LayerNorm", HAS_BIAS=bias is not None, QUANTIZED=fmt is not None,
+            **_constants(kind, bias), QUANTIZED=fmt is not None,
             **_tile(n, fmt),
         )  # fmt: skip
     return y
@@ -363,8 +385,8 @@ def norm_backward(
         _backward_kernel[(programs,)](
             rows, *packed_arguments(kept, fmt), residual_rows, *_parameters(weight, bias),
             grad_x, partial, partial_bias, rows.shape[0], n,
-            rows.stride(0), residual_rows.stride(0), eps, LAYER_NORM=kind == "LayerNorm",
-            HAS_RESIDUAL=residual_grad is not None, HAS_BIAS=bias is not None,
+            rows.stride(0), residual_rows.stride(0), eps, **_constants(kind, bias),
+            HAS_RESIDUAL=residual_grad is not None,
             OUTPUT_INTO_GRAD=output_into_grad, QUANTIZED=fmt is not None, **_tile(n, fmt),
             maxnreg=128,  # two programs of 8 warps at a time need no more, and fit
         )  # fmt: skip

@@ -68,10 +68,12 @@ SECTIONS: dict[str, list[Feature]] = {
     "Model": [
         Feature("RMSNorm", {"normalization": "RMSNorm"}),
         Feature("LayerNorm", {"normalization": "LayerNorm"}),
+        Feature("zero-centred norms", {"layernorm_zero_centered_gamma": True}),
         Feature("SwiGLU", {"swiglu": True}),
         Feature("GELU"),
         Feature("squared ReLU", {"squared_relu": True}),
         Feature("quick GEGLU", {"quick_geglu": True}),
+        Feature("clamped and offset gates", {"glu_linear_offset": 1.0}),
         Feature("grouped-query attention", {"group_query_attention": True}),
         Feature("multi-head attention"),
         Feature("multi-latent attention", {"multi_latent_attention": True}),

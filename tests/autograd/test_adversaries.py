@@ -12,7 +12,9 @@ import types
 
 import pytest
 import torch
+from agoq_kernels.activation import parse
 from agoq_kernels.head_norm import HeadNorm
+from agoq_kernels.norm import KINDS as NORMS
 
 from agoq_megatron.autograd.activation_linear import ActivationLinear, ActivationLinearSpec
 from agoq_megatron.autograd.attention_backends import LocalAttention
@@ -81,19 +83,22 @@ def norm(kind: str):
     def run(policy, x, weight):
         saved = SavedTensor(NORM1_INPUT, 1, policy.rule(NORM1_INPUT, 1))
         output = SavedTensor(NORM1_OUTPUT, 1, AGOQ.rule(NORM1_OUTPUT, 1))
-        bias = torch.zeros(x.shape[-1], dtype=x.dtype) if kind == "LayerNorm" else None
+        bias = torch.zeros(x.shape[-1], dtype=x.dtype) if kind.startswith("LayerNorm") else None
         spec = NormLinearSpec(saved, output, kind, 1e-5, ONE_RANK, False)
-        gain = torch.ones(x.shape[-1], dtype=x.dtype)
+        gain = torch.full((x.shape[-1],), float(not kind.endswith("1p")), dtype=x.dtype)
         return NormLinear.apply(x, None, gain, bias, weight, None, spec, True)[0]
 
     return run
 
 
-def activation(policy, x, weight):
-    saved = SavedTensor(FC1_OUTPUT, 1, policy.rule(FC1_OUTPUT, 1))
-    output = SavedTensor(FC2_INPUT, 1, AGOQ.rule(FC2_INPUT, 1))
-    spec = ActivationLinearSpec(saved, output, "swiglu")
-    return ActivationLinear.apply(x.clone(), weight, None, False, spec, True)
+def activation(kind: str):
+    def run(policy, x, weight):
+        saved = SavedTensor(FC1_OUTPUT, 1, policy.rule(FC1_OUTPUT, 1))
+        output = SavedTensor(FC2_INPUT, 1, AGOQ.rule(FC2_INPUT, 1))
+        spec = ActivationLinearSpec(saved, output, kind)
+        return ActivationLinear.apply(x.clone(), weight, None, False, spec, True)
+
+    return run
 
 
 def slow_angles(s: int, head_dim: int) -> torch.Tensor:
@@ -203,7 +208,7 @@ def test_extreme_attention_adversaries(rng, request):
     assert sum(error > 0.3 for error in found) <= 0.25 * len(found)
 
 
-@pytest.mark.parametrize("kind", ["RMSNorm", "LayerNorm"])
+@pytest.mark.parametrize("kind", NORMS)
 def test_norm_adversaries(kind, rng, request):
     for _ in range(draws(request) // 2):
         h = 64 * int(uniform(rng, 1, 5))
@@ -220,12 +225,32 @@ def test_norm_adversaries(kind, rng, request):
         assert max(found) <= 0.3, found
 
 
-def test_activation_adversaries(rng, request):
+ACTIVATIONS = "swiglu", "squared_relu", "quick_geglu offset=1.0 clamp=7.0"
+
+
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+def test_activation_adversaries(kind, rng, request):
     for _ in range(draws(request)):
         f = 64 * int(uniform(rng, 1, 4))
-        x = torch.randn(8, 2, 2 * f, generator=rng) * 10 ** uniform(rng, -7, 2)
-        channels = torch.randperm(2 * f, generator=rng)[: int(uniform(rng, 0, 3))]
+        wide = f * parse(kind).halves
+        # Where most numbers are near a clamp, rounding takes many to its other side.
+        x = torch.randn(8, 2, wide, generator=rng) * 10 ** uniform(rng, -7, 0.5 if "clamp" in kind else 2)
+        channels = torch.randperm(wide, generator=rng)[: int(uniform(rng, 0, 3))]
         x[..., channels] *= 10 ** uniform(rng, 0, 1)  # 5 bits without an outlier bear no more
         weight = torch.randn(32, f, generator=rng) / 8
-        found = errors(activation, x, weight, rng)
+        found = errors(activation(kind), x, weight, rng)
         assert max(found) <= 0.3, found
+
+
+@pytest.mark.parametrize("number", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+def test_what_is_no_number_does_not_hide(kind, number, rng):
+    """Where exact saves give no finite gradient, codes give none; squared ReLU does not read -inf."""
+    x = torch.randn(8, 2, 128 * parse(kind).halves, generator=rng)
+    x[3, 1, 17] = number
+    weight, grad = torch.randn(32, 128, generator=rng) / 8, torch.randn(8, 2, 32, generator=rng)
+    exact, ours = (gradients(activation(kind), policy, x, weight, grad) for policy in (OFF, AGOQ))
+    if kind == "squared_relu" and number == -math.inf:
+        assert max(relative(a, b) for a, b in zip(exact, ours, strict=True)) < 0.3
+    else:
+        assert any(not t.isfinite().all() for t in exact) == any(not t.isfinite().all() for t in ours)

@@ -13,6 +13,7 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
+from agoq_kernels.activation import parse, read_part
 from agoq_kernels.formats import Format
 from agoq_kernels.head_norm import HeadNorm
 from agoq_kernels.ops import dequantize, quantize
@@ -39,6 +40,7 @@ from agoq_megatron.modules.sites import (
 from agoq_megatron.policy.fitting import policy_for
 from agoq_megatron.policy.policy import Rule
 from agoq_megatron.policy.sites import SITES
+from tests.kernels.activations import plain
 
 EPSILON = 1e-3  # of the norms: not their default, and seen beside numbers near 1
 KEEP, RECOMPUTE = Rule(keep=True), Rule()
@@ -122,7 +124,10 @@ def oracle_layer(x, p, rules, shape, kind, act, ours):
 
     heads, groups, d = shape
     s, b, _ = x.shape
-    norm = rms if kind == "RMSNorm" else layer_norm
+    base, plus = rms if kind.startswith("RMSNorm") else layer_norm, float(kind.endswith("1p"))
+
+    def norm(x, w, b, eps):
+        return base(x, w + plus, b, eps)
 
     def norm_linear(x, w_norm, b_norm, w, bias, site_in, site_out):
         kept = kept_at(site_in, x)
@@ -145,7 +150,7 @@ def oracle_layer(x, p, rules, shape, kind, act, ours):
         weight, bias = p.get(f"{of}_norm_weight"), p.get(f"{of}_norm_bias")
 
         def made(t):
-            t = norm(t, 1.0 if weight is None else weight, bias, EPSILON) if normed else t
+            t = norm(t, 1.0 - plus if weight is None else weight, bias, EPSILON) if normed else t
             return t if p["angles"] is None else turn(t, p["angles"])
 
         return made
@@ -180,15 +185,10 @@ def oracle_layer(x, p, rules, shape, kind, act, ours):
 
     h = norm_linear(x, p["n2w"], p["n2b"], p["fc1"], p["fc1_b"], NORM2_INPUT, NORM2_OUTPUT)
 
-    def activate(t):
-        if act == "swiglu":
-            gate, up = t.chunk(2, -1)
-            return F.silu(gate) * up
-        return F.gelu(t, approximate="tanh" if act == "gelu_tanh" else "none")
-
-    h_kept = kept_at(FC1_OUTPUT, h)
-    a = through(activate, [h], [h_kept])
-    a_weight = activate(h_kept if rules[FC2_INPUT].recompute else h).detach()
+    rounded = rules[FC1_OUTPUT].format is not None
+    h_kept = kept_at(FC1_OUTPUT, read_part(h, act) if rounded else h)
+    a = through(lambda t: plain(t, act), [h], [h_kept])
+    a_weight = plain(h_kept if rules[FC2_INPUT].recompute else h, act).detach()
     return x + WeightAt.apply(a, a_weight, p["fc2"])
 
 
@@ -298,7 +298,8 @@ def parameters(rng, h, f, shape, kind, act, rotary, dtype, of_heads=None):
     def vector(n, mean):
         return (mean + 0.2 * torch.randn(n, generator=rng, dtype=dtype)).requires_grad_()
 
-    biases = kind == "LayerNorm"
+    biases, one = kind.startswith("LayerNorm"), float(not kind.endswith("1p"))
+    wide = parse(act).halves * f
     width = (heads + 2 * groups) * d
     angles = None
     if rotary:
@@ -307,13 +308,13 @@ def parameters(rng, h, f, shape, kind, act, rotary, dtype, of_heads=None):
     normed = {}
     for name in NORM_PARAMETERS if of_heads else ():
         given = of_heads != "L2Norm" and (biases or "weight" in name)
-        normed[name] = vector(d, float("weight" in name)) if given else None
+        normed[name] = vector(d, one * ("weight" in name)) if given else None
     return normed | {
-        "n1w": vector(h, 1.0), "n1b": vector(h, 0.0) if biases else None,
-        "n2w": vector(h, 1.0), "n2b": vector(h, 0.0) if biases else None,
+        "n1w": vector(h, one), "n1b": vector(h, 0.0) if biases else None,
+        "n2w": vector(h, one), "n2b": vector(h, 0.0) if biases else None,
         "qkv": weight(width, h), "qkv_b": vector(width, 0.0) if biases else None,
-        "proj": weight(h, heads * d), "fc1": weight(2 * f if act == "swiglu" else f, h),
-        "fc1_b": vector(2 * f if act == "swiglu" else f, 0.0) if biases else None,
+        "proj": weight(h, heads * d), "fc1": weight(wide, h),
+        "fc1_b": vector(wide, 0.0) if biases else None,
         "fc2": weight(h, f), "angles": angles,
     }  # fmt: skip
 
@@ -327,16 +328,20 @@ def parameters(rng, h, f, shape, kind, act, rotary, dtype, of_heads=None):
         ("RMSNorm", "swiglu", (6, 2, 32), True),
         ("LayerNorm", "gelu", (4, 4, 32), False),
         ("LayerNorm", "gelu_tanh", (4, 2, 32), True),
+        ("LayerNorm1p", "squared_relu", (4, 2, 32), True),
+        ("RMSNorm1p", "quick_geglu offset=1.0 clamp=1.0", (6, 2, 32), True),
+        ("LayerNorm", "geglu", (4, 4, 32), False),
     ],
 )
 def test_layer_matches_plain_autograd(rng, monkeypatch, rules, kind, act, shape, rotary):
-    f = 96 if act == "swiglu" else 128  # 2f = 192, three groups of 64
+    f = 96 if parse(act).gated else 128  # 2f = 192, three groups of 64
     compare(rng, monkeypatch, rules, kind, act, shape, rotary, 64, f)
 
 
 @pytest.mark.parametrize("rules", [OFF, MIXED, AGAIN], ids=["off", "mixed", "again"])
 @pytest.mark.parametrize("kind,of_heads,rotary", [
     ("RMSNorm", "RMSNorm", True), ("LayerNorm", "LayerNorm", True), ("RMSNorm", "L2Norm", False),
+    ("LayerNorm1p", "LayerNorm1p", True), ("RMSNorm1p", "RMSNorm1p", True),
 ])  # fmt: skip
 def test_norms_of_queries_and_keys(rng, monkeypatch, rules, kind, of_heads, rotary):
     """Kept before them: gradients of norms, projection and the norms' weights are those at these values."""

@@ -9,7 +9,7 @@ from dataclasses import astuple, replace
 import pytest
 from transformers import AutoConfig
 
-from agoq_megatron.convert.architecture import Architecture
+from agoq_megatron.convert.architecture import HIDDEN_ACT, Architecture
 from agoq_megatron.convert.families import FAMILIES
 from agoq_megatron.convert.hf_config import architecture_from_hf
 from agoq_megatron.convert.megatron_config import _NOT_CARRIED, architecture_from_args
@@ -23,7 +23,9 @@ ROWS = pytest.mark.parametrize("kind,biases", VARIANTS, ids=lambda value: value)
 def model(llama, kind, biases):
     """One of each row and its biases, with what else the row has and another may not have."""
     row = FAMILIES[kind]
-    some = replace(llama, biases=biases, qk_norm=row.qk_norm)
+    some = replace(llama, biases=biases, qk_norm=row.qk_norm, block=row.block)
+    if row.rotary_part is not None:
+        some = replace(some, rotary_part=0.25 if some.head_dim != 24 else 0.5)
     if "llama3" not in row.rope_kinds:
         some = replace(some, rope_factor=None)
     elif some.rope_factor is None:
@@ -38,7 +40,8 @@ def test_through_megatrons_arguments(model):
 
 @pytest.mark.parametrize(
     "kind,biases",
-    [("llama", "none"), ("llama", "all"), ("qwen2", "qkv"), ("qwen3", "none"), ("smollm3", "none")],
+    [("llama", "none"), ("llama", "all"), ("qwen2", "qkv"), ("qwen3", "none"), ("smollm3", "none"),
+     ("nemotron", "none"), ("nemotron", "all")],
 )  # fmt: skip
 def test_through_the_flags(model, kind, biases, monkeypatch):
     """What Megatron's own parser makes of the flags."""
@@ -109,11 +112,12 @@ def test_what_config_json_leaves_out_is_transformers_default(kind):
     kept |= {"sliding_window": None} if kind == "mistral" else {}
     theirs = AutoConfig.for_model(kind, **kept, pad_token_id=None)
     got = architecture_from_hf(kept | {"model_type": kind})
-    assert got.epsilon == theirs.rms_norm_eps
+    assert got.epsilon == getattr(theirs, FAMILIES[kind].epsilon_key)
+    assert got.rotary_part == theirs.rope_parameters.get("partial_rotary_factor", 1.0)
     assert got.positions == theirs.max_position_embeddings
     assert got.rope_base == theirs.rope_parameters["rope_theta"] and got.rope_factor is None
     assert got.tied == theirs.tie_word_embeddings
-    assert got.groups == theirs.num_key_value_heads
+    assert got.groups == (theirs.num_key_value_heads or 32)  # Nemotron's class knows no default
     assert got.head_dim == (getattr(theirs, "head_dim", None) or 4)
     assert got == architecture_from_hf(theirs.to_dict())
 
@@ -253,7 +257,8 @@ def test_what_cannot_be_carried_is_refused_by_its_key(llama, kind, changed, key)
 def test_a_value_of_any_type_is_read_or_refused(llama, kind):
     """Every key that is written, left out or of another type: a model of sizes, or one paragraph."""
     row = FAMILIES[kind]
-    model = replace(llama, biases=next(iter(row.biases)), qk_norm=row.qk_norm, rope_factor=None)
+    biases = next(iter(row.biases))
+    model = replace(llama, biases=biases, qk_norm=row.qk_norm, rope_factor=None, block=row.block)
     config = model.hf_config("float32", kind)
     config |= {"num_hidden_layers": 4, "no_rope_layers": [1] * 4} if row.no_rope else {}
     values = None, True, False, 0, 1, -3, 2.5, 1e400, "", "8", [], [1], {}, {"a": 1}, {"a": {}}
@@ -288,11 +293,13 @@ def test_a_value_of_any_type_is_read_or_refused(llama, kind):
 def test_values_that_change_nothing(llama, kind):
     """Keys of other classes, as published files have them."""
     row = FAMILIES[kind]
-    model = replace(llama, biases=next(iter(row.biases)), qk_norm=row.qk_norm, rope_factor=None)
+    biases = next(iter(row.biases))
+    model = replace(llama, biases=biases, qk_norm=row.qk_norm, rope_factor=None, block=row.block)
     config = model.hf_config("float32", kind)
     neutral = {
         "pretraining_tp": 1, "use_mrope": False, "num_experts": None, "logit_scale": 1.0, "torch_dtype": None,
-        "partial_rotary_factor": 1.0, "layer_types": ["full_attention"] * model.layers, "hidden_act": "swish",
+        "partial_rotary_factor": 1.0, "layer_types": ["full_attention"] * model.layers,
+        "hidden_act": HIDDEN_ACT[row.block.activation][-1],
         "rope_scaling": None, "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_base},
         "some_comment": "trained with care", "use_cache": False,
     }  # fmt: skip

@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     MistralConfig,
+    NemotronConfig,
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
@@ -54,6 +55,8 @@ CASES = {
     "seed_oss, no biases": partial(SeedOssConfig, **GQA, **UNTIED, attention_bias=False, head_dim=32),
     "smollm3": partial(SmolLM3Config, **GQA, **TIED, no_rope_layer_interval=2),
     "smollm3, all rotary": partial(SmolLM3Config, **GQA, **UNTIED, no_rope_layers=[1, 1, 1, 1]),
+    "nemotron": partial(NemotronConfig, **GQA, **UNTIED),
+    "nemotron, biases": partial(NemotronConfig, **MHA, **UNTIED, **BIASES, partial_rotary_factor=1.0),
     "phi3": partial(Phi3Config, **GQA, **UNTIED, **BASE),
 }  # fmt: skip
 """A few of each row's variants."""

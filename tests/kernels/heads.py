@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from agoq_kernels import fused, head_norm
+from agoq_kernels import norm as norms
 from agoq_kernels.head_norm import HeadNorm, KeptHeads, unnormed_parts
 from agoq_kernels.rotary import rotary_tables
 from agoq_kernels.triton import launchers
@@ -78,8 +79,9 @@ class Case:
             if dtype == torch.float64:
                 self.tables = tuple(t.double() for t in self.tables)
         self.qkv = randn(s, b, groups * (r + 2) * d).to(dtype)
-        weights = [1 + randn(d).to(dtype) / 2 if kind != "L2Norm" else None for _ in range(2)]
-        biases = [randn(d).to(dtype) if kind == "LayerNorm" else None for _ in range(2)]
+        centre = 0 if norms.is_zero_centred(kind) else 1
+        weights = [centre + randn(d).to(dtype) / 2 if kind != "L2Norm" else None for _ in range(2)]
+        biases = [randn(d).to(dtype) if norms.is_layer_norm(kind) else None for _ in range(2)]
         self.parameters = weights[0], biases[0], weights[1], biases[1]
         self.grads = [randn(s, b, n, d).to(dtype) for n in (groups * r, groups, groups)]
 
@@ -137,10 +139,12 @@ class Case:
     def heads(self, x, weight, bias):
         """One of Q and K ``[s, b, heads, d]``: normalized, then turned as complex numbers."""
         eps = self.norm.eps
-        if self.norm.kind == "LayerNorm":
+        if norms.is_layer_norm(self.norm.kind):
             x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + eps).sqrt()
         else:
             x = x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
+        if norms.is_zero_centred(self.norm.kind):
+            weight = 1 + weight
         x = x if weight is None else x * weight
         x = x if bias is None else x + bias
         if self.angles is None:

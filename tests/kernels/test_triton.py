@@ -14,6 +14,8 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value")
 
 from agoq_kernels import fused, reference, rotary  # noqa: E402
+from agoq_kernels import norm as norms  # noqa: E402
+from agoq_kernels.activation import KINDS, gated_kind, parse  # noqa: E402
 from agoq_kernels.formats import GROUP_SIZES, ROUNDINGS, SCALE_BITS, Format  # noqa: E402
 from agoq_kernels.ops import dequantize  # noqa: E402
 from agoq_kernels.triton import launchers  # noqa: E402
@@ -119,13 +121,13 @@ def kept(x, fmt, packed):
 def test_norm(fmt, draw, rng):
     sizes = zip(DTYPES, (192, 64, 320), strict=True)
     cases = list(itertools.product(sizes, (False, True)))
-    drawn = [(kind, case) for kind in ("RMSNorm", "LayerNorm") for case in some(cases, rng)]
+    drawn = [(kind, case) for kind in some(norms.KINDS, rng, 2) for case in some(cases, rng)]
     for kind, ((dtype, n), with_residual) in drawn:
         shape = (3, 2, n)
         x, grad = draw(*shape, dtype=dtype), draw(*shape, dtype=dtype)
         residual = draw(*shape, dtype=dtype) if with_residual else None
-        weight = 1 + draw(n, dtype=dtype) / 8
-        bias = draw(n, dtype=dtype) if kind == "LayerNorm" else None
+        weight = (0 if norms.is_zero_centred(kind) else 1) + draw(n, dtype=dtype) / 8
+        bias = draw(n, dtype=dtype) if norms.is_layer_norm(kind) else None
 
         def on_device(*tensors):
             return [None if t is None else t.to(DEVICE) for t in tensors]
@@ -166,13 +168,13 @@ def test_norm(fmt, draw, rng):
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
 def test_activation(fmt, draw, rng):
     def fits(kind: str, n: int) -> bool:
-        return fmt is None or n * (2 if kind == "swiglu" else 1) % fmt.group == 0
+        return fmt is None or n * parse(kind).halves % fmt.group == 0
 
     sizes = list(zip(DTYPES, (192, 64, 96), strict=True))  # 96: groups of 64 cross the middle
-    kinds = ("swiglu", "gelu", "gelu_tanh")
+    kinds = some((*KINDS, gated_kind("quick_geglu", 1.0, 0.75)), rng, 2)
     drawn = [(kind, case) for kind in kinds for case in some([c for c in sizes if fits(kind, c[1])], rng)]
     for kind, (dtype, n) in drawn:
-        width = 2 * n if kind == "swiglu" else n
+        width = parse(kind).halves * n
         x, grad = draw(2, 3, width, dtype=dtype), draw(2, 3, n, dtype=dtype)
         y, packed = launchers.activation_forward(x.to(DEVICE), kind, fmt, 3)
         expected, packed_ = fused.activation_forward(x, kind, fmt, 3)

@@ -18,6 +18,8 @@ if not torch.cuda.is_available():
 
 import torch.nn.functional as F  # noqa: E402
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402
+from megatron.core.activations import squared_relu  # noqa: E402
+from megatron.core.fusions.fused_bias_geglu import quick_gelu  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
 
@@ -34,6 +36,10 @@ GPT = dict(
     num_query_groups=6, gated_linear_unit=False, activation_func=F.gelu, add_bias_linear=True,
     normalization="LayerNorm",
 )  # fmt: skip
+QUICK = dict(
+    gated_linear_unit=True, activation_func=quick_gelu, glu_linear_offset=1.0, activation_func_clamp_value=0.1
+)  # fmt: skip
+ZERO_CENTRED = dict(layernorm_zero_centered_gamma=True, qk_layernorm=True)
 # The base of the rotation is small, and there are no biases before the norms of keys: what all keys share has
 # no gradient but by the rotation, and sums that cancel are not precise in FP32.
 ARCHITECTURES = {
@@ -42,12 +48,22 @@ ARCHITECTURES = {
     "qwen3": (LLAMA | {"qk_layernorm": True}, "rope"),
     "gpt, norms of heads": (GPT | {"qk_layernorm": True, "add_bias_linear": False}, "rope"),
     "llama, norms without weights": (LLAMA | {"qk_l2_norm": True}, "rope"),
+    "squared ReLU": (GPT | {"activation_func": squared_relu}, "learned_absolute"),
+    "GEGLU": (GPT | {"gated_linear_unit": True, "glu_linear_offset": 0.5}, "learned_absolute"),
+    "gpt-oss": (GPT | QUICK, "learned_absolute"),
+    "zero-centred LayerNorm": (
+        GPT | ZERO_CENTRED | {"activation_func": squared_relu, "add_bias_linear": False},
+        "rope",
+    ),
+    "zero-centred RMSNorm": (LLAMA | ZERO_CENTRED, "rope"),
 }
 VOCABULARY, SEQUENCE, STEPS = 173, 37, 20
 
 
 def build(architecture: str, ours: bool):
     changes, positions = ARCHITECTURES[architecture]
+    if not ours:  # torch's norms have no zero-centred weights: the same model with weights that are not
+        changes = changes | {"layernorm_zero_centered_gamma": False}
     config = AGoQTransformerConfig(
         num_layers=3, hidden_size=96, ffn_hidden_size=160, num_attention_heads=6,
         hidden_dropout=0.0, attention_dropout=0.0, bias_dropout_fusion=False,
@@ -97,6 +113,12 @@ def compare(architecture: str, seed: int) -> dict:
             if p.dim() == 1:
                 p += 0.1 * torch.randn(p.shape, generator=generator).to(p.device)
     weights = {our_name(n): p.detach().clone() for n, p in stock.named_parameters()}
+    if ours.config.layernorm_zero_centered_gamma:
+        of_norms = [n for n in weights if n.endswith(("norm_weight", "norm.weight"))]
+        assert len(of_norms) == 4 * ours.config.num_layers + 1
+        for name in of_norms:
+            assert ours.get_parameter(name).count_nonzero() == 0
+            weights[name] -= 1
     missing, unexpected = ours.load_state_dict(weights, strict=False)
     assert not unexpected and all("_extra_state" in n for n in missing), (missing, unexpected)
 
@@ -106,7 +128,18 @@ def compare(architecture: str, seed: int) -> dict:
 
     models = {"stock": stock, "ours": ours}
     # With Adam's usual epsilon a gradient that is nothing but rounding would make a whole step.
-    optimizers = {k: torch.optim.AdamW(m.parameters(), lr=1e-3, eps=1e-6) for k, m in models.items()}
+    # Megatron decays matrices alone: a zero-centred weight would decay to another value.
+    optimizers = {
+        k: torch.optim.AdamW(
+            [
+                {"params": [p for p in m.parameters() if p.dim() > 1]},
+                {"params": [p for p in m.parameters() if p.dim() == 1], "weight_decay": 0.0},
+            ],
+            lr=1e-3,
+            eps=1e-6,
+        )
+        for k, m in models.items()
+    }
     losses, gradients = {k: [] for k in models}, {}
     positions = torch.arange(SEQUENCE, device="cuda").expand(2, -1)
     for step in range(STEPS):

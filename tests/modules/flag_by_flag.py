@@ -68,7 +68,10 @@ OTHER = {
     "recompute_granularity": "full --recompute-method uniform --recompute-num-layers 1",
     "recompute_modules": "mlp --recompute-granularity selective",
     "attention_softmax_in_fp32": "--no-masked-softmax-fusion",
+    "glu_linear_offset": "1 --no-bias-swiglu-fusion",
 }
+ANOTHER_ACTIVATION = ("squared_relu", "quick_geglu")
+"""Flags that Megatron takes without ``--swiglu`` only."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -110,8 +113,10 @@ def fields(config) -> dict[str, str]:
 
 def configs() -> dict[str, list[str] | str]:
     known, found, own = flag_register.megatron_flags(), {}, parser()
-    plain = own.parse_args(BASE)
-    reference = fields(model_config_from_args(settled(plain)))
+    plain, without = own.parse_args(BASE), [word for word in BASE if word != "--swiglu"]
+    references = {
+        len(base): fields(model_config_from_args(settled(own.parse_args(base)))) for base in (BASE, without)
+    }
     for action in own._actions:
         flag = known.get(action.dest)
         if flag is None or flag.option != action.option_strings[0]:
@@ -120,8 +125,10 @@ def configs() -> dict[str, list[str] | str]:
             continue
         try:
             words = other(action, getattr(plain, action.dest))
-            there = words[0] in BASE and not words[1:]
-            args = own.parse_args([w for w in BASE if w != words[0]] if there else [*BASE, *words])
+            base = without if action.dest in ANOTHER_ACTIVATION else BASE
+            reference = references[len(base)]
+            there = words[0] in base and not words[1:]
+            args = own.parse_args([w for w in base if w != words[0]] if there else [*base, *words])
             built = fields(model_config_from_args(settled(args)))
         except (Exception, SystemExit) as problem:
             found[action.dest] = f"{type(problem).__name__}: {problem}"

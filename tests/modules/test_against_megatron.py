@@ -11,7 +11,10 @@ import pytest
 SCRIPT = Path(__file__).parent / "compare_with_megatron.py"
 
 
-ARCHITECTURES = ("llama", "gpt", "qwen3", "gpt, norms of heads", "llama, norms without weights")
+ARCHITECTURES = (
+    "llama", "gpt", "qwen3", "gpt, norms of heads", "llama, norms without weights", "squared ReLU", "GEGLU",
+    "gpt-oss", "zero-centred LayerNorm", "zero-centred RMSNorm",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +29,8 @@ def results():
     return json.loads(lines[0].removeprefix("RESULT "))
 
 
-@pytest.mark.supports("norms on queries and keys")
+@pytest.mark.supports("norms on queries and keys", "squared ReLU", "quick GEGLU")
+@pytest.mark.supports("clamped and offset gates", "zero-centred norms")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_first_gradients_equal(results, architecture):
     errors = results[architecture]["gradient_errors"]

@@ -32,6 +32,11 @@ CASES = (
     "GPT",
     "GPT --norm-epsilon 0.25 --apply-query-key-layer-scaling --no-clone-scatter-output-in-embedding",
     "GPT --disable-bias-linear --add-qkv-bias --mlp-chunks-for-training 2",
+    "GPT --squared-relu",
+    "GPT --squared-relu --disable-bias-linear --bf16 --normalization RMSNorm --position-embedding-type rope",
+    "GPT --quick-geglu --glu-linear-offset 1 --activation-func-clamp-value 0.5",
+    "GPT --quick-geglu --bf16 --normalization RMSNorm --position-embedding-type rope",
+    "LLaMA --glu-linear-offset 0.5 --activation-func-clamp-value 0.25",
 )
 
 SAME_CONFIG = {

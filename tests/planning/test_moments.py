@@ -63,6 +63,8 @@ RUNS = {
     "off, norms of heads": "--agoq-activations off --qk-layernorm",
     "agoq, norms of heads": "--qk-layernorm",
     "agoq, GELU": GELU,
+    "agoq, squared ReLU": f"{GELU} --squared-relu",
+    "agoq, zero-centred, MLP in parts": f"--apply-layernorm-1p {PARTS}",
     "agoq, GELU, MLP in parts": f"{GELU} {PARTS}",
     "agoq, GELU, full recomputation": f"{GELU} {FULL} 1",
     "agoq, checked": CHECKED,

@@ -65,10 +65,10 @@ def own_parser():
     return add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)), DEFAULTS)
 
 
-def refusal(parser, words: list[str], without: str = "", ranks: int = 1) -> str:
+def refusal(parser, words: list[str], without: tuple[str, ...] = (), ranks: int = 1) -> str:
     from agoq_megatron.checks.validation import check
 
-    args = parser.parse_args([*(w for w in TINY if w != without), "--train-iters", "2", *words])
+    args = parser.parse_args([*(w for w in TINY if w not in without), "--train-iters", "2", *words])
     args.rank, args.world_size = 0, ranks
     with pytest.raises(UsageError) as problem:
         check(args)
@@ -82,7 +82,7 @@ ALL_REFUSED = [(part, flag) for part, table in PARTS.items() for _, _, flag, _ i
 def test_refused_by_its_own_name(own_parser, part, flag):
     if flag.startswith("no "):
         gone = flag.removeprefix("no ")
-        assert gone in refusal(own_parser, [w for w in part.split() if w != gone], without=gone)
+        assert gone in refusal(own_parser, [w for w in part.split() if w != gone], without=(gone,))
         return
     if flag == "--yaml-cfg":  # Megatron reads the file while it parses
         with pytest.raises(UsageError, match=flag):
@@ -132,6 +132,27 @@ def test_numbers_out_of_range(own_parser, flags):
     two = "size 2" in flags
     told = refusal(own_parser, flags.split(), ranks=2 if two else 1)
     assert told.startswith(flags.split()[0]) and all(word in told for word in NUMBERS[flags]), told
+
+
+ACTIVATIONS = {
+    "--squared-relu --swiglu": ["--swiglu with --squared-relu", "one activation"],
+    "--quick-geglu --squared-relu": ["--squared-relu with --quick-geglu", "leave one of them out"],
+    "--squared-relu": ["--squared-relu: ", "--no-bias-gelu-fusion"],
+    "--glu-linear-offset 1": ["--glu-linear-offset 1: ", "--quick-geglu or --swiglu"],
+    "--activation-func-clamp-value 7": ["--activation-func-clamp-value 7: ", "gated"],
+    "--swiglu --glu-linear-offset 1": ["--glu-linear-offset 1: ", "--no-bias-swiglu-fusion"],
+    "--swiglu --activation-func-clamp-value 7": ["--activation-func-clamp-value 7: ", "fused SwiGLU"],
+    "--quick-geglu --activation-func-clamp-value 0": ["--activation-func-clamp-value 0", "above 0"],
+    "--quick-geglu --activation-func-clamp-value inf": ["--activation-func-clamp-value inf", "above 0"],
+    "--quick-geglu --glu-linear-offset nan": ["--glu-linear-offset nan", "give a number"],
+    "--quick-geglu --ffn-hidden-size 255": ["multiple of 2", "--quick-geglu"],
+}
+
+
+@pytest.mark.parametrize("flags", ACTIVATIONS)
+def test_activations_that_cannot_be(own_parser, flags):
+    told = refusal(own_parser, flags.split(), without=("--swiglu", "--disable-bias-linear"))
+    assert all(word in told for word in ACTIVATIONS[flags]), told
 
 
 def test_what_only_a_gpu_cannot(own_parser):

@@ -15,11 +15,25 @@ REFUSED = [
     ({}, {"qk_layernorm": True}, "--qk-layernorm: .* has no such norms .* Leave out the flag"),
     ({"qk_layernorm": True}, {"qk_l2_norm": True}, "--qk-layernorm"),
     ({}, {"qk_l2_norm": True}, "--qk-l2-norm: .* has no such norms"),
-]
+    ({"swiglu": True}, {"swiglu": False, "squared_relu": True}, "--swiglu: .* has such MLPs.* Add the flag"),
+    ({"squared_relu": False}, {"squared_relu": True}, "--squared-relu: .* has no such MLPs"),
+    ({"quick_geglu": True}, {}, "--quick-geglu: .* has such MLPs, this one has none"),
+    ({"layernorm_zero_centered_gamma": True}, {}, "--apply-layernorm-1p: .* has such norms, .* Add the flag"),
+    ({"apply_layernorm_1p": True}, {}, "--apply-layernorm-1p: .* has such norms"),
+    (
+        {"layernorm_zero_centered_gamma": False}, {"layernorm_zero_centered_gamma": True},
+        "--apply-layernorm-1p: .* has no such norms, this one has. Leave out the flag",
+    ),
+    ({"glu_linear_offset": 1.0}, {"glu_linear_offset": 0.0}, "--glu-linear-offset: 1.0 in .* 0.0 in this"),
+    (
+        {"activation_func_clamp_value": 7.0}, {"activation_func_clamp_value": None},
+        "--activation-func-clamp-value: 7.0 in .* None in this",
+    ),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("before, now, said", REFUSED)
-def test_norms_of_heads(before, now, said):
+def test_never_meant(before, now, said):
     saved = {"args": Namespace(**PLAIN | before)}
     with pytest.raises(UsageError, match=said):
         list(check_same_model(Namespace(**PLAIN | now), saved))
@@ -29,6 +43,8 @@ def test_what_else_makes_another_model_is_said():
     saved = {"args": Namespace(**PLAIN)}
     (line,) = check_same_model(Namespace(**PLAIN | {"rope_scaling_factor": 32.0}), saved)
     assert "--rope-scaling-factor 8.0" in line and "this run has 32.0" in line
+    same = {"swiglu": True, "glu_linear_offset": 1.0, "layernorm_zero_centered_gamma": True}
+    assert not list(check_same_model(Namespace(**PLAIN | same), {"args": Namespace(**PLAIN | same)}))
     for known in (saved, None, {}, {"args": Namespace()}):  # older checkpoints name fewer flags
         assert not list(check_same_model(Namespace(**PLAIN), known))
 
