@@ -78,6 +78,7 @@ class KeptAttention:
         parameters: of the norms of queries and keys.
         packing: the documents that the sequences are packed of, or None; of the micro-batch, shared by all
             layers.
+        sink: ``[n]``, a parameter or a constant; None for an attention without.
         once: where several read it in a backward pass, what one has rebuilt waits here for the next.
     """
 
@@ -90,11 +91,12 @@ class KeptAttention:
     spec: AttentionSpec
     parameters: Parameters = ()
     packing: Packing | None = None
+    sink: Tensor | None = None
     once: dict | None = None
 
     def stored(self) -> tuple[Tensor | None, ...]:
         parts = self.query, self.key, self.value, self.output
-        return *(x for part in parts for x in part.stored()), self.lse, *self.parameters
+        return *(x for part in parts for x in part.stored()), self.lse, self.sink, *self.parameters
 
     def over(self, tensors: Iterable[Tensor | None]) -> KeptAttention:
         own, parts = list(tensors), {}
@@ -102,7 +104,7 @@ class KeptAttention:
             count = len(getattr(self, name).stored())
             parts[name] = getattr(self, name).over(own[:count])
             own = own[count:]
-        return replace(self, **parts, lse=own[0], parameters=tuple(own[1:]))
+        return replace(self, **parts, lse=own[0], sink=own[1], parameters=tuple(own[2:]))
 
     def tensors(self, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
         """Q, K, V and output ``[s, b, heads, d]`` as they were kept, and the output's log-sum-exp."""
@@ -110,7 +112,7 @@ class KeptAttention:
         layout = self.spec.layout(self.angles, self.packing)
         q, k, v = self.spec.heads.rebuild(kept, layout, self.parameters, dtype)
         if self.spec.again:
-            out, lse = self.spec.backend.forward(q, k, v, documents_of(self.packing))
+            out, lse = self.spec.backend.forward(q, k, v, documents_of(self.packing), self.sink)
         else:
             out, lse = self.output.rebuild(dtype).unflatten(-1, (-1, self.spec.head_dim)), self.lse
         return [q, k, v, out], lse
@@ -130,6 +132,14 @@ class KeptAttention:
 
     def gather(self, group) -> tuple[KeptAttention, list]:
         raise NotImplementedError("an attention's output is split over heads, not over the sequence")
+
+    def sink_gradient(self, tensors: list[Tensor], lse: Tensor) -> Tensor | None:
+        """Of the sink ``[n]``; arguments as of :meth:`gradients`, which goes after it."""
+        if self.sink is None or not self.sink.requires_grad:
+            return None
+        grad, *_, out = tensors
+        found = self.spec.backend.sink_gradient(grad, out, lse, self.sink, documents_of(self.packing))
+        return found.to(self.sink.dtype)
 
     def gradients(self, tensors: list[Tensor], lse: Tensor) -> tuple[Tensor, Parameters]:
         """Of the projection ``[s, b, (n + 2g) d]``, and of the norms' parameters.
@@ -172,7 +182,7 @@ def documents_of(packing: Packing | None) -> Documents | None:
 
 def attend(
     qkv: Tensor, angles: Tensor | None, spec: AttentionSpec, keeps: bool, parameters: Parameters = (),
-    packing: Packing | None = None,
+    packing: Packing | None = None, sink: Tensor | None = None,
 ) -> tuple[Tensor, KeptAttention | None]:  # fmt: skip
     """``attention(rotate(split(qkv)))``, and what is kept for its backward pass.
 
@@ -182,6 +192,7 @@ def attend(
         keeps: a backward pass can follow.
         parameters: of the norms of queries and keys, if ``spec.heads`` has them.
         packing: the documents that the sequences are packed of; None for one each.
+        sink: ``[n]``, a logit a head in the softmax's denominator; None for none.
 
     Returns:
         Output ``[s, b, n d]``; None unless ``keeps``.
@@ -193,7 +204,7 @@ def attend(
     keys = tuple(saved.next_key() if keeps else 0 for saved in sites)
     common = heads.statistics(spec.backend, qkv, layout) if any(formats) else None
     parts, packed = heads.split(qkv, layout, parameters, formats, keys, common, spec.again)
-    out, lse = spec.backend.forward(*parts, documents_of(packing))
+    out, lse = spec.backend.forward(*parts, documents_of(packing), sink)
     flat = out.view(s, b, -1)
     if not keeps:
         return flat, None
@@ -211,7 +222,7 @@ def attend(
     else:
         output = keep(spec.output, flat)
         spec.output.announce_beside("log_sum_exp", lse)
-    return flat, KeptAttention(*kept, output, lse, angles, spec, parameters, packing)
+    return flat, KeptAttention(*kept, output, lse, angles, spec, parameters, packing, sink)
 
 
 class Attention(Function):
@@ -229,10 +240,11 @@ class Attention(Function):
         key_norm_weight: Tensor | None = None,
         key_norm_bias: Tensor | None = None,
         packing: Packing | None = None,
+        sink: Tensor | None = None,
     ) -> tuple[Tensor, KeptAttention | None]:
         """``qkv`` ``[s, b, (n + 2g) d]`` -> the output ``[s, b, n d]``, and as it is kept for readers."""
         parameters = query_norm_weight, query_norm_bias, key_norm_weight, key_norm_bias
-        out, kept = attend(qkv, angles, spec, keeps, parameters, packing)
+        out, kept = attend(qkv, angles, spec, keeps, parameters, packing, sink)
         if keeps:
             kept = replace(kept, once={})
             save(ctx, kept)
@@ -245,5 +257,7 @@ class Attention(Function):
         (kept,), _ = restore(ctx)
         tensors, lse = kept.once.pop("tensors", None) or kept.tensors(ctx.dtype)
         tensors.insert(0, grad.view_as(tensors[0]))
+        grad_sink = kept.sink_gradient(tensors, lse)
         grad_qkv, of_parameters = kept.gradients(tensors, lse)
-        return in_order(Attention, qkv=grad_qkv, **dict(zip(NORM_PARAMETERS, of_parameters, strict=True)))
+        named = dict(zip(NORM_PARAMETERS, of_parameters, strict=True))
+        return in_order(Attention, qkv=grad_qkv, sink=grad_sink, **named)

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from agoq_kernels.attention import Documents, Pattern, attention, attention_backward, groups_at_a_time
 from agoq_kernels.fused import common_vectors
+from agoq_kernels.sinks import sink_gradient, with_sink
 from torch import Tensor
 
 Tables = tuple[Tensor, Tensor] | None
@@ -28,17 +29,22 @@ class AttentionBackend(Protocol):
         the segments of sequences that are packed."""
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None
+        self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None, sink: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """``[s, b, n, d]`` and ``[s, b, g, d]`` twice -> output ``[s, b, n, d]``, and statistics of the
         softmax in a layout whose second axis are the heads. ``documents``: those that sequences are packed
-        of."""
+        of; ``sink`` ``[n]``: one more logit in the denominator."""
 
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistics: Tensor,
         documents: Documents | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Gradients of Q, K and V, from that of the output; of all heads or of some groups."""
+
+    def sink_gradient(
+        self, grad: Tensor, out: Tensor, statistics: Tensor, sink: Tensor, documents: Documents | None = None
+    ) -> Tensor:
+        """FP32 ``[n]``, of all heads."""
 
     def groups_at_a_time(self, numel: int, groups: int) -> int:
         """How many groups to run backward at a time, of a Q of ``numel`` numbers."""
@@ -50,9 +56,16 @@ class LocalAttention:
 
     Attributes:
         scale: factor on the scores.
+        window: a query sees so many tokens before its own; None for all.
     """
 
     scale: float
+    window: int | None = None
+
+    def _pattern(self, s: int, documents: Documents | None) -> Pattern:
+        """A window that leaves nothing out of ``s`` tokens is none: not every kernel has windows."""
+        window = None if self.window is None or self.window >= s - 1 else self.window
+        return Pattern(window, documents)
 
     def statistics(
         self, qkv: Tensor, groups: int, head_dim: int, tables: Tables, interleaved: bool,
@@ -61,15 +74,23 @@ class LocalAttention:
         return common_vectors(qkv, groups, head_dim, tables, interleaved, bounds)
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None
+        self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None, sink: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        return attention(q, k, v, self.scale, Pattern(documents=documents))
+        pattern = self._pattern(len(q), documents)
+        out, lse = attention(q, k, v, self.scale, pattern)
+        return (out, lse) if sink is None else with_sink(out, lse, sink, pattern)
 
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistics: Tensor,
         documents: Documents | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        return attention_backward(grad, q, k, v, out, statistics, self.scale, Pattern(documents=documents))
+        pattern = self._pattern(len(q), documents)
+        return attention_backward(grad, q, k, v, out, statistics, self.scale, pattern)
+
+    def sink_gradient(
+        self, grad: Tensor, out: Tensor, statistics: Tensor, sink: Tensor, documents: Documents | None = None
+    ) -> Tensor:
+        return sink_gradient(grad, out, statistics, sink, self._pattern(len(out), documents))
 
     def groups_at_a_time(self, numel: int, groups: int) -> int:
         return groups_at_a_time(numel, groups)

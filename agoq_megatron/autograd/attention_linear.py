@@ -32,8 +32,8 @@ class AttentionLinearSpec(AttentionSpec):
 
 
 class AttentionLinear(Function):
-    """``linear(attention(rotate(split(qkv))))``; gradients of ``qkv``, of the projection weight and of the
-    norms' parameters."""
+    """``linear(attention(rotate(split(qkv))))``; gradients of ``qkv``, of the projection weight, of the
+    norms' parameters and of the sink."""
 
     @staticmethod
     def forward(
@@ -48,9 +48,10 @@ class AttentionLinear(Function):
         key_norm_weight: Tensor | None = None,
         key_norm_bias: Tensor | None = None,
         packing: Packing | None = None,
+        sink: Tensor | None = None,
     ) -> Tensor:
-        """``qkv`` ``[s, b, (n + 2g) d]``, ``angles`` ``[s, 1, 1, rot]`` -> ``[s, b, h]``; ``packing`` as
-        ``attend`` takes it.
+        """``qkv`` ``[s, b, (n + 2g) d]``, ``angles`` ``[s, 1, 1, rot]`` -> ``[s, b, h]``; ``packing``
+        and ``sink`` as ``attend`` takes them.
 
         The result is this rank's partial sum; the caller reduces it over tensor-parallel ranks.
         """
@@ -58,9 +59,9 @@ class AttentionLinear(Function):
         if keeps:
             run, needs = spec.query.run, ctx.needs_input_grad
             ctx.probe = probing.capture(
-                run, AttentionLinear, spec, needs, qkv, angles, weight, after=(*parameters, packing)
+                run, AttentionLinear, spec, needs, qkv, angles, weight, after=(*parameters, packing, sink)
             )
-        out, kept = attend(qkv, angles, spec, keeps, parameters, packing)
+        out, kept = attend(qkv, angles, spec, keeps, parameters, packing, sink)
         if keeps:
             save(ctx, kept, others=(weight,))
             ctx.products, ctx.dtype = spec.products, qkv.dtype
@@ -79,6 +80,7 @@ class AttentionLinear(Function):
             grad_weight = products.weight_gradient(weight, grad, tensors[3].flatten(2))
         # Into the list, which gives all of them back: no name here may hold them longer.
         tensors.insert(0, products.input_gradient(grad, weight).view_as(tensors[0]))
+        grad_sink = kept.sink_gradient(tensors, lse)
         grad_qkv, of_parameters = kept.gradients(tensors, lse)
         named = dict(zip(NORM_PARAMETERS, of_parameters, strict=True))
-        return in_order(AttentionLinear, qkv=grad_qkv, weight=grad_weight, **named)
+        return in_order(AttentionLinear, qkv=grad_qkv, weight=grad_weight, sink=grad_sink, **named)

@@ -124,20 +124,31 @@ class Heads(Protocol):
 
 @dataclass(frozen=True)
 class Rotated:
-    """Queries and keys are rotated."""
+    """Queries and keys are rotated.
+
+    Attributes:
+        sinks: the softmax has another logit beside the scores. What is taken off all keys moves a row's
+            scores against that, so they get it back, in the compute dtype as in the forward pass. (To move
+            the logit of each row instead, by ``q . common``, would keep scores more exact than they were in
+            forward, and asks for another pass over Q and one over its gradient.)
+    """
+
+    sinks: bool = False
 
     def statistics(self, backend, qkv, layout):
         return backend.statistics(qkv, *layout.arguments, layout.bounds)
 
     def split(self, qkv, layout, parameters, formats, keys, common, again):
         # Where statistics of this pass are kept they must be those of the keys that backward sees.
-        centre_key = common is not None and formats[1] is not None and not again
+        centre_key = common is not None and formats[1] is not None and not again and not self.sinks
         return split_qkv(qkv, *layout.arguments, formats, keys, common, centre_key, layout.segments)
 
     def unpacked(self, qkv, layout, parts, formats):
         return parts
 
     def shared(self, common, heads, groups):
+        if self.sinks:
+            return _all_shared(common, heads, groups)
         shared = torch.cat((common[:, :heads], common[:, -groups:]), 1).flatten(1)
         width = heads * common.shape[2]
         return shared, [shared[:, :width], None, shared[:, width:]]
@@ -177,8 +188,7 @@ class Normed:
         return query, key, parts[2]
 
     def shared(self, common, heads, groups):
-        shared = common.flatten(1)
-        return shared, list(shared.split([n * common.shape[2] for n in (heads, groups, groups)], 1))
+        return _all_shared(common, heads, groups)
 
     def rebuild(self, kept, layout, parameters, dtype):
         made = [
@@ -196,6 +206,11 @@ class Normed:
             first_group, out,
         )  # fmt: skip
         return found
+
+
+def _all_shared(common: Tensor, heads: int, groups: int) -> tuple[Tensor, list[Tensor]]:
+    shared = common.flatten(1)
+    return shared, list(shared.split([n * common.shape[2] for n in (heads, groups, groups)], 1))
 
 
 def _heads(kept: KeptTensor) -> KeptHeads:

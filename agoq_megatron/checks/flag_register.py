@@ -73,8 +73,6 @@ REFUSED: tuple[Check, ...] = (
     _no("--is-hybrid-model", "hybrid (Mamba) stacks are not carried yet"),
     _no("--experimental-attention-variant", "only causal softmax attention is carried"),
     _no("--linear-attention-freq", "only causal softmax attention is carried"),
-    _no("--window-size", "sliding-window attention is not carried yet"),
-    _no("--softmax-type", "only the vanilla softmax is carried", refused=lambda v: v != "vanilla"),
     _no("--attention-output-gate", "gated attention is not carried yet"),
     _no(
         "--attention-dropout",
@@ -154,7 +152,8 @@ CARRIED = {
     "modules/attention.py": """
         num_attention_heads num_query_groups group_query_attention kv_channels rotary_interleaved no_rope_freq
         recompute_granularity recompute_modules gradient_accumulation_fusion apply_query_key_layer_scaling
-        attention_softmax_in_fp32 masked_softmax_fusion apply_rope_fusion""",
+        attention_softmax_in_fp32 masked_softmax_fusion apply_rope_fusion window_size window_attn_skip_freq
+        softmax_type""",
     "modules/mlp.py": """
         ffn_hidden_size swiglu squared_relu quick_geglu glu_linear_offset activation_func_clamp_value
         bias_swiglu_fusion bias_gelu_fusion gradient_accumulation_fusion recompute_granularity
@@ -167,7 +166,7 @@ CARRIED = {
         use_cpu_initialization gradient_accumulation_fusion normalization layernorm_epsilon""",
     "modules/sites.py": """
         hidden_size num_attention_heads num_query_groups kv_channels ffn_hidden_size swiglu
-        quick_geglu tensor_model_parallel_size qk_layernorm qk_l2_norm""",
+        quick_geglu tensor_model_parallel_size qk_layernorm qk_l2_norm softmax_type""",
     "modules/layer.py": """
         num_layers hidden_dropout bias_dropout_fusion mlp_chunks_for_training recompute_method
         recompute_num_layers""",
@@ -211,7 +210,7 @@ IDLE = {
         overlap_moe_expert_parallel_comm overlap_dispatch_backward_with_experts_wgrad
         ep_overlap_early_attn_memory_release high_priority_a2a_comm_stream""",
     "other attentions and positions": """
-        dsa_* linear_* yarn_* relative_attention_* qk_clip_* window_attn_skip_freq kitchen_* mrope_section
+        dsa_* linear_* yarn_* relative_attention_* qk_clip_* kitchen_* mrope_section
         rope_type q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim rotary_scaling_factor
         mscale mscale_all_dim cache_mla_latents mla_down_proj_fusion test_mode""",
     "other models": """

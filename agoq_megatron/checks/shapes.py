@@ -75,6 +75,7 @@ def check_shapes(args: Namespace, on_cpu: bool) -> None:
             "--tensor-model-parallel-size are not carried yet; leave it out."
         )
     _check_heads(args, tp, on_cpu)
+    _check_window(args)
     # Megatron tries its own SwiGLU on halves of what a rank has of it; --quick-geglu has two halves as well.
     unit = 2 * tp if gated(args) else tp
     if args.ffn_hidden_size is not None and args.ffn_hidden_size % unit:
@@ -114,6 +115,30 @@ def _check_heads(args: Namespace, tp: int, on_cpu: bool) -> None:
         raise UsageError(
             f"{heads}: heads of {head_dim} features; on a GPU the fused attention kernels take up to "
             f"{LARGEST_HEAD} in 16 bits. Give more heads, or smaller ones (--kv-channels)."
+        )
+
+
+def _check_window(args: Namespace) -> None:
+    window, skipped = args.window_size, args.window_attn_skip_freq
+    if window is None:
+        if skipped is not None:
+            raise UsageError(
+                f"--window-attn-skip-freq {skipped}: it says which layers have the window of --window-size, "
+                "which is not given."
+            )
+        return
+    said = f"--window-size {','.join(map(str, window))}"
+    if len(window) != 2 or window[0] < -1:
+        raise UsageError(
+            f"{said}: give two numbers: how many tokens before its own a query sees (-1 for all), and 0."
+        )
+    if window[1] != 0:
+        raise UsageError(f"{said}: only causal windows are carried: {window[0]},0 sees nothing behind.")
+    if isinstance(skipped, int) and skipped < 1:
+        raise UsageError(f"--window-attn-skip-freq {skipped}: give 1 or more, or a list with 1 for a window.")
+    if isinstance(skipped, list) and len(skipped) != args.num_layers:
+        raise UsageError(
+            f"--window-attn-skip-freq {skipped}: {len(skipped)} entries for --num-layers {args.num_layers}."
         )
 
 

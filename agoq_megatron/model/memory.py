@@ -212,9 +212,8 @@ class Plan:
             for site, text in base.said(self.layers):
                 if any(self.bytes_of(site, number) for number in self.layers):
                     yield f"  fitted to this model: {text};"
-        shared = (
-            "queries, keys and values" if config.qk_layernorm or config.qk_l2_norm else "queries and values"
-        )
+        of_keys = config.qk_layernorm or config.qk_l2_norm or config.softmax_type != "vanilla"
+        shared = "queries, keys and values" if of_keys else "queries and values"
         yield f"  not quantized: common vectors of {shared}; log-sum-exp, where the attention is not"
         yield "    run again;"
         yield ("    once a model, not a layer: embedding output, final norm's input, logits and loss;")

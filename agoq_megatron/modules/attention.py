@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 
 import torch
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer.attention import SelfAttention as MegatronSelfAttention
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 from torch import Tensor
+from torch.nn import Parameter
 
 from agoq_megatron.autograd.attention_backends import LocalAttention
 from agoq_megatron.autograd.attention_linear import AttentionLinear, AttentionLinearSpec
@@ -21,9 +24,15 @@ from agoq_megatron.modules.sites import ATTENTION_OUTPUT, KEY, NORM1_INPUT, NORM
 from agoq_megatron.policy.policy import ActivationPolicy
 
 
+def window_of(config, layer_number: int) -> int | None:
+    """How many tokens before its own a query of this layer (from 1) sees; None for all."""
+    chosen = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+    return config.window_size[0] if chosen and config.window_size[0] >= 0 else None
+
+
 class CoreAttention(MegatronModule):
     """What does not change from call to call of rotary embedding, causal attention and projection. The
-    projection's module runs them."""
+    projection's module runs them. Its only parameter is the softmax's sink, if that is learnt."""
 
     def __init__(
         self,
@@ -41,7 +50,38 @@ class CoreAttention(MegatronModule):
         # Query-key layer scaling divides here and multiplies again in a softmax that rounds to FP16;
         # the fused kernels accumulate in FP32 and need neither.
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        self.tp_group = pg_collection.tp
+        self._make_sink()
         self.set_policy(config.agoq)
+
+    def _make_sink(self) -> None:
+        """The softmax's further logit, ``[heads on this rank]``, named and made as Megatron's own."""
+        config = self.config
+        if config.softmax_type == "vanilla":
+            self.softmax_offset = None
+            return
+        heads = config.num_attention_heads // self.tp_group.size()
+        sink = torch.zeros(heads, device=torch.cuda.current_device(), dtype=config.params_dtype)
+        if config.softmax_type == "off-by-one":
+            self.register_buffer("softmax_offset", sink, persistent=False)
+            return
+        self.softmax_offset = Parameter(sink)
+        # Of other heads on other ranks, which the gradients' norm sums.
+        set_tensor_model_parallel_attributes(self.softmax_offset, is_parallel=True, dim=0, stride=1)
+        config.init_method(self.softmax_offset)
+
+    def forward(self) -> Tensor | None:
+        """The sink. Called where it is read: Megatron's DDP waits for the gather of a module's weights
+        (``--overlap-param-gather``) in a hook on that module's call."""
+        return self.softmax_offset
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict:
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True), prefix, {"softmax_offset": 0}, sharded_offsets,
+            tp_group=self.tp_group, dp_cp_group=metadata["dp_cp_group"],
+        )  # fmt: skip
 
     def set_policy(self, policy: ActivationPolicy) -> None:
         """Keep Q, K, V and O from the next call on as ``policy`` says."""
@@ -54,10 +94,10 @@ class CoreAttention(MegatronModule):
             output=saved_tensor(policy, ATTENTION_OUTPUT, number, self.config),
             groups=self.groups,
             head_dim=config.kv_channels,
-            backend=LocalAttention(self.scale),
+            backend=LocalAttention(self.scale, window_of(config, number)),
             interleaved=config.rotary_interleaved,
             recompute=selective and "core_attn" in config.recompute_modules,
-            heads=Rotated() if norm is None else Normed(norm),
+            heads=Rotated(sinks=config.softmax_type != "vanilla") if norm is None else Normed(norm),
             products=Products(config.gradient_accumulation_fusion),
         )
 
@@ -94,8 +134,8 @@ class SelfAttention(MegatronSelfAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """``[s, b, h]`` (``[s / t, b, h]``), not yet normalized -> the same shape, and the bias.
 
-        The mask is always causal, so ``attention_mask`` is not read. With ``packed_seq_params`` (``thd``) it
-        is causal within each document.
+        The mask is always causal, in some layers within a window, so ``attention_mask`` is not read. With
+        ``packed_seq_params`` (``thd``) it is causal within each document.
 
         Raises:
             NotImplementedError: an inference context, packed sequences of another format or an attention
@@ -130,5 +170,6 @@ class SelfAttention(MegatronSelfAttention):
             spec=self.core_attention.spec,
             keeps=torch.is_grad_enabled(),
             packing=packing,
+            sink=self.core_attention(),
             **parameters,
         )

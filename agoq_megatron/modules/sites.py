@@ -71,13 +71,13 @@ def _log_sum_exp(config, rule, kept):
 
 
 def _common_vectors(config, rule, kept):
-    """Of Q and V (also of K, where that is kept before a norm), once a sequence, where anything beside them
-    is rounded; of sequences packed of documents, once a segment."""
+    """Of Q and V (also of K, where that is kept before a norm or the softmax has a sink), once a
+    sequence, where anything beside them is rounded; of sequences packed of documents, once a segment."""
     rounded = QUERY in kept and any(rule(site).format for site in QKV_SITES)
     if not rounded or not config.agoq_sequence:
         return None
-    normed = config.qk_layernorm or config.qk_l2_norm
-    width = _query(config) + (2 if normed else 1) * _key(config)
+    of_keys = config.qk_layernorm or config.qk_l2_norm or config.softmax_type != "vanilla"
+    width = _query(config) + (2 if of_keys else 1) * _key(config)
     if getattr(config, "agoq_documents", False):
         segments = most_segments(config.agoq_sequence)
         return f"FP32, {segments} a sequence", width, 4 * width * segments / config.agoq_sequence

@@ -17,10 +17,16 @@ None of Megatron's optimizers can be loaded with other learning rates (``resumin
 
 On a GPU torch's Adam steps in its fused kernel, as Transformer Engine's and apex's do.
 
-With Transformer Engine or apex installed the rest of the stock code is right, and nothing of it is changed.
+With Transformer Engine or apex installed nothing of this is changed. But everywhere the stock class writes
+states under wrong names where a bucket ends out of step (after a vector of 64 numbers, or a sink a head):
+it joins buckets without their padding, and cuts the whole by offsets that count it. Here they keep it
+meanwhile.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from megatron.core.optimizer import distrib_optimizer
@@ -95,6 +101,25 @@ class ResumableDistributedOptimizer(KeepsRates, DistributedOptimizer):
         self._use_fused_adam()  # the checkpoint's own choice came with its parameter groups
         for state in self.optimizer.state.values():
             state["step"] = state["step"].clone()
+
+    @contextmanager
+    def _buckets_with_padding(self) -> Iterator[None]:
+        """Joined buckets are then as long as the offsets of their parameters say."""
+        holders = [holder for buffer in self.buffers for holder in (buffer, *buffer.buckets)]
+        unpadded = [holder.numel_unpadded for holder in holders]
+        for buffer in self.buffers:
+            for bucket in buffer.buckets:
+                bucket.numel_unpadded = bucket.grad_data.numel()
+            buffer.numel_unpadded = sum(bucket.numel_unpadded for bucket in buffer.buckets)
+        try:
+            yield
+        finally:
+            for holder, numel in zip(holders, unpadded, strict=True):
+                holder.numel_unpadded = numel
+
+    def sharded_param_state_fully_reshardable(self, *args, **kwargs):
+        with self._buckets_with_padding():
+            return super().sharded_param_state_fully_reshardable(*args, **kwargs)
 
     def _init_optimizer_states_with_dummy_values(self):
         if self._has_torch_adam:

@@ -68,6 +68,8 @@ def parameters(args, config, stage: int) -> Parameters:
     vectors = 2 * norm
     if config.qk_layernorm and not config.qk_l2_norm:  # of which those have no weights
         vectors += 2 * norm // h * config.kv_channels
+    if config.softmax_type == "learnable":
+        vectors += config.num_attention_heads // tp
     if config.add_bias_linear or config.add_qkv_bias:
         vectors += (query + 2 * key) // tp
     if config.add_bias_linear:

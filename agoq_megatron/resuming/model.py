@@ -35,7 +35,7 @@ def check_same_model(args: Namespace, saved: dict | None) -> Iterator[str]:
         saved: the part of the checkpoint that is no tensor, or None.
 
     Raises:
-        UsageError: norms or activations differ.
+        UsageError: norms, activations or learnt sinks differ.
     """
     before = (saved or {}).get("args")
     for name, (flag, what) in NEVER_MEANT.items() if before is not None else ():
@@ -59,6 +59,12 @@ def check_same_model(args: Namespace, saved: dict | None) -> Iterator[str]:
                 f"{flag}: {had} in the checkpoint's model, {has} in this one. Give the checkpoint's, or take "
                 "it with --use-checkpoint-args."
             )
+    had, has = (getattr(its, "softmax_type", None) for its in (before, args))
+    if had and has and had != has and "learnable" in (had, has):
+        raise UsageError(
+            f"--softmax-type {has}: the checkpoint's model has {had}, and a learnable one has a sink a head "
+            f"among its weights. Give {had}, or take the checkpoint's with --use-checkpoint-args."
+        )
     for name in OF_THE_MODEL_TOO:
         if hasattr(before, name) and hasattr(args, name) and getattr(before, name) != getattr(args, name):
             flag = "--" + name.replace("_", "-")

@@ -79,6 +79,8 @@ SECTIONS: dict[str, list[Feature]] = {
         Feature("multi-latent attention", {"multi_latent_attention": True}),
         Feature("norms on queries and keys", {"qk_layernorm": True}),
         Feature("sliding-window attention", {"window_size": (128, 0)}),
+        Feature("windows in some of the layers", {"window_size": (128, 0), "window_attn_skip_freq": 2}),
+        Feature("attention sinks", {"softmax_type": "learnable"}),
         Feature("gated attention", {"attention_output_gate": True}),
         Feature("biases", {"add_bias_linear": True}),
         Feature("rotary positions", {"position_embedding_type": "rope"}),

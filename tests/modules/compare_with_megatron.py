@@ -56,6 +56,9 @@ ARCHITECTURES = {
         "rope",
     ),
     "zero-centred RMSNorm": (LLAMA | ZERO_CENTRED, "rope"),
+    "llama, sinks": (LLAMA | {"softmax_type": "learnable"}, "rope"),
+    "gpt, off by one in windows": (GPT | {"softmax_type": "off-by-one", "window_size": (4, 0)}, "rope"),
+    "llama, windows": (LLAMA | {"window_size": (7, 0), "window_attn_skip_freq": 2}, "rope"),
 }
 VOCABULARY, SEQUENCE, STEPS = 173, 37, 20
 
@@ -160,6 +163,7 @@ def compare(architecture: str, seed: int) -> dict:
         "loss_error": max(abs(a - b) / b for a, b in zip(losses["ours"], losses["stock"], strict=True)),
         "losses": losses["ours"],
         "silent": sorted(silent),
+        "sinks": [p.tensor_model_parallel for n, p in ours.named_parameters() if "softmax_offset" in n],
         "parameters": [sum(p.numel() for p in ours.parameters()), planned(ours.config, architecture)],
     }
 

@@ -65,6 +65,7 @@ OTHER = {
     "vocab_size": "63",
     "seq_length": "32",
     "max_position_embeddings": "128",
+    "window_size": "8,0",
     "recompute_granularity": "full --recompute-method uniform --recompute-num-layers 1",
     "recompute_modules": "mlp --recompute-granularity selective",
     "attention_softmax_in_fp32": "--no-masked-softmax-fusion",

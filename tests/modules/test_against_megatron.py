@@ -13,7 +13,8 @@ SCRIPT = Path(__file__).parent / "compare_with_megatron.py"
 
 ARCHITECTURES = (
     "llama", "gpt", "qwen3", "gpt, norms of heads", "llama, norms without weights", "squared ReLU", "GEGLU",
-    "gpt-oss", "zero-centred LayerNorm", "zero-centred RMSNorm",
+    "gpt-oss", "zero-centred LayerNorm", "zero-centred RMSNorm", "llama, windows", "llama, sinks",
+    "gpt, off by one in windows",
 )  # fmt: skip
 
 
@@ -31,6 +32,7 @@ def results():
 
 @pytest.mark.supports("norms on queries and keys", "squared ReLU", "quick GEGLU")
 @pytest.mark.supports("clamped and offset gates", "zero-centred norms")
+@pytest.mark.supports("windows in some of the layers", "attention sinks")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_first_gradients_equal(results, architecture):
     errors = results[architecture]["gradient_errors"]
@@ -57,3 +59,8 @@ def test_modules_with_parameters_are_called(results, architecture):
 def test_the_planner_counts_the_parameters(results, architecture):
     real, planned = results[architecture]["parameters"]
     assert real == planned
+
+
+def test_sinks_count_in_the_norm_of_gradients(results):
+    """Megatron takes what is not marked for the same on all tensor-parallel ranks, and counts it on one."""
+    assert results["llama, sinks"]["sinks"] == [True] * 3

@@ -37,6 +37,10 @@ CASES = (
     "GPT --quick-geglu --glu-linear-offset 1 --activation-func-clamp-value 0.5",
     "GPT --quick-geglu --bf16 --normalization RMSNorm --position-embedding-type rope",
     "LLaMA --glu-linear-offset 0.5 --activation-func-clamp-value 0.25",
+    "LLaMA --window-size 5,0",
+    "LLaMA --softmax-type learnable",
+    "LLaMA --softmax-type off-by-one --qk-layernorm",
+    "LLaMA --window-size 0,0 --window-attn-skip-freq [1,0]",
 )
 
 SAME_CONFIG = {

@@ -47,7 +47,7 @@ PARTS["--agoq-optimizer-bits 8 --use-distributed-optimizer"] = states._NOT_WITH_
 VALUES = {
     "--context-parallel-size": "2", "--cuda-graph-impl": "local",
     "--fp8-format": "hybrid", "--fp4-format": "e2m1", "--experimental-attention-variant": "dsa",
-    "--linear-attention-freq": "2", "--window-size": "8,0", "--softmax-type": "learnable",
+    "--linear-attention-freq": "2",
     "--attention-backend": "unfused", "--optimizer": "muon", "--rampup-batch-size": "1 1 8",
     "--position-embedding-type": "yarn",
     "--symmetric-ar-type": "two_shot", "--flash-attention-version": "3",
@@ -123,6 +123,13 @@ NUMBERS = {
     "--kv-channels 60": ["multiples of 8"],
     "--kv-channels 264": ["up to 256", "16 bits", "GPU"],
     "--sequence-parallel --tensor-model-parallel-size 2 --seq-length 63": ["must divide --seq-length 63"],
+    "--window-size 8": ["two numbers"],
+    "--window-size (-2,0)": ["-2,0", "two numbers", "-1 for all"],
+    "--window-size 8,1": ["8,1", "only causal windows", "8,0"],
+    "--window-size 8,-1": ["8,-1", "only causal windows"],
+    "--window-attn-skip-freq 2": ["--window-size", "not given"],
+    "--window-attn-skip-freq 0 --window-size 8,0": ["1 or more"],
+    "--window-attn-skip-freq [1,0,1] --window-size 8,0": ["3 entries for --num-layers 2"],
     "--decoder-first-pipeline-num-layers 9 --pipeline-model-parallel-size 2": ["9", "--num-layers"],
 }
 

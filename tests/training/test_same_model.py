@@ -29,6 +29,11 @@ REFUSED = [
         {"activation_func_clamp_value": 7.0}, {"activation_func_clamp_value": None},
         "--activation-func-clamp-value: 7.0 in .* None in this",
     ),
+    ({"softmax_type": "learnable"}, {"softmax_type": "vanilla"}, "--softmax-type vanilla: .* Give learnable"),
+    (
+        {"softmax_type": "off-by-one"}, {"softmax_type": "learnable"},
+        "--softmax-type learnable: .* has off-by-one",
+    ),
 ]  # fmt: skip
 
 
@@ -41,6 +46,9 @@ def test_never_meant(before, now, said):
 
 def test_what_else_makes_another_model_is_said():
     saved = {"args": Namespace(**PLAIN)}
+    saved["args"].softmax_type = "vanilla"
+    (line,) = check_same_model(Namespace(**PLAIN, softmax_type="off-by-one"), saved)
+    assert "--softmax-type vanilla" in line
     (line,) = check_same_model(Namespace(**PLAIN | {"rope_scaling_factor": 32.0}), saved)
     assert "--rope-scaling-factor 8.0" in line and "this run has 32.0" in line
     same = {"swiglu": True, "glu_linear_offset": 1.0, "layernorm_zero_centered_gamma": True}

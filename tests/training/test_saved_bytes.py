@@ -23,6 +23,7 @@ PP2 = "--pipeline-model-parallel-size 2"
     [
         ("off", 17.2, 1, ""), ("agoq", 3.7, 1, ""), ("off", 17.2, 2, PP2), ("agoq", 3.7, 2, PP2),
         ("agoq", 3.7, 1, "--qk-layernorm"),
+        ("agoq", 3.7, 1, "--window-size 9,0"),
     ],
 )  # fmt: skip
 def test_kept_units(launcher, policy, bound, ranks, flags):
