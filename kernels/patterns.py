@@ -26,8 +26,8 @@ class Documents:
     """Documents that sequences are packed of, one after the other.
 
     Attributes:
-        cu_seqlens: int32 ``[documents + 1]``: where they begin and end among the ``b s`` tokens, sequence after
-            sequence, from 0 to their number. Empty ones are allowed.
+        cu_seqlens: int32 ``[documents + 1]``: where they begin and end among the ``b s`` tokens, sequence
+            after sequence, from 0 to their number. Empty ones are allowed.
         longest: tokens of the longest one, at least.
     """
 
@@ -57,7 +57,7 @@ PLAIN = Pattern()
 
 
 def mask(pattern: Pattern, s: int, b: int, device: torch.device | str) -> Tensor:
-    """Whether a query (last axis but one) sees a key: ``[b, 1, s, s]``, or ``[1, 1, s, s]`` for all sequences."""
+    """Whether a query (last axis but one) sees a key: ``[b, 1, s, s]``, or ``[1, ...]`` for all."""
     at = torch.arange(s, device=device)
     apart = at[:, None] - at
     seen = apart >= 0

@@ -72,8 +72,8 @@ class Kernel:
         strided: pointers of tensors that need not be contiguous, as their strides are arguments too.
 
     Raises:
-        ValueError: at a launch, a tensor that is not contiguous; in the interpreter, a number of warps that no
-            compiler takes.
+        ValueError: at a launch, a tensor that is not contiguous; in the interpreter, a number of warps that
+            no compiler takes.
     """
 
     def __init__(self, stock, strided: tuple[str, ...] = ()):
