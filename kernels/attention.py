@@ -57,8 +57,8 @@ def _backend(q: Tensor, pattern: Pattern = PLAIN) -> str:
 
 
 def _readable(x: Tensor) -> Tensor:
-    """``x``, copied where a kernel would read other numbers: all take the features of a head to be neighbours,
-    and some no numbers that share an address."""
+    """``x``, copied where a kernel would read other numbers: all take the features of a head to be
+    neighbours, and some no numbers that share an address."""
     return x.contiguous() if x.stride(3) != 1 or 0 in x.stride() else x
 
 
