@@ -261,6 +261,11 @@ def main() -> None:
         be_one_rank()
         args = command_line.parse_arguments(on_cpu, UNUSED)
         compare_devices(args, training.refuse)
+        if args.mtp_num_layers:
+            raise UsageError(
+                "--mtp-num-layers: errors in layers of further tokens are not measured; leave it out: those "
+                "of the decoder are."
+            )
         set_global_variables(args)
     except training.REFUSALS as problem:
         training.refuse(training.paragraph(problem))

@@ -2,7 +2,8 @@
 
 Megatron lays the QKV projection out by query group: ``[q ... q k v]`` for each of the ``g`` groups,
 ``r = heads / groups`` query heads in each. A rotation is orthogonal, so its backward is the rotation
-by the negative angle: nothing but the angles is needed, and all layers share those.
+by the negative angle: nothing but the angles is needed, and all layers share those. A factor on what is
+rotated (YaRN's) is in the tables of cosines and sines, and so in both directions.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor
 
 
-def rotary_tables(angles: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine ``[s, 1, 1, rot]`` of FP32 angles, in FP32."""
-    return torch.cos(angles), torch.sin(angles)
+def rotary_tables(angles: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Cosine and sine ``[s, 1, 1, rot]`` of FP32 angles times ``factor``, in FP32."""
+    tables = torch.cos(angles), torch.sin(angles)
+    return tables if factor == 1.0 else (tables[0].mul_(factor), tables[1].mul_(factor))
 
 
 def _rotate_half(x: Tensor, interleaved: bool) -> Tensor:

@@ -34,13 +34,16 @@ class Real:
     layers: tuple[int, ...]
     group_size: int | None = None
     flags: str = ""
+    layout: str | None = None
 
     def command(self) -> list[str]:
         flags = [*MODEL, *"--optimizer sgd --lr 0.01 --untie-embeddings-and-output-weights".split()]
         flags += ["--train-iters", str(STEPS), "--num-layers", str(sum(self.layers))]
         flags += ["--global-batch-size", str(self.micro_batches)]
         flags += ["--pipeline-model-parallel-size", str(self.stages)]
-        if self.chunks > 1:
+        if self.layout is not None:
+            flags += ["--pipeline-model-parallel-layout", self.layout]
+        elif self.chunks > 1:
             flags += ["--num-virtual-stages-per-pipeline-rank", str(self.chunks)]
         if self.group_size is not None:
             flags += ["--microbatch-group-size-per-virtual-pipeline-stage", str(self.group_size)]
@@ -58,6 +61,8 @@ REAL = {
     "pp2 interleaved": Real(2, 4, 2, (2, 2)),
     "pp2 interleaved, uneven": Real(2, 4, 2, (2, 4), flags="--decoder-first-pipeline-num-layers 2"),
     "pp2 interleaved, groups of 3 and 2, flush": Real(2, 5, 2, (2, 2), 3, flags=WARM_UP_FLUSH),
+    "pp2, by layout": Real(2, 4, 1, (1, 3), layout="Et|t*3L"),
+    "pp2 interleaved, by layout, an empty part": Real(2, 4, 2, (2, 1), layout="E|t|tt|L"),
     "pp2 with 3 chunks": Real(2, 6, 3, (3, 3)),
     "pp4 interleaved": Real(4, 8, 2, (2, 2, 2, 2)),
     "pp4 interleaved, all warm-up, no overlap": Real(4, 4, 2, (2, 2, 2, 2), flags=NO_OVERLAP),

@@ -39,6 +39,7 @@ class AttentionSpec:
         head_dim: features a head.
         backend: runs the attention.
         interleaved: rotary pairs are neighbours instead of halves.
+        rotary_factor: on queries and keys where they are rotated (YaRN's concentration factor).
         recompute: run the attention again in backward whatever ``output`` says.
         heads: makes Q, K and V of the projection.
     """
@@ -53,10 +54,11 @@ class AttentionSpec:
     interleaved: bool
     recompute: bool
     heads: Heads = Rotated()
+    rotary_factor: float = 1.0
 
     def layout(self, angles: Tensor | None, packing: Packing | None) -> Layout:
         """Of the projection; both as :func:`attend` takes them."""
-        return Layout(self.groups, self.head_dim, angles, self.interleaved, packing)
+        return Layout(self.groups, self.head_dim, angles, self.interleaved, packing, self.rotary_factor)
 
     @property
     def again(self) -> bool:

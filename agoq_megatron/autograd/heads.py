@@ -49,6 +49,7 @@ class Layout:
         angles: ``[s, 1, 1, rot]``; None for no rotation.
         interleaved: rotary pairs are neighbours instead of halves.
         packing: the documents that the sequences are packed of, or None.
+        factor: on what is turned (YaRN's).
     """
 
     groups: int
@@ -56,13 +57,15 @@ class Layout:
     angles: Tensor | None
     interleaved: bool
     packing: Packing | None = None
+    factor: float = 1.0
 
     @cached_property
     def tables(self) -> Tables:
         """Made where they are needed: of long sequences they are large."""
         if self.angles is None:
             return None
-        return rotary_tables(self.angles if self.packing is None else self.packing.angles(self.angles))
+        angles = self.angles if self.packing is None else self.packing.angles(self.angles)
+        return rotary_tables(angles, self.factor)
 
     @property
     def bounds(self) -> Tensor | None:

@@ -16,6 +16,9 @@ from agoq_megatron.autograd import probing
 from agoq_megatron.autograd.kept import keep
 from agoq_megatron.autograd.saving import SavedTensor
 
+PREDICTED_EMBEDDING = "input.embedding"
+"""What a layer of multi-token prediction starts from beside hidden states; it is kept as it is."""
+
 
 class _Region:
     """One call of ``checkpoint``: its input, and how the policy wants that kept."""
@@ -31,6 +34,8 @@ class _Region:
             return keep(self.saved, x), x.dtype
         if self.saved is not None and x.data_ptr() == self.entry.data_ptr():
             self.saved.pack(x)  # announces what is kept as it is
+        elif self.saved is not None and x.shape == self.entry.shape:  # of a layer of multi-token prediction
+            self.saved.run.announce(self.saved.layer_number, PREDICTED_EMBEDDING, (x,))
         return x, None
 
     @staticmethod

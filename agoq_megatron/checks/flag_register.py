@@ -65,7 +65,10 @@ REFUSED: tuple[Check, ...] = (
         "megatron-core 0.19 itself fails with report_stats; give validate_results or disabled",
         refused=lambda mode: mode == "report_stats",
     ),
-    _no("--mtp-num-layers", "multi-token prediction is not carried yet"),
+    _no("--mtp-use-repeated-layer", "one layer for all further tokens is not carried yet"),
+    _no("--mtp-detach-heads", "multi-token prediction is carried as a part of the model's loss"),
+    _no("--mtp-hybrid-override-pattern", "hybrid (Mamba) stacks are not carried yet"),
+    _no("--mtp-standalone", "a stage with nothing but multi-token prediction is not carried yet"),
     _no("--heterogeneous-layers-config-path", "heterogeneous layers are not carried yet"),
     _no("--heterogeneous-layers-config-encoded-json", "heterogeneous layers are not carried yet"),
     _no("--hybrid-layer-pattern", "hybrid (Mamba) stacks are not carried yet"),
@@ -102,11 +105,6 @@ REFUSED: tuple[Check, ...] = (
     _no("--save-activations-interval", _RECORDED),
     _no("--save-dgrads-interval", _RECORDED),
     _no("--fim-data", "fill-in-the-middle data sets are not carried yet"),
-    _no(
-        "--pipeline-model-parallel-layout",
-        "layouts by string are not carried yet; use even stages, or "
-        "--decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers",
-    ),
     _no("--freeze-all-layers", "all layers are trained here"),
     _no("--logits-load-dir", "distillation is not carried yet"),
     _no("--logits-save-dir", "distillation is not carried yet"),
@@ -143,8 +141,8 @@ REFUSED: tuple[Check, ...] = (
     ),
     _no(
         "--position-embedding-type",
-        "carried are rope, learned_absolute and none",
-        refused=lambda v: v not in ("rope", "learned_absolute", "none"),
+        "carried are rope, yarn, learned_absolute and none",
+        refused=lambda v: v not in ("rope", "yarn", "learned_absolute", "none"),
     ),
 )
 
@@ -153,7 +151,7 @@ CARRIED = {
         num_attention_heads num_query_groups group_query_attention kv_channels rotary_interleaved no_rope_freq
         recompute_granularity recompute_modules gradient_accumulation_fusion apply_query_key_layer_scaling
         attention_softmax_in_fp32 masked_softmax_fusion apply_rope_fusion window_size window_attn_skip_freq
-        softmax_type""",
+        softmax_type rotary_scaling_factor mscale mscale_all_dim num_layers""",
     "modules/mlp.py": """
         ffn_hidden_size swiglu squared_relu quick_geglu glu_linear_offset activation_func_clamp_value
         bias_swiglu_fusion bias_gelu_fusion gradient_accumulation_fusion recompute_granularity
@@ -169,12 +167,15 @@ CARRIED = {
         quick_geglu tensor_model_parallel_size qk_layernorm qk_l2_norm softmax_type""",
     "modules/layer.py": """
         num_layers hidden_dropout bias_dropout_fusion mlp_chunks_for_training recompute_method
-        recompute_num_layers""",
+        recompute_num_layers sequence_parallel""",
     "entries/training.py, around the layers": """
         transformer_impl bf16 seq_length max_position_embeddings position_embedding_type rotary_base
         rotary_percent rotary_seq_len_interpolation_factor use_rope_scaling rope_scaling_factor
+        yarn_original_max_position_embeddings yarn_beta_fast yarn_beta_slow
+        yarn_correction_range_round_to_int
         make_vocab_size_divisible_by untie_embeddings_and_output_weights embedding_init_method_std
-        clone_scatter_output_in_embedding use_mup cross_entropy_loss_fusion seed vocab_size""",
+        clone_scatter_output_in_embedding use_mup cross_entropy_loss_fusion seed vocab_size
+        mtp_num_layers mtp_loss_scaling_factor""",
     "entries/data.py": """
         reset_attention_mask reset_position_ids eod_mask_loss dataloader_inter_document_masking sft
         sft_tokenizer_prompt_format""",
@@ -182,7 +183,7 @@ CARRIED = {
         pipeline_model_parallel_size decoder_first_pipeline_num_layers num_layers_per_virtual_pipeline_stage
         num_virtual_stages_per_pipeline_rank microbatch_group_size_per_vp_stage overlap_p2p_comm
         overlap_p2p_comm_warmup_flush account_for_embedding_in_pipeline_split
-        account_for_loss_in_pipeline_split use_tp_pp_dp_mapping""",
+        account_for_loss_in_pipeline_split use_tp_pp_dp_mapping pipeline_model_parallel_layout""",
     "gradients/": "overlap_grad_reduce ddp_bucket_size grad_reduce_in_bf16 calculate_per_token_loss",
     "optimizer/": "use_distributed_optimizer overlap_param_gather",
 }
@@ -210,11 +211,11 @@ IDLE = {
         overlap_moe_expert_parallel_comm overlap_dispatch_backward_with_experts_wgrad
         ep_overlap_early_attn_memory_release high_priority_a2a_comm_stream""",
     "other attentions and positions": """
-        dsa_* linear_* yarn_* relative_attention_* qk_clip_* kitchen_* mrope_section
-        rope_type q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim rotary_scaling_factor
-        mscale mscale_all_dim cache_mla_latents mla_down_proj_fusion test_mode""",
+        dsa_* linear_* relative_attention_* qk_clip_* kitchen_* mrope_section
+        rope_type q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim
+        cache_mla_latents mla_down_proj_fusion test_mode""",
     "other models": """
-        mamba_* use_mamba_mem_eff_path mtp_* bert_* ict_* biencoder_* retriever_* titles_data_path
+        mamba_* use_mamba_mem_eff_path bert_* ict_* biencoder_* retriever_* titles_data_path
         query_in_block_prob use_one_sent_docs evidence_data_path block_data_path embedding_path indexer_*
         use_fused_weighted_squared_relu fim_* mask_prob short_seq_prob decoder_seq_length sample_rate
         rl_* grpo_* langrl_* refit_method logits_*""",

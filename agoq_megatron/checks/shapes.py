@@ -8,12 +8,16 @@ from argparse import Namespace
 from collections.abc import Callable
 
 from agoq_kernels.attention import LARGEST_HEAD
+from megatron.core.transformer.enums import LayerType
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
 from agoq_megatron.modules.sites import gated
 from agoq_megatron.seams.refusals import UsageError
 
 _POSITIVE = "give a number above 0"
 _NUMBERS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    ("mtp_num_layers", lambda x: x >= 1, "give a number of further tokens, or leave it out"),
+    ("mtp_loss_scaling_factor", lambda x: x >= 0, "give 0 or more"),
     ("layernorm_epsilon", lambda x: x >= 0, "give 0 or more"),
     ("adam_eps", lambda x: x >= 0, "give 0 or more"),
     ("adam_beta1", lambda x: 0 <= x < 1, "give 0 or more, below 1"),
@@ -26,6 +30,12 @@ _NUMBERS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     ),
     ("rotary_seq_len_interpolation_factor", lambda x: x > 0, _POSITIVE),
     ("rope_scaling_factor", lambda x: x > 0, _POSITIVE),
+    ("rotary_scaling_factor", lambda x: x > 0, _POSITIVE),
+    ("yarn_original_max_position_embeddings", lambda x: x >= 1, "give a positive number"),
+    ("yarn_beta_fast", lambda x: x > 0, _POSITIVE),
+    ("yarn_beta_slow", lambda x: x > 0, _POSITIVE),
+    ("mscale", lambda x: x >= 0, "give 0 or more"),
+    ("mscale_all_dim", lambda x: x >= 0, "give 0 or more"),
     ("hidden_dropout", lambda x: 0 <= x < 1, "give a probability of 0 or more, below 1"),
     ("init_method_std", lambda x: x >= 0, "give a standard deviation of 0 or more"),
     ("embedding_init_method_std", lambda x: x >= 0, "give a standard deviation of 0 or more"),
@@ -90,6 +100,7 @@ def check_shapes(args: Namespace, on_cpu: bool) -> None:
             f"{args.seq_length}."
         )
     _check_stages(args)
+    _check_yarn(args)
 
 
 def _check_heads(args: Namespace, tp: int, on_cpu: bool) -> None:
@@ -143,6 +154,8 @@ def _check_window(args: Namespace) -> None:
 
 
 def _check_stages(args: Namespace) -> None:
+    if getattr(args, "pipeline_model_parallel_layout", None) is not None:
+        _check_layout(args)
     if args.pipeline_model_parallel_size == 1:
         return
     ends = [
@@ -153,3 +166,82 @@ def _check_stages(args: Namespace) -> None:
     if sum(n for _, n in given) > args.num_layers:
         said = " and ".join(f"{flag} {n}" for flag, n in given)
         raise UsageError(f"{said}: more than the {args.num_layers} of --num-layers.")
+
+
+_OTHER_SPLITS = (
+    "num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank",
+    "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers",
+    "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split",
+)  # fmt: skip
+
+
+def _check_layout(args: Namespace) -> None:
+    """What Megatron refuses of a layout, some of it not before the model is built."""
+    given, stages = args.pipeline_model_parallel_layout, args.pipeline_model_parallel_size
+    for name in _OTHER_SPLITS:
+        if getattr(args, name, None):
+            raise UsageError(
+                f"--{name.replace('_', '-')} with --pipeline-model-parallel-layout: both say which layers a "
+                "stage has; leave one of them out."
+            )
+    try:
+        layout = PipelineParallelLayerLayout(given, stages)
+        layout.validate_layer_layout(args.num_layers, args.mtp_num_layers)
+        of_loss = layout.layout[-1][-1]
+        # Megatron looks for these in the first and in the last part, whatever the layout says.
+        assert LayerType.embedding in layout.layout[0][0], "E must be in the first part"
+        assert LayerType.loss in of_loss, "L must be in the last part"
+        assert of_loss.count(LayerType.mtp) == (args.mtp_num_layers or 0), "m is carried in the last part"
+    except (AssertionError, NotImplementedError, IndexError) as problem:
+        what = "nothing in it" if isinstance(problem, IndexError) else str(problem).rstrip(".")
+        raise UsageError(
+            f"--pipeline-model-parallel-layout {given!r}: {what}. Give E, then t for each of --num-layers "
+            f"{args.num_layers} layers, then L, with | between the parts; their number must be a multiple of "
+            f"--pipeline-model-parallel-size {stages}."
+        ) from None
+    if stages == 1 and len(layout.layout[0]) > 1:
+        raise UsageError(
+            f"--pipeline-model-parallel-layout {given!r}: {len(layout.layout[0])} parts, but there is one "
+            "stage; raise --pipeline-model-parallel-size."
+        )
+
+
+_OF_YARN = {
+    "rotary_scaling_factor": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0,
+    "yarn_original_max_position_embeddings": None, "yarn_beta_fast": None, "yarn_beta_slow": None,
+    "yarn_correction_range_round_to_int": None,
+}  # fmt: skip
+"""Megatron's flags of YaRN, and their defaults."""
+_UNREAD_BY_YARN = (
+    ("rotary_percent", 1.0),
+    ("rotary_seq_len_interpolation_factor", None),
+    ("use_rope_scaling", False),
+    ("rotary_interleaved", False),
+)
+
+
+def _check_yarn(args: Namespace) -> None:
+    """Megatron takes all of this, and computes something else or fails in its first pass."""
+    if args.position_embedding_type != "yarn":
+        for name, default in _OF_YARN.items():
+            if (given := getattr(args, name, default)) != default:
+                flag = f"--{'no-' if given is False else ''}{name.replace('_', '-')}"
+                raise UsageError(
+                    f"{flag}: it is YaRN's; add --position-embedding-type yarn, or leave it out."
+                )
+        return
+    for name, default in _UNREAD_BY_YARN:
+        if getattr(args, name, default) != default:
+            raise UsageError(
+                f"--{name.replace('_', '-')} with --position-embedding-type yarn: Megatron's YaRN turns the "
+                "halves of whole heads, and by its own scaling alone; leave it out."
+            )
+    if args.rotary_base <= 1:
+        raise UsageError(
+            f"--rotary-base {args.rotary_base} with --position-embedding-type yarn: give a number above 1."
+        )
+    fast, slow = getattr(args, "yarn_beta_fast", None) or 32, getattr(args, "yarn_beta_slow", None) or 1
+    if fast < slow:
+        raise UsageError(
+            f"--yarn-beta-fast {fast:g} is below --yarn-beta-slow {slow:g}: give more turns to the fast end."
+        )

@@ -19,7 +19,7 @@ from agoq_megatron.checks.saving import check_counts, check_empty, check_saving
 from agoq_megatron.checks.shapes import check_numbers, check_shapes
 from agoq_megatron.checks.states import check_gradients, check_optimizer
 from agoq_megatron.modules.packing import packs_documents
-from agoq_megatron.policy.policy import COMPUTED, load_policy
+from agoq_megatron.policy.policy import COMPUTED, SOLVED, load_policy
 from agoq_megatron.seams.refusals import UsageError
 
 RECOMPUTE_MODULES = ("core_attn", "mlp", "layernorm")
@@ -51,7 +51,7 @@ def check(args: Namespace, on_cpu: bool = False) -> None:
     check_numbers(args)
     check_activation(args)
     if policy is not None and args.num_layers:
-        policy.check_patterns(args.num_layers)
+        policy.check_patterns(args.num_layers + (args.mtp_num_layers or 0))
     _check_schedule(args)
     _check_recompute(args)
     _check_data(args)
@@ -76,6 +76,7 @@ def check(args: Namespace, on_cpu: bool = False) -> None:
             "--async-save: the process that writes wants a GPU, and none was found; leave the flag out."
         )
     _check_loss(args)
+    _check_prediction(args)
     if on_cpu and getattr(args, "defer_embedding_wgrad_compute", False):
         raise UsageError(
             "--defer-embedding-wgrad-compute: it needs products that add to gradient buffers, which a CPU "
@@ -144,6 +145,38 @@ def _check_loss(args: Namespace) -> None:
         raise UsageError(
             f"--agoq-loss {args.agoq_loss} with --agoq-loss-chunks {parts}: Megatron's loss needs the whole "
             "logits; leave one of them out."
+        )
+
+
+def _check_prediction(args: Namespace) -> None:
+    """Of multi-token prediction."""
+    if not args.mtp_num_layers:
+        return
+    flag = f"--mtp-num-layers {args.mtp_num_layers}"
+    if args.position_embedding_type not in ("rope", "none"):
+        raise UsageError(
+            f"{flag} with --position-embedding-type {args.position_embedding_type}: Megatron carries it with "
+            "rope and none alone."
+        )
+    if args.pipeline_model_parallel_size > 1 and not args.untie_embeddings_and_output_weights:
+        raise UsageError(
+            f"{flag} with --pipeline-model-parallel-size {args.pipeline_model_parallel_size}: megatron-core "
+            "0.19 itself cannot save tied embeddings then; add --untie-embeddings-and-output-weights."
+        )
+    if args.agoq_loss_chunks > 1:
+        raise UsageError(
+            f"{flag} with --agoq-loss-chunks {args.agoq_loss_chunks}: Megatron's losses of further tokens "
+            "need the whole logits; leave one of them out."
+        )
+    if args.agoq_activations == SOLVED:
+        raise UsageError(
+            f"{flag} with --agoq-activations {SOLVED}: nothing is known of errors in such layers; use "
+            "another policy."
+        )
+    if args.recompute_granularity == "full" and (args.recompute_num_layers or 1) > 1:
+        raise UsageError(
+            f"{flag} with --recompute-num-layers {args.recompute_num_layers}: Megatron runs layers of "
+            "further tokens again one by one; give 1."
         )
 
 

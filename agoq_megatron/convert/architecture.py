@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from agoq_megatron.convert.families import FAMILIES, LLAMA, Biases, Block, Family
+from agoq_megatron.convert.yarn import PLAIN_ROTATION, Yarn
 from agoq_megatron.seams.refusals import UsageError
 
 LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -38,6 +39,7 @@ class Architecture:
         no_rope_freq: every so many layers one has no rotary positions, the last of them; or None.
         block: what its layers are made of.
         rotary_part: share of a head's features that turn, the first ones.
+        yarn: YaRN's scaling of the frequencies, and of queries and keys; or None.
     """
 
     layers: int
@@ -58,10 +60,13 @@ class Architecture:
     no_rope_freq: int | None = None
     block: Block = LLAMA
     rotary_part: float = 1.0
+    yarn: Yarn | None = None
 
     @property
     def rope_kind(self) -> str:
         """``rope_type`` in ``config.json``."""
+        if self.yarn is not None:
+            return "yarn"
         return (
             "llama3"
             if self.rope_factor is not None
@@ -118,6 +123,7 @@ class Architecture:
             self.qk_norm and "--qk-layernorm",
             self.rope_factor is not None and "--use-rope-scaling",
             self.rope_interpolation > 1 and "--rotary-seq-len-interpolation-factor",
+            self.yarn and "--position-embedding-type yarn",
             self.no_rope_freq and "--no-rope-freq",
             self.rotary_part != 1 and f"--rotary-percent {self.rotary_part}",
             self.block.activation == "squared_relu" and "--squared-relu",
@@ -137,7 +143,7 @@ class Architecture:
             "num_query_groups": self.groups,
             "kv_channels": self.head_dim,
             "max_position_embeddings": self.positions,
-            "position_embedding_type": "rope",
+            "position_embedding_type": "rope" if self.yarn is None else "yarn",
             "add_position_embedding": True,
             "use_rotary_position_embeddings": False,
             "rotary_base": self.rope_base,
@@ -160,6 +166,7 @@ class Architecture:
             "untie_embeddings_and_output_weights": not self.tied,
             "attention_dropout": 0.0,
             "hidden_dropout": 0.0,
+            **(PLAIN_ROTATION if self.yarn is None else self.yarn.megatron_args()),
         }
 
     def flags(self) -> list[str]:
@@ -173,7 +180,7 @@ class Architecture:
             "--max-position-embeddings": self.positions,
             "--normalization": self.block.normalization,
             "--norm-epsilon": self.epsilon,
-            "--position-embedding-type": "rope",
+            "--position-embedding-type": "rope" if self.yarn is None else "yarn",
             "--rotary-base": self.rope_base,
             "--attention-dropout": 0,
             "--hidden-dropout": 0,
@@ -192,6 +199,8 @@ class Architecture:
             flags += ["--use-rope-scaling", "--rope-scaling-factor", str(self.rope_factor)]
         if self.rope_interpolation > 1:
             flags += ["--rotary-seq-len-interpolation-factor", str(self.rope_interpolation)]
+        if self.yarn is not None:
+            flags += self.yarn.flags()
         if self.no_rope_freq is not None:
             flags += ["--no-rope-freq", str(self.no_rope_freq)]
         if self.biases != "all":
@@ -217,6 +226,7 @@ class Architecture:
             "default": None,
             "linear": {"rope_type": "linear", "factor": float(self.rope_interpolation)},
             "llama3": {"rope_type": "llama3", "factor": self.rope_factor, **LLAMA3_SCALING},
+            "yarn": self.yarn and self.yarn.hf_config(),
         }[self.rope_kind]
         config = {
             "architectures": [row.hf_class],

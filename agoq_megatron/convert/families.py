@@ -145,7 +145,7 @@ class Family:
     epsilon: float = 1e-6
     tied: bool = False
     rope_base: float = 10000.0
-    rope_kinds: tuple[str, ...] = ("default", "linear", "llama3")
+    rope_kinds: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
     needs: Mapping[str, object] = field(default_factory=dict)
     left_out: Mapping[str, object] = field(default_factory=dict)
     writes: Callable[[int], dict[str, object]] = lambda layers: {}

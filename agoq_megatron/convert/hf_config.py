@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from agoq_megatron.convert.architecture import HIDDEN_ACT, LLAMA3_SCALING, Architecture
 from agoq_megatron.convert.families import FAMILIES, Biases, Family
+from agoq_megatron.convert.yarn import Yarn
 from agoq_megatron.seams.refusals import UsageError
 
 _SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
@@ -77,7 +78,7 @@ def architecture_from_hf(config: _Config) -> Architecture:
             f"config.json: a head has {head_dim} features; rotary positions need an even number."
         )
     positions = _count(config, "max_position_embeddings", row.positions) or row.positions
-    base, factor, interpolation = _rope(config, row, positions)
+    base, factor, interpolation, yarn = _rope(config, row, positions)
     model = Architecture(
         layers=layers,
         hidden=hidden,
@@ -97,6 +98,7 @@ def architecture_from_hf(config: _Config) -> Architecture:
         no_rope_freq=_no_rope_freq(config, layers) if row.no_rope else None,
         block=row.block,
         rotary_part=_rotary_part(config, row, head_dim),
+        yarn=yarn,
     )
     if row not in model.families():  # what transformers' own check of the file refuses
         raise _refusal(
@@ -213,8 +215,8 @@ def _rotary_part(config: _Config, row: Family, head_dim: int) -> float:
     return part
 
 
-def _rope(config: _Config, row: Family, positions: int) -> tuple[int, float | None, int]:
-    """Base, LLaMA 3.1's factor (None: no scaling) and the factor of interpolation (1: none)."""
+def _rope(config: _Config, row: Family, positions: int) -> tuple[int, float | None, int, Yarn | None]:
+    """Base, LLaMA 3.1's factor (None: no scaling), the factor of interpolation (1: none), and YaRN."""
     key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"  # the order of transformers 5
     rope = config.get(key) or {}
     if not isinstance(rope, dict):
@@ -232,7 +234,9 @@ def _rope(config: _Config, row: Family, positions: int) -> tuple[int, float | No
             "tokens, take it out of config.json."
         )
     if kind == "default":
-        return int(base), None, 1
+        return int(base), None, 1, None
+    if kind == "yarn":
+        return int(base), None, 1, Yarn.from_hf(rope, positions)
     factor = _number(rope, "factor", None, f"rope_type {kind!r} needs it")
     if kind == "linear":
         if factor != int(factor):
@@ -240,14 +244,14 @@ def _rope(config: _Config, row: Family, positions: int) -> tuple[int, float | No
                 f"config.json: factor is {factor}; Megatron's --rotary-seq-len-interpolation-factor is a "
                 "whole number."
             )
-        return int(base), None, int(factor)
+        return int(base), None, int(factor), None
     given = {"original_max_position_embeddings": positions} | rope  # as transformers fills it in
     for name, fixed in LLAMA3_SCALING.items():
         if given.get(name) != fixed:
             raise UsageError(
                 f"config.json: {name} is {given.get(name)!r}; Megatron's --use-rope-scaling has {fixed}."
             )
-    return int(base), factor, 1
+    return int(base), factor, 1, None
 
 
 def _count(config: _Config, key: str, default: int | None = None) -> int | None:

@@ -6,6 +6,7 @@ from argparse import Namespace
 
 from agoq_megatron.convert.architecture import Architecture
 from agoq_megatron.convert.families import LLAMA, NEMOTRON, Biases, Block
+from agoq_megatron.convert.yarn import Yarn
 from agoq_megatron.seams.refusals import Check, UsageError, is_set
 
 
@@ -17,8 +18,8 @@ _NOT_CARRIED: tuple[Check, ...] = (
     ("normalization", _other_than("RMSNorm"), "--normalization", "their norms are RMSNorm"),
     ("swiglu", lambda v: not v, "--swiglu", "their MLP is SwiGLU, and this one is not"),
     (
-        "position_embedding_type", _other_than("rope"), "--position-embedding-type",
-        "they have rotary positions (rope)",
+        "position_embedding_type", _other_than("rope", "yarn"), "--position-embedding-type",
+        "they have rotary positions (rope, yarn)",
     ),
     ("rope_type", _other_than("rope"), "--rope-type", "only plain rotary positions are converted"),
     ("rotary_percent", _other_than(1.0), "--rotary-percent", "they rotate the whole head"),
@@ -98,6 +99,7 @@ def architecture_from_args(args: Namespace, vocabulary: int) -> Architecture:
         no_rope_freq=_no_rope_freq(getattr(args, "no_rope_freq", None)),
         block=block,
         rotary_part=args.rotary_percent,
+        yarn=Yarn.from_args(args),
     )
     model.family()
     return model

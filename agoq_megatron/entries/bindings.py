@@ -8,6 +8,7 @@ from functools import partial
 from agoq_megatron.autograd.cross_entropy import vocab_parallel_cross_entropy
 from agoq_megatron.autograd.products import add_product
 from agoq_megatron.autograd.recompute import quantized_checkpoint
+from agoq_megatron.entries.specs import predicting_spec
 from agoq_megatron.gradients.data_parallel import QuantizedGradientDDP, wrap_embedding_reduction
 from agoq_megatron.model.memory import Plan
 from agoq_megatron.observing.watching import wrap_checking_loaded
@@ -40,6 +41,7 @@ def bind_around_layers(args: argparse.Namespace, on_cpu: bool) -> None:
     """What runs around the layers: recomputation, the loss, the output layer's weight gradient."""
     compat.skip_compiling_helpers()
     compat.bind_checkpoint(quantized_checkpoint)
+    compat.bind_multi_token_prediction(predicting_spec)
     if not on_cpu:
         compat.bind_weight_gradient_product(add_product)
     if args.agoq_loss == "in-place":

@@ -41,8 +41,9 @@ def get_batch(data_iterator, vp_stage: int | None) -> tuple:
     """Draw the next micro-batch on this rank.
 
     Tensor-parallel rank 0 reads, the others receive. The first pipeline stage gets tokens and
-    positions, the last one labels and loss mask, those between get nothing and read nothing. Where sequences
-    are packed of documents that do not see each other, every stage reads, and gets their bounds.
+    positions, the last one labels and loss mask (with multi-token prediction all), those between get nothing
+    and read nothing. Where sequences are packed of documents that do not see each other, every stage reads,
+    and gets their bounds.
 
     Args:
         data_iterator: yields dictionaries of [b, s] tensors on tensor-parallel rank 0.
@@ -63,6 +64,7 @@ def get_batch(data_iterator, vp_stage: int | None) -> tuple:
         keys = BATCH_KEYS + DOCUMENT_KEYS if packed else BATCH_KEYS
         batch = {key: sample[key].cuda(non_blocking=True) if key in sample else None for key in keys}
     evaluating = not torch.is_grad_enabled()
+    is_last = mpu.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
     batch = get_batch_on_this_tp_rank(
         batch,
         has_cu_seqlens=packed,
@@ -74,12 +76,12 @@ def get_batch(data_iterator, vp_stage: int | None) -> tuple:
         tp_rank=tp_rank,
         micro_batch_size=args.eval_micro_batch_size if evaluating else args.micro_batch_size,
         seq_length=args.seq_length,
-        mtp_on_this_rank=False,
+        mtp_on_this_rank=bool(args.mtp_num_layers) and is_last,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(
             ignore_virtual=vp_stage is None, vp_stage=vp_stage
         ),
-        is_pipeline_last_stage=mpu.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage),
+        is_pipeline_last_stage=is_last,
     )
     params = None
     if packed:

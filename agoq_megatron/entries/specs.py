@@ -7,9 +7,12 @@ from functools import partial
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec_for_backend
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
@@ -32,7 +35,8 @@ class AGoQSpecProvider(BackendSpecProvider):
     """The modules of this project, by Megatron's protocol for backends."""
 
     def column_parallel_linear(self) -> type:
-        raise NotImplementedError("every column-parallel linear here follows a norm")
+        """Of multi-token prediction's projection; every other one here follows a norm."""
+        return ColumnParallelLinear
 
     def row_parallel_linear(self) -> type:
         return FusedRowParallelLinear
@@ -108,6 +112,23 @@ def agoq_layer_spec(config, vp_stage: int | None = None) -> TransformerBlockSubm
     layers = get_num_layers_to_build(config.transformer, vp_stage=vp_stage)
     one = layer_spec(provider, normed_heads=head_norm(config.transformer) is not None)
     return TransformerBlockSubmodules(layer_specs=[one] * layers, layer_norm=provider.layer_norm())
+
+
+def predicting_spec(
+    config, decoder=None, vp_stage: int | None = None
+) -> MultiTokenPredictionBlockSubmodules | None:
+    """The layers of multi-token prediction on this pipeline stage, as Megatron's ``mtp_block_spec``; or None.
+
+    Args:
+        config: Megatron's ``GPTModelConfig``.
+        decoder: what the decoder's layers are made from: they are as these.
+    """
+    if config.transformer.mtp_num_layers is None:
+        return None
+    provider = AGoQSpecProvider()
+    one = layer_spec(provider, normed_heads=head_norm(config.transformer) is not None)
+    like = TransformerBlockSubmodules(layer_specs=[one], layer_norm=provider.layer_norm())
+    return get_gpt_mtp_block_spec_for_backend(config.transformer, like, provider, vp_stage=vp_stage)
 
 
 def model_config_from_args(args) -> GPTModelConfig:

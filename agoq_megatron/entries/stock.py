@@ -103,6 +103,11 @@ def prepare_stock(model: GPTModelConfig) -> None:
                 "those here do not read; use --dataloader-inter-document-masking, or start "
                 "pretrain_gpt_agoq.py."
             )
+        if args.mtp_num_layers:
+            raise UsageError(
+                "--mtp-num-layers: Megatron takes the layers of further tokens from its own; start "
+                "pretrain_gpt_agoq.py instead of Megatron's script, or leave it out."
+            )
         compute_policy(args)
         config.agoq = policy_for(config, args.agoq_activations, args.agoq_rounding)
         config.agoq_gradients = config.agoq_optimizer = None

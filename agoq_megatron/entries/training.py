@@ -247,7 +247,7 @@ def train(args: argparse.Namespace, observer: RunObserver) -> None:
         raise
     except (LayoutError, UsageError, CheckpointError) as problem:
         refuse(str(problem), 1 if isinstance(problem, CheckpointError) else 2)
-    except RuntimeError as problem:
+    except (RuntimeError, AssertionError) as problem:
         if isinstance(problem, NotFiniteError) or "Unexpected result" in str(problem):
             observer.finish()
             not_finite(problem)

@@ -11,10 +11,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-from megatron.core.transformer.transformer_block import get_num_layers_to_build
-from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from agoq_megatron.autograd.recompute import PREDICTED_EMBEDDING
+from agoq_megatron.model.stages import layers_of, predicting_layers
 from agoq_megatron.model.transformer_config import AGoQTransformerConfig, transformer_config_from_args
+from agoq_megatron.modules.sites import FINAL_NORM_INPUT, PROJECTED
 from agoq_megatron.policy.fitting import FittedPolicy, axes_of, groups_that_divide
 from agoq_megatron.policy.policy import KEEP_BITS, PolicyError, Rule
 from agoq_megatron.policy.raised import RECOMPUTED, RaisedPolicy
@@ -84,9 +85,12 @@ class Plan:
         config = self.config
         whole = [site for site in SITES if not site.entry and site.present(config, number)]
         sites = whole
-        if config.recompute_granularity == "full":
+        predicts = number in predicting_layers(config)
+        if config.recompute_granularity == "full" and not (predicts and config.recompute_method == "block"):
             count, again = config.recompute_num_layers, True
-            if config.recompute_method == "uniform":
+            if predicts:  # Megatron runs each again by itself
+                starts = True
+            elif config.recompute_method == "uniform":
                 starts = index_in_chunk % count == 0
             else:
                 starts = again = index_in_chunk < count
@@ -95,6 +99,8 @@ class Plan:
         elif config.recompute_granularity == "selective":
             sites = [site for site in whole if site.again_with not in config.recompute_modules]
         rows = [self._row(site, number) for site in sites]
+        if predicts:
+            rows += self._beside_prediction(again=not any(not site.entry for site in sites))
         for companion in COMPANIONS:
             row = companion.row(config, lambda site: config.agoq.rule(site, number), sites)
             if row is not None:
@@ -106,6 +112,22 @@ class Plan:
             rows.append(Row(DROPOUT, "kept by autograd", width, width * size))
         return tuple(rows)
 
+    def _beside_prediction(self, again: bool) -> Iterator[Row]:
+        """What a layer of multi-token prediction keeps beside a decoder's, none of it rounded: the inputs of
+        its three norms (the tokens' embedding, the hidden states before, its output) and of its projection.
+
+        Args:
+            again: it runs again as a whole, from its input and the embedding.
+        """
+        kept = {PREDICTED_EMBEDDING: 1} if again else {FINAL_NORM_INPUT.value: 3, PROJECTED: 2}
+        for name, hidden in kept.items():
+            width = hidden * self.config.hidden_size / self._sequence_ranks
+            yield Row(name, f"{self._dtype}, not quantized", width, width * self._itemsize)
+
+    @property
+    def _dtype(self) -> str:
+        return str(self.config.params_dtype).removeprefix("torch.")
+
     def _row(self, site: Site, number: int) -> Row:
         rule: Rule = self.config.agoq.rule(site, number)
         # Elements a token on one rank.
@@ -113,8 +135,7 @@ class Plan:
         if rule.recompute:
             return Row(site.value, "recomputed", width, 0)
         if rule.keep:
-            dtype = str(self.config.params_dtype).removeprefix("torch.")
-            return Row(site.value, f"{dtype}, not quantized", width, width * self._itemsize)
+            return Row(site.value, f"{self._dtype}, not quantized", width, width * self._itemsize)
         axis = self._axes[site]
         if axis % rule.format.group:
             fits = groups_that_divide(axis)[::-1]
@@ -244,13 +265,10 @@ def plan_from_args(args) -> Plan:
 
 def _positions(config: AGoQTransformerConfig) -> Iterable[tuple[int, int]]:
     """(layer number from 1, index in its model chunk) of every layer."""
-    stages = config.virtual_pipeline_model_parallel_size
-    for pp_rank in range(config.pipeline_model_parallel_size):
-        for vp_stage in range(stages) if stages else (None,):
-            count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
-            offset = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=pp_rank)
-            for index in range(count):
-                yield offset + index + 1, index
+    for stage in range(config.pipeline_model_parallel_size):
+        for numbers in layers_of(config, stage):
+            for index, number in enumerate(numbers):
+                yield number, index
 
 
 def ranges(numbers: list[int]) -> str:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
+    _yarn_get_concentration_factor_from_config as yarn_factor,
+)
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer.attention import SelfAttention as MegatronSelfAttention
 from megatron.core.transformer.module import MegatronModule
@@ -25,7 +28,11 @@ from agoq_megatron.policy.policy import ActivationPolicy
 
 
 def window_of(config, layer_number: int) -> int | None:
-    """How many tokens before its own a query of this layer (from 1) sees; None for all."""
+    """How many tokens before its own a query of this layer (from 1) sees; None for all.
+
+    Megatron counts the layers of multi-token prediction from 1 again.
+    """
+    layer_number = (layer_number - 1) % config.num_layers + 1
     chosen = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
     return config.window_size[0] if chosen and config.window_size[0] >= 0 else None
 
@@ -96,6 +103,7 @@ class CoreAttention(MegatronModule):
             head_dim=config.kv_channels,
             backend=LocalAttention(self.scale, window_of(config, number)),
             interleaved=config.rotary_interleaved,
+            rotary_factor=yarn_factor(config),  # 1 without YaRN; Megatron hands the angles over without it
             recompute=selective and "core_attn" in config.recompute_modules,
             heads=Rotated(sinks=config.softmax_type != "vanilla") if norm is None else Normed(norm),
             products=Products(config.gradient_accumulation_fusion),
@@ -157,7 +165,8 @@ class SelfAttention(MegatronSelfAttention):
             rows = None if rotary_pos_emb is None else rotary_pos_emb.shape[0]
             packing = packing_from(packed_seq_params, *qkv.shape[:2], qkv.device, rows)
         no_rope = self.config.no_rope_freq
-        if no_rope and no_rope[self.layer_number - 1]:
+        # As Megatron has it, those of multi-token prediction begin again with the first layer's.
+        if no_rope and no_rope[(self.layer_number - 1) % self.config.num_layers]:
             rotary_pos_emb = None
         parameters = {}
         if self.q_layernorm is not None:

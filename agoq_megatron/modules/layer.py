@@ -15,11 +15,13 @@ from agoq_megatron.policy.policy import ActivationPolicy
 class TransformerLayer(MegatronTransformerLayer):
     """A pre-norm decoder layer: attention and MLP, each after a norm and added to the residual stream.
 
-    Its input is quantized where it is kept for full recomputation.
+    Its input is quantized where it is kept for full recomputation. Layers of multi-token prediction count on
+    after the decoder's: policies and rounding tell them from those.
     """
 
-    def __init__(self, config, *args, **kwargs):
-        super().__init__(config, *args, **kwargs)
+    def __init__(self, config, submodules, layer_number: int = 1, *args, is_mtp_layer=False, **kwargs):
+        number = config.num_layers + layer_number if is_mtp_layer else layer_number
+        super().__init__(config, submodules, number, *args, is_mtp_layer=is_mtp_layer, **kwargs)
         self.set_policy(config.agoq)
 
     def set_policy(self, policy: ActivationPolicy) -> None:
@@ -47,6 +49,8 @@ class TransformerLayer(MegatronTransformerLayer):
         """
         if context is not None:
             raise NotImplementedError("AGoQ's layer has no cross-attention and takes no context")
+        if self.is_mtp_layer and self.config.sequence_parallel:
+            hidden_states = hidden_states.clone()  # Megatron hands over a view, which would keep the sequence
         note_entry(self._input)
         stream = ResidualStream(hidden_states, plain=not (self.training and self.hidden_dropout > 0))
         output, bias = self.self_attention(stream, attention_mask, **attention_arguments)

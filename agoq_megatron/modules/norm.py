@@ -1,4 +1,5 @@
-"""Parameters of a norm, the module after the last layer, and those of queries and keys."""
+"""Parameters of a norm, the module after the last layer (and around layers of multi-token prediction), and
+those of queries and keys."""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ class Norm(torch.nn.Module):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5):
         super().__init__()
         self.weight, self.bias = norm_parameters(config, hidden_size)
-        kept = (SavedTensor(FINAL_NORM_INPUT, 0, rule) for rule in (Rule(keep=True), Rule()))
+        rules = Rule(keep=True), Rule()
+        kept = (SavedTensor(FINAL_NORM_INPUT, 0, rule, run=config.agoq_run) for rule in rules)
         self.spec = norm.NormSpec(*kept, kind_of(config), eps)
 
     def forward(self, x: Tensor) -> Tensor:

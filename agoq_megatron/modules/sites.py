@@ -57,6 +57,9 @@ FC2_INPUT = Site(f"{FC2}.input", _ffn, free=True, recomputable=True, again_with=
 FINAL_NORM_INPUT = Site("final_layernorm.input", _hidden, hidden=True)
 """Of no layer, and so of no policy: not contributed."""
 
+PROJECTED = "eh_proj.input"
+"""Of a layer of multi-token prediction: what its projection reads, kept as it is."""
+
 QKV_SITES = (QUERY, KEY, VALUE)
 ATTENTION_SITES = (*QKV_SITES, ATTENTION_OUTPUT)
 MLP_SITES = (NORM2_INPUT, NORM2_OUTPUT, FC1_OUTPUT, FC2_INPUT)

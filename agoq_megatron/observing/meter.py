@@ -1,6 +1,7 @@
 """What a layer really keeps for its backward pass: measured while the model runs.
 
-A hook on every tensor that autograd saves inside the decoder, whoever saves it, counts each storage
+A hook on every tensor that autograd saves inside the decoder, and inside the layers of multi-token prediction
+but for their embedding, whoever saves it, counts each storage
 once, whole. Parameters and buffers are not activations and are left out. The names come from the
 autograd functions, which announce what they keep; anything else falls under ``OTHER``, so that nothing
 kept by an unowned operation can hide.
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from agoq_megatron.model.memory import DROPOUT, Plan
+from agoq_megatron.modules.sites import PROJECTED
 
 OTHER = "other (kept by operations that AGoQ does not own)"
 
@@ -31,13 +33,15 @@ class Meter:
         self._interval = interval
         self._iteration: int | None = None
         self._due: set[int] = set()
-        self._decoders: list[torch.nn.Module] = []
+        self._decoders: list[torch.nn.Module] = []  # and the layers of multi-token prediction
+        self._current: int | None = None
+        self._other = OTHER
         self._storages: dict[int, tuple[str, int]] = {}
         self._hooks = self._run = None
         self._bytes: dict[int, dict[str, float]] = {}
 
     def attach(self, model_chunks: Iterable[torch.nn.Module]) -> None:
-        """Watch the decoders of these model chunks (wrapped or not)."""
+        """Watch the decoders of these model chunks (wrapped or not), and what follows them."""
         for chunk in model_chunks:
             while not hasattr(chunk, "decoder"):
                 chunk = chunk.module
@@ -48,6 +52,20 @@ class Meter:
                 # Once a model, not a layer: the plan lists it apart.
                 chunk.decoder.final_layernorm.register_forward_pre_hook(lambda *_: self._leave())
             chunk.decoder.register_forward_hook(lambda _, __, output, i=index: self._stop(i, output))
+            self._attach_prediction(chunk)
+
+    def _attach_prediction(self, chunk: torch.nn.Module) -> None:
+        """Watch each layer of multi-token prediction by itself."""
+        for layer in getattr(getattr(chunk, "mtp", None), "layers", ()):
+            self._decoders.append(layer)
+            index = len(self._decoders) - 1
+            layer.register_forward_pre_hook(lambda *_, i=index: self._start(i))
+            layer.register_forward_hook(lambda _, __, output, i=index: self._stop(i, output[0]))
+            layer.eh_proj.register_forward_pre_hook(lambda *_: setattr(self, "_other", PROJECTED))
+            layer.eh_proj.register_forward_hook(lambda *_: setattr(self, "_other", OTHER))
+        if getattr(chunk, "mtp", None) is not None:  # they call the embedding, which belongs to no layer
+            chunk.embedding.register_forward_pre_hook(lambda *_: self._leave())
+            chunk.embedding.register_forward_hook(lambda *_: self._enter())
 
     def begin_iteration(self, iteration: int) -> None:
         """Tell the meter the training iteration; repeated calls with the same one do nothing."""
@@ -68,7 +86,13 @@ class Meter:
         decoder = self._decoders[index]
         if not decoder.training:
             return
-        self._storages = {}
+        self._storages, self._current = {}, index
+        self._enter()
+
+    def _enter(self) -> None:
+        if self._current is None or self._hooks is not None:
+            return
+        decoder = self._decoders[self._current]
         constants = {t.untyped_storage().data_ptr() for t in (*decoder.parameters(), *decoder.buffers())}
 
         def note(name: str, x: Tensor) -> None:
@@ -81,7 +105,8 @@ class Meter:
                 note(name, x)
 
         def pack(x: Tensor) -> Tensor:
-            note(DROPOUT if self._plan.config.hidden_dropout > 0 else OTHER, x)
+            dropout = self._other is OTHER and self._plan.config.hidden_dropout > 0
+            note(DROPOUT if dropout else self._other, x)
             return x
 
         self._run = decoder.config.agoq_run
@@ -99,6 +124,7 @@ class Meter:
         if index not in self._due or not torch.is_grad_enabled():
             return
         self._leave()
+        self._current = None
         self._due.discard(index)
         config = self._plan.config
         tokens = output.shape[0] * output.shape[1]
@@ -113,7 +139,11 @@ class Meter:
     @property
     def layers(self) -> list[int]:
         """Numbers (from 1) of the layers that this rank holds."""
-        return [layer.layer_number for d in self._decoders for layer in d.layers]
+        return [
+            layer.layer_number
+            for d in self._decoders
+            for layer in (d.layers if hasattr(d, "layers") else [d.mtp_model_layer])
+        ]
 
     def tensors(self) -> dict[str, float]:
         """For each tensor its measured bytes a token and layer, mean over this rank's layers."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from agoq_kernels.gradients import BLOCK, segment_bytes
 
+from agoq_megatron.model.stages import layers_of
 from agoq_megatron.planning.footprint import micro_batches
 from agoq_megatron.planning.parameters import parameters
 
@@ -73,7 +74,7 @@ def collectives(args, config, network: Network) -> list[Collective]:
         add("all-to-all and all-gather of gradient codes", dp, span, 2, 2 * width * most * share)
     else:
         add("all-reduce of gradients", dp, span, 2, 2 * width * most * share)
-    layers = -(-config.num_layers // pp)
+    layers = max(sum(map(len, layers_of(config, stage))) for stage in range(pp))
     # Two in forward and two in backward; with sequence parallelism each is a gather and a scatter of the same
     # bytes, and backward gathers the norms' outputs once more for the weight gradients.
     calls = 4 * layers * steps

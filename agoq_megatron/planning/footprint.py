@@ -21,11 +21,12 @@ from agoq_kernels.gradients import BLOCK, segment_bytes
 
 from agoq_megatron.gradients.settings import format_from_args, launched_on_a_node, node_layout
 from agoq_megatron.model.memory import Plan
+from agoq_megatron.model.stages import layers_of, predicting_layers
 from agoq_megatron.modules.sites import ATTENTION_SITES, FC1_OUTPUT, FC2_INPUT, MLP_SITES, NORM2_INPUT
 from agoq_megatron.optimizer.settings import OptimizerSettings, optimizer_settings_from_args
 from agoq_megatron.planning.batches import schedule_from_args
 from agoq_megatron.planning.in_flight import Schedule
-from agoq_megatron.planning.parameters import Parameters, layers_of, parameters
+from agoq_megatron.planning.parameters import Parameters, parameters
 from agoq_megatron.planning.watched import Watched
 
 MIB = 2**20
@@ -177,8 +178,13 @@ def _momentary(config, plan: Plan, sizes: _Sizes, chunks: list[list[int]], last:
         layers = _layer_moment(config, plan, sizes, [n for numbers in chunks for n in numbers])
     if not last:
         return 0.0, layers
-    loss = max(5 * sizes.u, sizes.output_gradient + 3 * sizes.u)
-    return (sizes.logits, loss) if sizes.logits + loss > layers else (0.0, layers)
+    # With multi-token prediction there are logits of all depths, whose hidden states lie in one tensor; and
+    # while its layers run backward, so does its gradient.
+    depths = config.mtp_num_layers or 0
+    layers += (1 + depths) * sizes.su if depths else 0
+    loss = max(5 * sizes.u, sizes.output_gradient + 3 * sizes.u) + depths * sizes.u
+    logits = sizes.logits * (1 + depths)
+    return (logits, loss) if logits + loss > layers else (0.0, layers)
 
 
 def _block_moment(config, plan: Plan, sizes: _Sizes, chunks: list[list[int]]) -> float:
@@ -217,7 +223,9 @@ def _layer_moment(config, plan: Plan, sizes: _Sizes, numbers: list[int]) -> floa
             inner = max(inner, 2 * sizes.u)
         beside = max(beside, inner + (3 + (chunks > 1) + (again > 1)) * sizes.u)
     if full:
-        return _again(config, numbers[0], sizes, again, beside)
+        predicting = [n for n in predicting_layers(config) if n in numbers]  # each by itself
+        found = [_again(config, n, sizes, 1, beside) for n in predicting]
+        return max([_again(config, numbers[0], sizes, again, beside), *found])
     # Attention's backward, with the gradient of the sum before it.
     attentions = (_attention_moment(config, plan, n, sizes.tokens) + sizes.u for n in numbers)
     return max(beside, *attentions)
@@ -264,6 +272,8 @@ def _again(config, first: int, sizes: _Sizes, layers: int, beside: float) -> flo
     exact = _without_recomputation(config)
     plan = Plan(exact)
     kept = plan.planned_bytes_per_token_layer * sizes.tokens
+    if first in predicting_layers(config):  # the two inputs of its norms are there in any case
+        kept = plan.bytes_per_token_layer([first]) * sizes.tokens - 2 * sizes.su
     # Attention's backward: the layer's input and output, and the gradients of its output and of the sum.
     attention = _attention_moment(exact, plan, first, sizes.tokens) + 4 * sizes.u
     return kept * layers + max(beside, attention)
@@ -298,7 +308,10 @@ def workspace_of_attention(config, numel: int) -> float:
 
 
 def _angles_bytes(args, config) -> float:
-    """Of the rotary angles, one table for all layers."""
+    """Of the rotary angles, one table for all layers; YaRN's of Megatron has its first length in two more."""
+    if args.position_embedding_type == "yarn":
+        first = config.yarn_original_max_position_embeddings
+        return config.kv_channels * (4 * args.seq_length + 2 * config.params_dtype.itemsize * first)
     if args.position_embedding_type != "rope":
         return 0.0
     return 4 * args.seq_length * config.kv_channels * args.rotary_percent

@@ -16,10 +16,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from agoq_kernels.formats import Format
 
 from agoq_megatron.model.memory import Plan, Row
+from agoq_megatron.model.stages import layers_of
 from agoq_megatron.model.transformer_config import AGoQTransformerConfig, transformer_config_from_args
 from agoq_megatron.modules.sites import LAYER_INPUT
 from agoq_megatron.planning.footprint import schedule_of
-from agoq_megatron.planning.parameters import layers_of
 from agoq_megatron.planning.replay import EXACT
 from agoq_megatron.planning.sensitivity import BEST_FORMATS, Sensitivities, format_for
 from agoq_megatron.planning.solver import Choice, Item, Layer, Limit, Option, solve
@@ -71,10 +71,14 @@ class Knapsack:
         tokens: of a micro-batch.
 
     Raises:
-        UsageError: a tensor that the run keeps was not measured.
+        UsageError: a tensor that the run keeps was not measured, as none of multi-token prediction is.
     """
 
     def __init__(self, args, sensitivities: Sensitivities):
+        if args.mtp_num_layers:
+            raise UsageError(
+                f"--mtp-num-layers {args.mtp_num_layers}: errors in layers of further tokens are not known."
+            )
         plain = copy.copy(args)
         plain.agoq_activations = "off"
         self.config = with_policy(transformer_config_from_args(plain), EXACT)

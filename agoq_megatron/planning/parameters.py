@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron.core.transformer.transformer_block import get_num_layers_to_build
-from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from agoq_megatron.model.stages import layers_of
 
 
 @dataclass(frozen=True)
@@ -27,17 +26,6 @@ class Parameters:
     @property
     def total(self) -> int:
         return self.matrices + self.embeddings + self.vectors
-
-
-def layers_of(config, stage: int) -> list[list[int]]:
-    """Numbers (from 1) of the layers in each model chunk of a stage."""
-    virtual = config.virtual_pipeline_model_parallel_size
-    found = []
-    for chunk in range(virtual) if virtual else (None,):
-        count = get_num_layers_to_build(config, vp_stage=chunk, pp_rank=stage)
-        offset = get_transformer_layer_offset(config, vp_stage=chunk, pp_rank=stage)
-        found.append([offset + i + 1 for i in range(count)])
-    return found
 
 
 def padded_vocabulary(args) -> int:
@@ -84,5 +72,9 @@ def parameters(args, config, stage: int) -> Parameters:
         output = word
     elif last and not first:
         embeddings += word  # a copy of the first stage's
+    predicted = (config.mtp_num_layers or 0) * last
+    if predicted and not first and args.untie_embeddings_and_output_weights:
+        embeddings += word  # it embeds the tokens again
     largest = max([*sizes, word] if first or last else sizes)
-    return Parameters(layers * sum(sizes) + output, embeddings, layers * vectors + norm * last, largest)
+    matrices = layers * sum(sizes) + output + predicted * 2 * h * h // tp
+    return Parameters(matrices, embeddings, layers * vectors + norm * (last + 3 * predicted), largest)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import functools
 
+from agoq_megatron.model.stages import layers_of
 from agoq_megatron.model.transformer_config import transformer_config_from_args
 from agoq_megatron.planning.auto import auto_policy
 from agoq_megatron.planning.footprint import schedule_of
 from agoq_megatron.planning.in_flight import stage_bits
-from agoq_megatron.planning.parameters import layers_of
 from agoq_megatron.policy.policy import COMPUTED, SOLVED, ActivationPolicy, Rule, load_policy, register
 from agoq_megatron.policy.raised import widened
 from agoq_megatron.policy.sites import Site

@@ -79,7 +79,8 @@ class FittedPolicy:
 def fitted(policy, config):
     """``policy`` itself where its groups divide, else a :class:`FittedPolicy` over it."""
     fit = FittedPolicy(policy, axes_of(config))
-    return fit if fit.differs(range(1, config.num_layers + 1)) else policy
+    layers = config.num_layers + (getattr(config, "mtp_num_layers", None) or 0)
+    return fit if fit.differs(range(1, layers + 1)) else policy
 
 
 def policy_for(config, spec: str, rounding: str = "policy"):

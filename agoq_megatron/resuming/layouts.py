@@ -15,6 +15,12 @@ _SIZES = (
     "or write it with --dist-ckpt-optim-fully-reshardable, which fits all sizes. "
     "(--ckpt-fully-parallel-save, which Megatron names, does not help.)"
 )
+_CHUNKS = (
+    "--load: the optimizer's state in this checkpoint lies as its run's parts of the pipeline had their "
+    "layers. Load it with the --pipeline-model-parallel-layout (or virtual stages) that it was written with, "
+    "load the weights alone with --no-load-optim, or write it with --dist-ckpt-optim-fully-reshardable, "
+    "which fits all."
+)
 
 
 def other_layout(problem: BaseException) -> str | None:
@@ -22,6 +28,8 @@ def other_layout(problem: BaseException) -> str | None:
     text = str(problem)
     if "Global shape mismatch" in text and "bucket_idx" in text:
         return _BUCKETS
+    if "Number of unpadded elements in each bucket need to be the same" in text:
+        return _CHUNKS
     sizes = re.findall(r"\((\d+), (\d+)\)", text)  # (TP, PP) here, and those of the checkpoint
     if "mismatch after resume" in text and len(sizes) == 2:
         return _SIZES.format(*sizes[1])

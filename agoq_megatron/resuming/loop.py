@@ -274,6 +274,8 @@ OF_THE_MODEL_TOO = """
     quick_geglu glu_linear_offset activation_func_clamp_value
     rotary_seq_len_interpolation_factor use_mup mup_base_hidden_size mup_embedding_mult mup_output_mult
     mup_base_head_dim mup_attn_scale_power qk_layernorm qk_l2_norm
+    rotary_scaling_factor mscale mscale_all_dim yarn_original_max_position_embeddings
+    yarn_beta_fast yarn_beta_slow yarn_correction_range_round_to_int
     window_size window_attn_skip_freq softmax_type attention_output_gate multi_latent_attention
     experimental_attention_variant
     apply_residual_connection_post_layernorm

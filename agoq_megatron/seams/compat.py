@@ -224,6 +224,14 @@ def bind_cross_entropy(loss: Callable) -> None:
     tensor_parallel.vocab_parallel_cross_entropy = loss
 
 
+def bind_multi_token_prediction(spec: Callable) -> None:
+    """Replace what Megatron's builder makes layers of multi-token prediction from, ``(config, decoder's spec,
+    vp_stage)`` -> the block's: it takes Transformer Engine's or its own, whatever the decoder's are."""
+    import megatron.training.models.gpt as gpt
+
+    gpt.mtp_block_spec = spec
+
+
 @contextmanager
 def other_product(layer, product: Callable) -> Iterator[None]:
     """While one of Megatron's linear layers is called: another product. It must run inside the layer's call,

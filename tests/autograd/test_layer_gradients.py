@@ -151,7 +151,7 @@ def oracle_layer(x, p, rules, shape, kind, act, ours):
 
         def made(t):
             t = norm(t, 1.0 - plus if weight is None else weight, bias, EPSILON) if normed else t
-            return t if p["angles"] is None else turn(t, p["angles"])
+            return t if p["angles"] is None else turn(t, p["angles"]) * p["factor"]
 
         return made
 
@@ -270,6 +270,7 @@ def our_layer(x, p, rules, shape, kind, act, run=None, keep=True, packing=None):
         *(saved(s) for s in (QUERY, KEY, VALUE, ATTENTION_OUTPUT)),
         groups=groups, head_dim=d, backend=LocalAttention(1 / math.sqrt(d)), interleaved=False,
         recompute=False, heads=Normed(HeadNorm(its_kind, EPSILON)) if of_heads else Rotated(),
+        rotary_factor=p["factor"],
     )  # fmt: skip
     mlp = ActivationLinearSpec(saved(FC1_OUTPUT), saved(FC2_INPUT), act)
     qkv, x = NormLinear.apply(
@@ -289,7 +290,8 @@ def our_layer(x, p, rules, shape, kind, act, run=None, keep=True, packing=None):
 
 
 def parameters(rng, h, f, shape, kind, act, rotary, dtype, of_heads=None):
-    """``of_heads``: kind of the norm of queries and keys."""
+    """``rotary``: whether there are rotary positions, "YaRN" with its factor.
+    ``of_heads``: kind of the norm of queries and keys."""
     heads, groups, d = shape
 
     def weight(*size):
@@ -315,7 +317,7 @@ def parameters(rng, h, f, shape, kind, act, rotary, dtype, of_heads=None):
         "qkv": weight(width, h), "qkv_b": vector(width, 0.0) if biases else None,
         "proj": weight(h, heads * d), "fc1": weight(wide, h),
         "fc1_b": vector(wide, 0.0) if biases else None,
-        "fc2": weight(h, f), "angles": angles,
+        "fc2": weight(h, f), "angles": angles, "factor": 1.4 if rotary == "YaRN" else 1.0,
     }  # fmt: skip
 
 
@@ -326,6 +328,7 @@ def parameters(rng, h, f, shape, kind, act, rotary, dtype, of_heads=None):
     "kind,act,shape,rotary",
     [
         ("RMSNorm", "swiglu", (6, 2, 32), True),
+        ("RMSNorm", "swiglu", (6, 2, 32), "YaRN"),
         ("LayerNorm", "gelu", (4, 4, 32), False),
         ("LayerNorm", "gelu_tanh", (4, 2, 32), True),
         ("LayerNorm1p", "squared_relu", (4, 2, 32), True),
@@ -340,8 +343,8 @@ def test_layer_matches_plain_autograd(rng, monkeypatch, rules, kind, act, shape,
 
 @pytest.mark.parametrize("rules", [OFF, MIXED, AGAIN], ids=["off", "mixed", "again"])
 @pytest.mark.parametrize("kind,of_heads,rotary", [
-    ("RMSNorm", "RMSNorm", True), ("LayerNorm", "LayerNorm", True), ("RMSNorm", "L2Norm", False),
-    ("LayerNorm1p", "LayerNorm1p", True), ("RMSNorm1p", "RMSNorm1p", True),
+    ("RMSNorm", "RMSNorm", True), ("RMSNorm", "RMSNorm", "YaRN"), ("LayerNorm", "LayerNorm", True),
+    ("RMSNorm", "L2Norm", False), ("LayerNorm1p", "LayerNorm1p", True), ("RMSNorm1p", "RMSNorm1p", True),
 ])  # fmt: skip
 def test_norms_of_queries_and_keys(rng, monkeypatch, rules, kind, of_heads, rotary):
     """Kept before them: gradients of norms, projection and the norms' weights are those at these values."""
@@ -365,7 +368,7 @@ def compare(rng, monkeypatch, rules, kind, act, shape, rotary, h, f, of_heads=No
     p = parameters(rng, h, f, shape, kind, act, rotary, torch.float32, of_heads)
     x = torch.randn(11, 3, h, generator=rng)
     grad = torch.randn(11, 3, h, generator=rng)
-    wanted = [t for t in p.values() if t is not None and t.requires_grad]
+    wanted = [t for t in p.values() if getattr(t, "requires_grad", False)]
 
     kept, pack = {}, SavedTensor.pack
 
@@ -386,7 +389,7 @@ def compare(rng, monkeypatch, rules, kind, act, shape, rotary, h, f, of_heads=No
     oracle, oracle_grads = y.detach(), torch.autograd.grad(y, [leaf, *wanted], grad)
 
     torch.testing.assert_close(ours, oracle, rtol=1e-5, atol=1e-5)
-    names = ["x", *(k for k, t in p.items() if t is not None and t.requires_grad)]
+    names = ["x", *(k for k, t in p.items() if getattr(t, "requires_grad", False))]
     for name, a, b in zip(names, our_grads, oracle_grads, strict=True):
         error = (a - b).norm() / b.norm()
         assert error < 1e-5, f"{name}: relative error {error:.2e}"

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
+import types
 from argparse import Namespace
 from dataclasses import astuple, replace
 
 import pytest
+import torch
 from transformers import AutoConfig
 
 from agoq_megatron.convert.architecture import HIDDEN_ACT, Architecture
 from agoq_megatron.convert.families import FAMILIES
 from agoq_megatron.convert.hf_config import architecture_from_hf
 from agoq_megatron.convert.megatron_config import _NOT_CARRIED, architecture_from_args
+from agoq_megatron.convert.yarn import Yarn
 from agoq_megatron.seams.refusals import UsageError
 
 VARIANTS = [(row.model_type, biases) for row in FAMILIES.values() for biases in row.biases]
 ROWS = pytest.mark.parametrize("kind,biases", VARIANTS, ids=lambda value: value)
+
+YARN = Yarn(4.0, 4096, fast=24.0, slow=2.0, mscale=0.5, mscale_all_dim=1.0, whole=False)
 
 
 @pytest.fixture
@@ -30,6 +36,8 @@ def model(llama, kind, biases):
         some = replace(some, rope_factor=None)
     elif some.rope_factor is None:
         some = replace(some, rope_interpolation=4)
+    if row.no_rope or row.qk_norm:
+        some = replace(some, rope_factor=None, rope_interpolation=1, yarn=YARN)
     return replace(some, layers=6, no_rope_freq=3) if row.no_rope else some
 
 
@@ -205,7 +213,13 @@ WINDOW = {"use_sliding_window": True, "sliding_window": 4096}
         ("llama", {"rope_scaling": {"type": "linear", "factor": 2.5}}, "factor"),
         ("llama", {"rope_scaling": {"type": "linear"}}, "factor"),
         ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type"),
-        ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rope_type"),
+        ("phi3", {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_type"),
+        ("llama", {"rope_scaling": {"type": "yarn"}}, "factor"),
+        ("llama", {"rope_scaling": {"type": "yarn", "factor": 0.5}}, "factor"),
+        ("llama", {"rope_scaling": {"type": "yarn", "factor": "2"}}, "factor"),
+        ("llama", {"rope_scaling": YARN.hf_config() | {"attention_factor": 0.9}}, "attention_factor"),
+        ("llama", {"rope_scaling": YARN.hf_config() | {"truncate": 1}}, "truncate"),
+        ("llama", {"rope_scaling": YARN.hf_config() | {"beta_fast": 0.5}}, "beta_fast"),
         ("phi3", {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "rope_type"),
         ("phi3", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type"),
         ("llama", {"rope_scaling": {**SCALED, "original_max_position_embeddings": 4096}},
@@ -265,8 +279,8 @@ def test_a_value_of_any_type_is_read_or_refused(llama, kind):
     changes = [{key: value} for key in (*config, "rope_parameters", "layer_types") for value in values]
     changes += [
         {"rope_scaling": {"rope_type": of, key: value}}
-        for of in (*row.rope_kinds, None, "yarn", ["llama3"])
-        for key in ("factor", "rope_theta", "low_freq_factor", "partial_rotary_factor")
+        for of in (*row.rope_kinds, None, "dynamic", ["llama3"])
+        for key in ("factor", "rope_theta", "low_freq_factor", "partial_rotary_factor", "attention_factor")
         for value in values
     ]
     changes += [{"layer_types": [value] * model.layers} for value in values]
@@ -312,8 +326,52 @@ def test_a_scaling_whose_first_length_is_the_models(llama):
     assert architecture_from_hf(model.hf_config("float32") | {"rope_scaling": SCALED}) == model
 
 
-def test_yarn_is_refused_as_qwen_publishes_it(llama):
-    scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
-    config = replace(llama, biases="qkv", qk_norm=False).hf_config("float32") | {"rope_scaling": scaling}
-    with pytest.raises(UsageError, match="rope_type is 'yarn'.*take it out of config.json"):
-        architecture_from_hf(config)
+BOTH = {"mscale": 0.7, "mscale_all_dim": 0.3}
+YARNS = {
+    "as Qwen publishes it": ({"original_max_position_embeddings": 32768}, Yarn(4.0, 32768)),
+    "the model's own length": ({}, Yarn(4.0, 16384)),
+    "one scale of two": ({"mscale": 0.7}, Yarn(4.0, 16384)),
+    "no growth": ({"attention_factor": 1.0}, Yarn(4.0, 16384, mscale=0.0)),
+    "growth": ({"attention_factor": 1.25}, Yarn(4.0, 16384, mscale=2.5 / math.log(4))),
+    "growth by both": (BOTH, Yarn(4.0, 16384, **BOTH)),
+    "growth named beside both": (BOTH | {"attention_factor": 1.0}, Yarn(4.0, 16384, mscale=0.0)),
+    "zeros for defaults": ({"beta_fast": 0, "beta_slow": 0}, Yarn(4.0, 16384)),
+    "not whole": ({"truncate": False}, Yarn(4.0, 16384, whole=False)),
+    "nothing": ({"factor": 1.0}, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", YARNS)
+def test_yarn_grows_as_transformers_does(llama, case):
+    """Read, and as Megatron's own functions understand it: the frequencies and the growth of transformers,
+    of what was read and of what is written again."""
+    from megatron.core.models.common.embeddings import yarn_rotary_pos_embedding as megatrons
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    given, yarn = YARNS[case]
+    model = replace(llama, biases="none", qk_norm=False, rope_factor=None, head_dim=32)
+    model = replace(model, hidden=32 * model.heads)
+    scaling = {"type": "yarn", "factor": 4.0} | given
+    found = architecture_from_hf(model.hf_config("float32") | {"rope_scaling": scaling})
+    assert found == replace(model, yarn=yarn)
+    if yarn is None:
+        return
+    args = Namespace(**found.megatron_args())
+    rotary = types.SimpleNamespace(
+        beta_fast=args.yarn_beta_fast, beta_slow=args.yarn_beta_slow, dim=32, rotary_base=args.rotary_base,
+    )  # fmt: skip
+    low, high = megatrons._yarn_find_correction_range(
+        *vars(rotary).values(), args.yarn_original_max_position_embeddings,
+        args.yarn_correction_range_round_to_int,
+    )  # fmt: skip
+    kept = 1 - megatrons._yarn_linear_ramp_mask(low, high, 16, torch.device("cpu"))
+    plain = args.rotary_base ** -(torch.arange(0, 32, 2) / 32)
+    frequencies = plain * kept + plain / args.rotary_scaling_factor * (1 - kept)
+    growth = megatrons._yarn_get_concentration_factor(
+        args.rotary_scaling_factor, args.mscale, args.mscale_all_dim
+    )
+    for config in (model.hf_config("float32") | {"rope_scaling": scaling}, found.hf_config("float32")):
+        theirs, factor = ROPE_INIT_FUNCTIONS["yarn"](LlamaConfig(**config))
+        torch.testing.assert_close(theirs, frequencies, rtol=1e-5, atol=0)
+        assert factor == pytest.approx(growth, rel=1e-9)

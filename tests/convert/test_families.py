@@ -37,6 +37,8 @@ LLAMA3 = dict(
     original_max_position_embeddings=8192,
 )  # fmt: skip
 LINEAR = dict(rope_type="linear", rope_theta=10000.0, factor=4.0)
+YARN = dict(rope_type="yarn", rope_theta=50000.0, factor=8.0, original_max_position_embeddings=24)
+GROWN = YARN | dict(attention_factor=1.5, beta_fast=4.0, beta_slow=0.5, truncate=False)
 BIASES = dict(attention_bias=True, mlp_bias=True)
 
 CASES = {
@@ -49,6 +51,8 @@ CASES = {
     "qwen3, tied": partial(Qwen3Config, **GQA, **TIED, **BASE, head_dim=48),
     "qwen3": partial(Qwen3Config, **GQA, **UNTIED, **BASE, head_dim=32),
     "qwen3, MHA, llama3": partial(Qwen3Config, **MHA, **UNTIED, rope_parameters=LLAMA3, head_dim=64),
+    "qwen2.5, YaRN": partial(Qwen2Config, **GQA, **UNTIED, rope_parameters=YARN),
+    "qwen3, YaRN": partial(Qwen3Config, **GQA, **UNTIED, rope_parameters=GROWN, head_dim=48),
     "mistral": partial(MistralConfig, **GQA, **UNTIED, **BASE, sliding_window=None),
     "mistral nemo": partial(MistralConfig, **GQA, **TIED, **BASE, sliding_window=None, head_dim=48),
     "seed_oss": partial(SeedOssConfig, **GQA, **UNTIED, **BASE, head_dim=48),

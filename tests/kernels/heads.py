@@ -62,20 +62,21 @@ def _cpu(x):
 
 
 class Case:
-    """Random tensors of a layer: ``r`` queries a group, ``rot`` of ``d`` features rotated."""
+    """Random tensors of a layer: ``r`` queries a group, ``rot`` of ``d`` features rotated and scaled."""
 
     def __init__(self, rng, kind, s=5, b=2, groups=2, r=3, d=64, rot=64, interleaved=False,
-                 dtype=torch.float32, eps=1e-6):  # fmt: skip
+                 dtype=torch.float32, eps=1e-6, factor=1.0):  # fmt: skip
         def randn(*shape):
             return torch.randn(*shape, generator=rng)
 
         self.s, self.b, self.groups, self.r, self.d = s, b, groups, r, d
         self.norm, self.interleaved, self.dtype = HeadNorm(kind, eps), interleaved, dtype
+        self.factor = factor
         self.angles = 9 * randn(s, 1, 1, rot // 2) if rot else None
         self.tables = None
         if rot:
             pair = torch.stack if interleaved else torch.cat
-            self.tables = rotary_tables(pair((self.angles, self.angles), -1).reshape(s, 1, 1, rot))
+            self.tables = rotary_tables(pair((self.angles, self.angles), -1).reshape(s, 1, 1, rot), factor)
             if dtype == torch.float64:
                 self.tables = tuple(t.double() for t in self.tables)
         self.qkv = randn(s, b, groups * (r + 2) * d).to(dtype)
@@ -152,7 +153,7 @@ class Case:
         rot, half = 2 * self.angles.shape[-1], self.angles.shape[-1]
         turned, rest = x[..., :rot], x[..., rot:]
         a, b = (turned[..., ::2], turned[..., 1::2]) if self.interleaved else turned.split(half, -1)
-        phase = torch.complex(self.angles.cos().to(x.dtype), self.angles.sin().to(x.dtype))
+        phase = torch.complex(self.angles.cos().to(x.dtype), self.angles.sin().to(x.dtype)) * self.factor
         turned = torch.complex(a, b) * phase
         pair = (turned.real, turned.imag)
         turned = torch.stack(pair, -1).flatten(-2) if self.interleaved else torch.cat(pair, -1)

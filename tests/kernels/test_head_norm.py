@@ -52,8 +52,8 @@ def some(cases, rng, count):
 
 
 SHAPES = (
-    dict(groups=1, r=8, d=128, rot=128, s=3),
-    dict(groups=2, r=3, d=64, rot=32, s=7),
+    dict(groups=1, r=8, d=128, rot=128, s=3, factor=2.0),
+    dict(groups=2, r=3, d=64, rot=32, s=7, factor=0.5),
     dict(groups=3, r=1, d=128, rot=64, s=3, b=3),
     dict(groups=1, r=2, d=96, rot=96),
     dict(groups=2, r=1, d=64, rot=20, s=1),

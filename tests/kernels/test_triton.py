@@ -211,7 +211,7 @@ def test_split_and_merge(fmt, interleaved, draw, rng):
         if rot:
             angles = 9 * torch.randn(s, 1, 1, rot // 2, generator=rng)
             pair = torch.stack if interleaved else torch.cat
-            tables = rotary.rotary_tables(pair((angles, angles), -1).reshape(s, 1, 1, rot))
+            tables = rotary.rotary_tables(pair((angles, angles), -1).reshape(s, 1, 1, rot), 1.3)
             on_device = tuple(t.to(DEVICE) for t in tables)
         qkv = draw(s, b, groups * (r + 2) * d, dtype=dtype)
         formats, keys = (fmt,) * 3, (1, 2 << 40, 3)

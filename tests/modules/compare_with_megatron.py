@@ -21,12 +21,16 @@ from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 from megatron.core.activations import squared_relu  # noqa: E402
 from megatron.core.fusions.fused_bias_geglu import quick_gelu  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
+from megatron.core.models.gpt.gpt_layer_specs import (  # noqa: E402
+    get_gpt_layer_local_spec,
+    get_gpt_mtp_block_spec,
+)
+from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper  # noqa: E402
 
+from agoq_megatron.entries.specs import agoq_layer_spec, predicting_spec  # noqa: E402
 from agoq_megatron.model.transformer_config import AGoQTransformerConfig  # noqa: E402
 from agoq_megatron.planning.parameters import parameters  # noqa: E402
 from agoq_megatron.policy.policy import load_policy  # noqa: E402
-from agoq_megatron.specs import agoq_layer_spec  # noqa: E402
 
 LLAMA = dict(
     num_query_groups=2, gated_linear_unit=True, activation_func=F.silu, add_bias_linear=False,
@@ -59,7 +63,16 @@ ARCHITECTURES = {
     "llama, sinks": (LLAMA | {"softmax_type": "learnable"}, "rope"),
     "gpt, off by one in windows": (GPT | {"softmax_type": "off-by-one", "window_size": (4, 0)}, "rope"),
     "llama, windows": (LLAMA | {"window_size": (7, 0), "window_attn_skip_freq": 2}, "rope"),
+    "llama, YaRN": (LLAMA, "yarn"),
+    "llama, two tokens more": (LLAMA | {"mtp_num_layers": 2, "mtp_loss_scaling_factor": 0.7}, "rope"),
+    "gpt, a token more, no positions": (GPT | {"mtp_num_layers": 1}, "none"),
+    "qwen3, YaRN": (LLAMA | {"qk_layernorm": True}, "yarn"),
 }
+# Some features as they are, some slower, some in between; a factor of 1.35.
+YARN = dict(
+    rotary_scaling_factor=32.0, original_max_position_embeddings=16, beta_fast=2.0, beta_slow=0.5, mscale=1.0,
+    mscale_all_dim=0.0, correction_range_round_to_int=False,
+)  # fmt: skip
 VOCABULARY, SEQUENCE, STEPS = 173, 37, 20
 
 
@@ -74,6 +87,9 @@ def build(architecture: str, ours: bool):
         bias_activation_fusion=False, apply_rope_fusion=False, **changes,
     )  # fmt: skip
     config.agoq = load_policy("off")
+    if positions == "yarn":  # as Megatron makes them of its flags: no fields
+        for name, value in YARN.items():
+            setattr(config, f"yarn_{name}", value)
     if ours:
         spec = agoq_layer_spec(types.SimpleNamespace(transformer=config))
     else:
@@ -82,8 +98,15 @@ def build(architecture: str, ours: bool):
             qk_layernorm=config.qk_layernorm,
             qk_l2_norm=config.qk_l2_norm,
         )
+    further = None
+    if config.mtp_num_layers:
+        further = (
+            predicting_spec(types.SimpleNamespace(transformer=config))
+            if ours
+            else (get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False))
+        )
     return GPTModel(
-        config, spec, vocab_size=VOCABULARY, max_sequence_length=SEQUENCE,
+        config, spec, mtp_block_spec=further, vocab_size=VOCABULARY, max_sequence_length=SEQUENCE,
         position_embedding_type=positions, rotary_base=10, share_embeddings_and_output_weights=False,
     ).to("cuda")  # fmt: skip
 
@@ -153,6 +176,8 @@ def compare(architecture: str, seed: int) -> dict:
             optimizers[name].zero_grad()
             loss.backward()
             losses[name].append(loss.item())
+            further = MTPLossLoggingHelper.tracker.pop("loss_values", torch.zeros(0))
+            losses[name] += further.tolist()
             if step == 0:
                 gradients[name] = {n: p.grad.clone() for n, p in model.named_parameters()}
             optimizers[name].step()

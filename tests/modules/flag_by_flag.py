@@ -68,11 +68,17 @@ OTHER = {
     "window_size": "8,0",
     "recompute_granularity": "full --recompute-method uniform --recompute-num-layers 1",
     "recompute_modules": "mlp --recompute-granularity selective",
+    "pipeline_model_parallel_layout": "EttL",
     "attention_softmax_in_fp32": "--no-masked-softmax-fusion",
     "glu_linear_offset": "1 --no-bias-swiglu-fusion",
 }
 ANOTHER_ACTIVATION = ("squared_relu", "quick_geglu")
 """Flags that Megatron takes without ``--swiglu`` only."""
+
+
+def of_yarn(name: str) -> bool:
+    """Of flags that nothing reads without YaRN."""
+    return name.startswith("yarn_") or name in ("rotary_scaling_factor", "mscale", "mscale_all_dim")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -103,21 +109,24 @@ def settled(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def fields(config) -> dict[str, str]:
-    """The fields of the model's config and of its transformer's, as words."""
+    """The fields of the model's config and of its transformer's, as words, and what Megatron adds to them."""
     found = {}
     for part in (config, config.transformer):
-        for f in dataclasses.fields(part):
-            value = getattr(part, f.name)
-            found[f.name] = getattr(value, "__qualname__", None) or str(value).partition(" at 0x")[0]
+        own = {f.name for f in dataclasses.fields(part)}
+        for name in own | {name for name in vars(part) if name.startswith("yarn_")}:
+            value = getattr(part, name)
+            found[name] = getattr(value, "__qualname__", None) or str(value).partition(" at 0x")[0]
     return found
 
 
 def configs() -> dict[str, list[str] | str]:
     known, found, own = flag_register.megatron_flags(), {}, parser()
     plain, without = own.parse_args(BASE), [word for word in BASE if word != "--swiglu"]
+    yarn = ["--position-embedding-type", "yarn"]
     references = {
         len(base): fields(model_config_from_args(settled(own.parse_args(base)))) for base in (BASE, without)
     }
+    with_yarn = fields(model_config_from_args(settled(own.parse_args([*BASE, *yarn]))))
     for action in own._actions:
         flag = known.get(action.dest)
         if flag is None or flag.option != action.option_strings[0]:
@@ -126,6 +135,7 @@ def configs() -> dict[str, list[str] | str]:
             continue
         try:
             words = other(action, getattr(plain, action.dest))
+            words += yarn if of_yarn(action.dest) else []
             base = without if action.dest in ANOTHER_ACTIVATION else BASE
             reference = references[len(base)]
             there = words[0] in base and not words[1:]
@@ -134,7 +144,8 @@ def configs() -> dict[str, list[str] | str]:
         except (Exception, SystemExit) as problem:
             found[action.dest] = f"{type(problem).__name__}: {problem}"
         else:
-            found[action.dest] = sorted(name for name in built if built[name] != reference[name])
+            before = with_yarn if of_yarn(action.dest) else reference
+            found[action.dest] = sorted(name for name in built if built[name] != before.get(name))
     return found
 
 

@@ -14,7 +14,8 @@ SCRIPT = Path(__file__).parent / "compare_with_megatron.py"
 ARCHITECTURES = (
     "llama", "gpt", "qwen3", "gpt, norms of heads", "llama, norms without weights", "squared ReLU", "GEGLU",
     "gpt-oss", "zero-centred LayerNorm", "zero-centred RMSNorm", "llama, windows", "llama, sinks",
-    "gpt, off by one in windows",
+    "gpt, off by one in windows", "llama, YaRN", "qwen3, YaRN", "llama, two tokens more",
+    "gpt, a token more, no positions",
 )  # fmt: skip
 
 
@@ -31,7 +32,7 @@ def results():
 
 
 @pytest.mark.supports("norms on queries and keys", "squared ReLU", "quick GEGLU")
-@pytest.mark.supports("clamped and offset gates", "zero-centred norms")
+@pytest.mark.supports("clamped and offset gates", "zero-centred norms", "YaRN", "multi-token prediction")
 @pytest.mark.supports("windows in some of the layers", "attention sinks")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_first_gradients_equal(results, architecture):
@@ -46,7 +47,7 @@ def test_twenty_losses_equal(results, architecture):
     result = results[architecture]
     print(f"{architecture}: worst loss error of 20 steps {result['loss_error']:.2e}")
     assert result["loss_error"] < 1e-4
-    assert len(set(result["losses"])) == 20  # it trained: no two steps gave the same loss
+    assert len(set(result["losses"])) == len(result["losses"]) >= 20  # it trained: no two were alike
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -21,6 +21,10 @@ CASES = (
     "LLaMA",
     "LLaMA --use-rope-scaling --rope-scaling-factor 32 --rotary-base 10",
     "LLaMA --rotary-seq-len-interpolation-factor 3 --rotary-percent 0.5 --rotary-interleaved",
+    "LLaMA --position-embedding-type yarn --rotary-scaling-factor 8 --mscale 2 --mscale-all-dim 0.5"
+    " --yarn-original-max-position-embeddings 16 --yarn-beta-fast 8 --yarn-beta-slow 0.5"
+    " --yarn-correction-range-round-to-int",
+    "LLaMA --position-embedding-type yarn --rotary-scaling-factor 32 --qk-layernorm --no-rope-freq 2",
     "LLaMA --no-rope-freq 2 --num-layers 4 --hidden-dropout 0.25",
     "LLaMA --use-mup --norm-epsilon 0.25 --attention-softmax-in-fp32",
     "LLaMA --bf16 --rotary-base 500",
@@ -50,6 +54,7 @@ SAME_CONFIG = {
     "overlap_p2p_comm": "off without a pipeline",
     "encoder_num_layers": "another word for --num-layers",
     "use_rotary_position_embeddings": "another word for --position-embedding-type rope",
+    "yarn_correction_range_round_to_int": "on by default; another flag turns it off",
     "add_position_embedding": "another word for it, which Megatron refuses without rope",
 }
 """Flags of the model that change no field of its config, and why that is right."""

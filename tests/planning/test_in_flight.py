@@ -257,3 +257,34 @@ def test_stage_bits():
         for bits, n in zip(stage_bits(s), counts, strict=True):
             exact = max(4, 4 * counts[0] // n)
             assert bits * n <= 4 * counts[0] and bits == max(b for b in (4, 5, 6, 8) if b <= exact), s
+
+
+@pytest.mark.parametrize("layout,stages", [
+    ("Et*3|t*3|t*3|t*3L", 2), ("E|t|tt|t*4,L", 2), ("E|(t|)*5,L", 1), ("Ett|t|L", 3), ("Et|tt|ttt|t*4,L", 4),
+])  # fmt: skip
+def test_layers_of_a_layout(layout, stages, monkeypatch):
+    """Those that Megatron's layout gives, which asks the process groups how many chunks there are."""
+    from types import SimpleNamespace
+
+    from megatron.core import parallel_state
+    from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+
+    from agoq_megatron.model.stages import layers_of
+
+    found = PipelineParallelLayerLayout(layout, stages)
+    chunks = found.virtual_pipeline_model_parallel_size
+    config = SimpleNamespace(
+        pipeline_model_parallel_layout=found,
+        virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
+    )
+    of_all = [layers_of(config, stage) for stage in range(stages)]  # without process groups
+    name = "get_virtual_pipeline_model_parallel_world_size"
+    monkeypatch.setattr(parallel_state, name, lambda: config.virtual_pipeline_model_parallel_size)
+    for stage in range(stages):
+        theirs = [
+            [number + 1 for number in found.get_layer_id_list(vp_stage=chunk, pp_rank=stage)]
+            for chunk in range(chunks)
+        ]
+        assert of_all[stage] == theirs
+    numbers = sorted(n for stage in of_all for part in stage for n in part)
+    assert numbers == list(range(1, len(found.flatten_layout) - 1))

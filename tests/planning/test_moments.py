@@ -67,6 +67,11 @@ RUNS = {
     "agoq, zero-centred, MLP in parts": f"--apply-layernorm-1p {PARTS}",
     "agoq, GELU, MLP in parts": f"{GELU} {PARTS}",
     "agoq, GELU, full recomputation": f"{GELU} {FULL} 1",
+    "off, two tokens more": "--agoq-activations off --mtp-num-layers 2",
+    "agoq, two tokens more": "--mtp-num-layers 2",
+    "agoq, two tokens more, many words": "--mtp-num-layers 2 --vocab-size 1023",
+    "agoq, two tokens more, full recomputation": f"--mtp-num-layers 2 {FULL} 1",
+    "agoq, two tokens more, MLP run again": f"--mtp-num-layers 2 {SELECTIVE} mlp",
     "agoq, checked": CHECKED,
     "agoq, checked, long sequence": CHECKED.replace("2048", "4096"),
     "agoq, checked, full recomputation": f"{CHECKED} {FULL} 1",
@@ -77,7 +82,7 @@ RUNS = {
 ALWAYS = {
     "off", "agoq", "agoq, MLP in parts", "agoq, full recomputation, MLP in parts",
     "agoq, full recomputation of two layers", "off, two layers, MLP run again",
-    "off, two layers, GELU",
+    "off, two layers, GELU", "agoq, two tokens more, full recomputation",
 }  # fmt: skip
 
 

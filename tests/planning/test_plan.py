@@ -29,6 +29,9 @@ RUNS = {
         "--agoq-optimizer-bits 8",
     ),
     "PP2, LayerNorm, biases, tied": (2, False, f"{GPT} --pipeline-model-parallel-size 2"),
+    "PP2, two tokens more": (
+        2, True, "--pipeline-model-parallel-size 2 --mtp-num-layers 2 --agoq-activations off",
+    ),
     "DP2, split masters, BF16 gradients": (
         2, True, f"{SHARDED} --agoq-master-weights split --agoq-grad-bits 16",
     ),

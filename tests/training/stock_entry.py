@@ -69,7 +69,8 @@ def main():
             more["packed_seq_params"] = packed
         elif packed is not None:
             attention_mask = document_mask(packed)
-        return model(tokens, positions, attention_mask, labels=labels, **more), partial(mean_loss, mask)
+        losses = model(tokens, positions, attention_mask, labels=labels, loss_mask=mask, **more)
+        return losses, partial(mean_loss, mask)
 
     import torch
 

@@ -23,6 +23,9 @@ FEATURES = {
     "half of the head rotated, the first layer's alone": "--rotary-percent 0.5 --no-rope-freq [0,1]",
     "neighbours rotated": "--rotary-interleaved",
     "scaled rotation": "--use-rope-scaling --rope-scaling-factor 4 --rotary-base 500000",
+    "YaRN": """--position-embedding-type yarn --rotary-scaling-factor 40 --yarn-beta-fast 4
+        --yarn-beta-slow 0.5 --yarn-original-max-position-embeddings 24 --mscale 1.5 --mscale-all-dim 0.25
+        --rotary-base 100 --no-yarn-correction-range-round-to-int""",
     "fused cross entropy": "--cross-entropy-loss-fusion",
     "growing batch": "--step-batch-size-schedule '0:1 128:2 384:4'",
 }
@@ -30,7 +33,7 @@ FEATURES = {
 
 @pytest.mark.supports(
     "no positions", "part of the head rotated", "interleaved rotation", "LLaMA-3.1's scaled rotary positions",
-    "fused cross entropy", "growing batch size",
+    "YaRN", "fused cross entropy", "growing batch size",
 )  # fmt: skip
 @pytest.mark.parametrize("feature", FEATURES)
 def test_trains_as_stock(launcher, tmp_path, seed, feature):

@@ -49,7 +49,7 @@ VALUES = {
     "--fp8-format": "hybrid", "--fp4-format": "e2m1", "--experimental-attention-variant": "dsa",
     "--linear-attention-freq": "2",
     "--attention-backend": "unfused", "--optimizer": "muon", "--rampup-batch-size": "1 1 8",
-    "--position-embedding-type": "yarn",
+    "--position-embedding-type": "mrope",
     "--symmetric-ar-type": "two_shot", "--flash-attention-version": "3",
     "--num-distributed-optimizer-instances": "2", "--rerun-mode": "report_stats",
 }  # fmt: skip
@@ -107,6 +107,21 @@ NUMBERS = {
     "--rotary-percent 0": ["share of a head's features"],
     "--rotary-seq-len-interpolation-factor 0": ["above 0"],
     "--rope-scaling-factor 0": ["above 0"],
+    "--rotary-scaling-factor 2": ["--position-embedding-type yarn"],
+    "--no-yarn-correction-range-round-to-int": ["--position-embedding-type yarn"],
+    "--rotary-scaling-factor 0 --position-embedding-type yarn": ["above 0"],
+    "--mscale -1 --position-embedding-type yarn": ["0 or more"],
+    "--yarn-original-max-position-embeddings 0 --position-embedding-type yarn": ["positive"],
+    "--yarn-beta-fast 1 --yarn-beta-slow 2 --position-embedding-type yarn": ["--yarn-beta-slow 2"],
+    "--rotary-percent 0.5 --position-embedding-type yarn": ["whole heads", "leave it out"],
+    "--rotary-interleaved --position-embedding-type yarn": ["halves"],
+    "--use-rope-scaling --position-embedding-type yarn": ["its own scaling"],
+    "--rotary-base 1 --position-embedding-type yarn": ["above 1"],
+    "--mtp-num-layers 0": ["leave it out"],
+    "--mtp-loss-scaling-factor -1": ["0 or more"],
+    "--pipeline-model-parallel-layout Ett|m|L --pipeline-model-parallel-size 3 --mtp-num-layers 1": [
+        "m is carried in the last part"
+    ],
     "--hidden-dropout 1": ["below 1"],
     "--hidden-dropout -.1": ["probability"],
     "--init-method-std -1": ["standard deviation"],
@@ -130,6 +145,16 @@ NUMBERS = {
     "--window-attn-skip-freq 2": ["--window-size", "not given"],
     "--window-attn-skip-freq 0 --window-size 8,0": ["1 or more"],
     "--window-attn-skip-freq [1,0,1] --window-size 8,0": ["3 entries for --num-layers 2"],
+    "--pipeline-model-parallel-layout Et|t --pipeline-model-parallel-size 2": ["last layer must be loss"],
+    "--pipeline-model-parallel-layout Et|tt|L --pipeline-model-parallel-size 2": ["divisible"],
+    "--pipeline-model-parallel-layout Et|ttL --pipeline-model-parallel-size 2": ["--num-layers 2 layers"],
+    "--pipeline-model-parallel-layout Et|xtL --pipeline-model-parallel-size 2": ["Invalid layer character"],
+    "--pipeline-model-parallel-layout Et|tLm --pipeline-model-parallel-size 2": ["must be loss"],
+    "--pipeline-model-parallel-layout Et|t|L| --pipeline-model-parallel-size 2": ["in the last part"],
+    "--pipeline-model-parallel-layout |Et|t|L --pipeline-model-parallel-size 2": ["in the first part"],
+    "--pipeline-model-parallel-layout | --pipeline-model-parallel-size 2": ["nothing in it"],
+    "--pipeline-model-parallel-layout Et|tL": ["2 parts, but there is one stage"],
+    "--num-virtual-stages-per-pipeline-rank 2 --pipeline-model-parallel-layout Et|tL": ["both say"],
     "--decoder-first-pipeline-num-layers 9 --pipeline-model-parallel-size 2": ["9", "--num-layers"],
 }
 
@@ -182,6 +207,7 @@ NOT_OF_THE_MODEL = """
     bias_dropout_fusion no_persist_layer_norm sequence_parallel tensor_model_parallel_size init_method_std
     use_cpu_initialization mlp_chunks_for_training transformer_impl bf16 seed make_vocab_size_divisible_by
     embedding_init_method_std clone_scatter_output_in_embedding cross_entropy_loss_fusion vocab_size
+    mtp_loss_scaling_factor
 """.split()
 """Of the flags that the layers and the model around them obey: how they run, and how they begin."""
 

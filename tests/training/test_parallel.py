@@ -29,6 +29,8 @@ LAYOUTS = {
     "TP2 SP": (2, f"{TP2} --sequence-parallel"),
     "PP2": (2, PP2),
     "PP2 interleaved": (2, f"{PP2} --num-layers-per-virtual-pipeline-stage 1"),
+    "PP2 by layout": (2, f"{PP2} --pipeline-model-parallel-layout Et|t*3,L"),
+    "PP2 interleaved by layout": (2, f"{PP2} --pipeline-model-parallel-layout E|t|tt|tL"),
     "DP2 distributed optimizer, overlap": (2, OVERLAP),
     "TP2 x PP2": (4, f"{TP2} {PP2}"),
     ALL: (
@@ -78,15 +80,16 @@ def worst_difference(losses: dict, reference: dict) -> float:
 
 
 @pytest.mark.supports(
-    "tensor parallelism", "sequence parallelism", "pipeline parallelism", "interleaved pipeline",
-    "data parallelism", "distributed optimizer", "overlapped gradient reduction",
+    "pipeline layout by string", "tensor parallelism", "sequence parallelism", "pipeline parallelism",
+    "interleaved pipeline", "data parallelism", "distributed optimizer", "overlapped gradient reduction",
     "overlapped parameter gather", "FP32", "Adam",
 )  # fmt: skip
 @pytest.mark.parametrize(
     "case",
     covering(
         [f"{layout}-{policy}" for layout in LAYOUTS for policy in POLICIES],
-        {"TP2 SP-off", "TP2 SP-agoq", f"{ALL}-agoq"},  # the last one's "off": test_the_loss_in_parts
+        # The last one's "off": test_the_loss_in_parts
+        {"TP2 SP-off", "TP2 SP-agoq", "PP2 interleaved by layout-off", f"{ALL}-agoq"},
     ),
 )
 def test_layout_matches_one_rank(train, one_rank, case):

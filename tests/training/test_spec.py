@@ -112,6 +112,7 @@ REFUSED = {
     "documents as a mask": (
         "--reset-attention-mask", "", ["--reset-attention-mask", "--dataloader-inter-document-masking"],
     ),
+    "a token more": ("--mtp-num-layers 1", "", ["--mtp-num-layers", "pretrain_gpt_agoq.py"]),
     "an FP32 stream": ("--fp32-residual-connection", "", ["--fp32-residual-connection"]),
 }  # fmt: skip
 
