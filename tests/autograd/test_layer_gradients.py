@@ -214,7 +214,7 @@ def shared(t):
 def scores(q, k):
     r = q.shape[2] // k.shape[2]
     z = torch.einsum("ibnd,jbnd->bnij", q, k.repeat_interleave(r, 2)) / math.sqrt(q.shape[-1])
-    mask = torch.ones(q.shape[0], q.shape[0], dtype=torch.bool).triu(1)
+    mask = torch.ones(q.shape[0], q.shape[0], dtype=torch.bool, device=q.device).triu(1)
     return z.masked_fill(mask, -math.inf)
 
 

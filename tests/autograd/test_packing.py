@@ -88,7 +88,7 @@ def test_gradients_at_what_is_kept(rng, monkeypatch, rules, of_heads, rows):
 
 def gradients(p, x, grad, rules, packing=None, head_dim=32):
     leaf = x.clone().requires_grad_()
-    wanted = [leaf, *(t for t in p.values() if t is not None and t.requires_grad)]
+    wanted = [leaf, *(t for t in p.values() if getattr(t, "requires_grad", False))]
     y = our_layer(leaf, p, rules, (6, 2, head_dim), "RMSNorm", "swiglu", packing=packing)
     return y.detach(), torch.autograd.grad(y, wanted, grad)
 
@@ -160,8 +160,8 @@ def test_on_a_gpu(rng, rules, of_heads):
     x, grad = torch.randn(2, s, 3, 64, generator=rng)
     found = []
     for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
-        its = {k: t if t is None else t.detach().to(device, dtype) for k, t in p.items()}
-        its = {k: t if t is None else t.requires_grad_(k != "angles") for k, t in its.items()}
+        its = {k: t if not isinstance(t, torch.Tensor) else t.detach().to(device, dtype) for k, t in p.items()}
+        its = {k: t if not isinstance(t, torch.Tensor) else t.requires_grad_(k != "angles") for k, t in its.items()}
         its["angles"] = p["angles"].to(device)
         packing, mine = packing_of(bounds_of(rows, s), s, device, s), grad.to(device, dtype)
         run = x.to(device, dtype), mine, rules, packing, 64
