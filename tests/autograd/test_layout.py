@@ -43,7 +43,8 @@ def case_here(*args, **more) -> Case:
     """With its tensors where the kernels run."""
     case = Case(*args, **more)
     case.p, case.of_heads = (
-        {name: t.to(DEVICE) if isinstance(t, torch.Tensor) else t for name, t in its.items()} for its in (case.p, case.of_heads)
+        {name: t.to(DEVICE) if isinstance(t, torch.Tensor) else t for name, t in its.items()}
+        for its in (case.p, case.of_heads)
     )
     case.x, case.weight, case.grad = (t.to(DEVICE) for t in (case.x, case.weight, case.grad))
     return case

@@ -35,7 +35,10 @@ def no_sync():
 def test_layer(rng, no_sync, rules, kind, act, shape, of_heads):
     width = 96 if act == "swiglu" else 128
     p = parameters(rng, 64, width, shape, kind, act, True, torch.bfloat16, of_heads)
-    p = {k: t if not isinstance(t, torch.Tensor) else t.detach().cuda().requires_grad_(k != "angles") for k, t in p.items()}
+    p = {
+        k: t if not isinstance(t, torch.Tensor) else t.detach().cuda().requires_grad_(k != "angles")
+        for k, t in p.items()
+    }
     p["angles"] = p["angles"].float()
     x = torch.randn(11, 3, 64, generator=rng).to("cuda", torch.bfloat16).requires_grad_()
     grad = torch.randn(11, 3, 64, generator=rng).to("cuda", torch.bfloat16)
@@ -49,7 +52,10 @@ def test_layer(rng, no_sync, rules, kind, act, shape, of_heads):
 def test_packed_documents(rng, no_sync, of_heads):
     """Made of bounds on the CPU they are sent, and not waited for either."""
     p = parameters(rng, 64, 96, (6, 2, 64), "RMSNorm", "swiglu", True, torch.bfloat16, of_heads)
-    p = {k: t if not isinstance(t, torch.Tensor) else t.detach().cuda().requires_grad_(k != "angles") for k, t in p.items()}
+    p = {
+        k: t if not isinstance(t, torch.Tensor) else t.detach().cuda().requires_grad_(k != "angles")
+        for k, t in p.items()
+    }
     p["angles"] = p["angles"].float()
     x = torch.randn(11, 3, 64, generator=rng).to("cuda", torch.bfloat16).requires_grad_()
     grad = torch.randn(11, 3, 64, generator=rng).to("cuda", torch.bfloat16)
@@ -69,7 +75,8 @@ def test_a_probed_layer(rng, no_sync):
     found = []
     for device in ("cpu", "cuda"):
         mine = {
-            k: t if not isinstance(t, torch.Tensor) else t.detach().to(device).requires_grad_(k != "angles") for k, t in p.items()
+            k: t if not isinstance(t, torch.Tensor) else t.detach().to(device).requires_grad_(k != "angles")
+            for k, t in p.items()
         }
         here, flowing = x.detach().clone().to(device).requires_grad_(), grad.to(device)
         for _ in range(2 if device == "cuda" else 1):  # the first compiles

@@ -160,8 +160,13 @@ def test_on_a_gpu(rng, rules, of_heads):
     x, grad = torch.randn(2, s, 3, 64, generator=rng)
     found = []
     for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
-        its = {k: t if not isinstance(t, torch.Tensor) else t.detach().to(device, dtype) for k, t in p.items()}
-        its = {k: t if not isinstance(t, torch.Tensor) else t.requires_grad_(k != "angles") for k, t in its.items()}
+        its = {
+            k: t if not isinstance(t, torch.Tensor) else t.detach().to(device, dtype) for k, t in p.items()
+        }
+        its = {
+            k: t if not isinstance(t, torch.Tensor) else t.requires_grad_(k != "angles")
+            for k, t in its.items()
+        }
         its["angles"] = p["angles"].to(device)
         packing, mine = packing_of(bounds_of(rows, s), s, device, s), grad.to(device, dtype)
         run = x.to(device, dtype), mine, rules, packing, 64
