@@ -372,11 +372,7 @@ def end_with_parent() -> None:
 
 def bind_wandb_opening(wrap: Callable[[Callable], Callable]) -> None:
     """Megatron opens its W&B run without an id, so that none is ever continued, and lets what W&B raises (no
-    login, no network) end the last rank alone.
-
-    Args:
-        wrap: takes Megatron's function ``(args) -> None``, returns one in its place.
-    """
+    login, no network) end the last rank alone. ``wrap`` takes its function ``(args) -> None``."""
     import megatron.training.global_vars as global_vars
 
     global_vars._set_wandb_writer = wrap(global_vars._set_wandb_writer)
@@ -385,11 +381,7 @@ def bind_wandb_opening(wrap: Callable[[Callable], Callable]) -> None:
 def bind_wandb_artifacts(wrap: Callable[[Callable], Callable]) -> None:
     """After a save the last rank makes a W&B artifact of the checkpoint and adds the tracker file, which only
     rank 0 writes: it may not be there yet, or still be that of the save before. Megatron does not wait for
-    it, and lets what W&B raises end the last rank alone.
-
-    Args:
-        wrap: takes Megatron's function, returns one in its place.
-    """
+    it, and lets what W&B raises end the last rank alone. ``wrap`` takes its function."""
     import megatron.training.wandb_utils as wandb_utils
 
     wandb_utils.on_save_checkpoint_success = wrap(wandb_utils.on_save_checkpoint_success)
@@ -398,11 +390,7 @@ def bind_wandb_artifacts(wrap: Callable[[Callable], Callable]) -> None:
 def bind_wandb(log: Callable[[Callable], Callable], finish: Callable[[Callable], Callable]) -> None:
     """Megatron's W&B writer is the module ``wandb`` itself: it logs by ``wandb.log(values, iteration)``, and
     W&B drops steps that go back, as those of a resumed run may. To be called once the W&B run is open, as
-    opening sets ``wandb.log``.
-
-    Args:
-        log, finish: take W&B's function, return one in its place.
-    """
+    opening sets ``wandb.log``; ``log`` and ``finish`` take W&B's functions."""
     import wandb
 
     wandb.log, wandb.finish = log(wandb.log), finish(wandb.finish)

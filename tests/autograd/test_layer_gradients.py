@@ -290,8 +290,7 @@ def our_layer(x, p, rules, shape, kind, act, run=None, keep=True, packing=None):
 
 
 def parameters(rng, h, f, shape, kind, act, rotary, dtype, of_heads=None):
-    """``rotary``: whether there are rotary positions, "YaRN" with its factor.
-    ``of_heads``: kind of the norm of queries and keys."""
+    """``rotary``: "YaRN" for its factor too. ``of_heads``: kind of the norm of queries and keys."""
     heads, groups, d = shape
 
     def weight(*size):
@@ -315,27 +314,19 @@ def parameters(rng, h, f, shape, kind, act, rotary, dtype, of_heads=None):
         "n1w": vector(h, one), "n1b": vector(h, 0.0) if biases else None,
         "n2w": vector(h, one), "n2b": vector(h, 0.0) if biases else None,
         "qkv": weight(width, h), "qkv_b": vector(width, 0.0) if biases else None,
-        "proj": weight(h, heads * d), "fc1": weight(wide, h),
+        "proj": weight(h, heads * d), "fc1": weight(wide, h), "fc2": weight(h, f),
         "fc1_b": vector(wide, 0.0) if biases else None,
-        "fc2": weight(h, f), "angles": angles, "factor": 1.4 if rotary == "YaRN" else 1.0,
+        "angles": angles, "factor": 1.4 if rotary == "YaRN" else 1.0,
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "rules", [OFF, MIXED, AGAIN, KEPT_OUTPUTS], ids=["off", "mixed", "again", "kept_outputs"]
-)
-@pytest.mark.parametrize(
-    "kind,act,shape,rotary",
-    [
-        ("RMSNorm", "swiglu", (6, 2, 32), True),
-        ("RMSNorm", "swiglu", (6, 2, 32), "YaRN"),
-        ("LayerNorm", "gelu", (4, 4, 32), False),
-        ("LayerNorm", "gelu_tanh", (4, 2, 32), True),
-        ("LayerNorm1p", "squared_relu", (4, 2, 32), True),
-        ("RMSNorm1p", "quick_geglu offset=1.0 clamp=1.0", (6, 2, 32), True),
-        ("LayerNorm", "geglu", (4, 4, 32), False),
-    ],
-)
+@pytest.mark.parametrize("rules", [OFF, MIXED, AGAIN, KEPT_OUTPUTS], ids="off mixed again kept".split())
+@pytest.mark.parametrize("kind,act,shape,rotary", [
+    ("RMSNorm", "swiglu", (6, 2, 32), True), ("RMSNorm", "swiglu", (6, 2, 32), "YaRN"),
+    ("LayerNorm", "gelu", (4, 4, 32), False), ("LayerNorm", "gelu_tanh", (4, 2, 32), True),
+    ("LayerNorm1p", "squared_relu", (4, 2, 32), True), ("LayerNorm", "geglu", (4, 4, 32), False),
+    ("RMSNorm1p", "quick_geglu offset=1.0 clamp=1.0", (6, 2, 32), True),
+])  # fmt: skip
 def test_layer_matches_plain_autograd(rng, monkeypatch, rules, kind, act, shape, rotary):
     f = 96 if parse(act).gated else 128  # 2f = 192, three groups of 64
     compare(rng, monkeypatch, rules, kind, act, shape, rotary, 64, f)
