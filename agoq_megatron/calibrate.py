@@ -260,6 +260,8 @@ def main() -> None:
         flags = own_flags()
         be_one_rank()
         args = command_line.parse_arguments(on_cpu, UNUSED)
+        if args.multi_latent_attention:
+            raise UsageError("--multi-latent-attention: calibrating its tensors is not carried yet.")
         compare_devices(args, training.refuse)
         if args.mtp_num_layers:
             raise UsageError(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 
 import torch
+import torch.nn.functional as F
 from agoq_kernels import patterns
 from agoq_kernels.patterns import PLAIN, Documents, Pattern
 from torch import Tensor
@@ -24,6 +25,11 @@ AT_A_TIME = 2**26
 """Numbers of Q whose attention is run backward at a time, or one group of heads."""
 LARGEST_HEAD = 256
 """Features of a head that a fused kernel takes in 16 bits on a GPU."""
+LARGEST_CUDNN_HEAD = 128
+"""Of these, that cuDNN is given."""
+UNEQUAL = ("efficient",)
+"""Kernels that are given values with fewer features than queries as they are. scripts/bench/bench_latents.py
+tries the others."""
 
 
 @functools.cache
@@ -42,7 +48,7 @@ def attention_backend(
     major, _ = torch.cuda.get_device_capability()
     cudnn = torch.backends.cudnn.is_available() and torch.backends.cudnn.version() >= 90100
     # cuDNN's backward does not repeat itself bit for bit; torch's own selector drops it here too.
-    if cudnn and not deterministic and major >= 9 and head_dim % 8 == 0 and head_dim <= 128:
+    if cudnn and not deterministic and major >= 9 and head_dim % 8 == 0 and head_dim <= LARGEST_CUDNN_HEAD:
         return "cudnn"
     if head_dim % 8 == 0 and head_dim <= LARGEST_HEAD:
         return "flash"
@@ -72,6 +78,14 @@ def _sequence_first(x: Tensor) -> Tensor:
     return x.permute(2, 0, 1, 3).contiguous()
 
 
+def _even(backend: str, head_dim: int, *tensors: Tensor) -> list[Tensor]:
+    """Values, and what has their features, ``[b, n, s, v]``, padded with zeros to the ``head_dim`` features
+    of the queries where a kernel takes equal ones only: more work, the same in the first ``v``."""
+    if backend in UNEQUAL or tensors[0].shape[-1] == head_dim:
+        return list(tensors)
+    return [F.pad(x, (0, head_dim - x.shape[-1])) for x in tensors]
+
+
 def _repeat(x: Tensor, heads: int) -> Tensor:
     return x.repeat_interleave(heads // x.shape[1], dim=1)
 
@@ -88,7 +102,7 @@ def attention(
 
     Args:
         q: ``[s, b, n, d]``.
-        k, v: ``[s, b, g, d]``, ``g`` dividing ``n``.
+        k, v: ``[s, b, g, d]``, ``g`` dividing ``n``; ``v`` may have fewer features, as the output then has.
         scale: factor on the scores.
         pattern: which of the tokens before it a query sees.
 
@@ -99,7 +113,9 @@ def attention(
     if not pattern.causal_only:
         return patterns.forward(backend, *map(_readable, (q, k, v)), scale, pattern)
     heads = q.shape[2]
+    values = v.shape[-1]
     q, k, v = _heads_first(q), _heads_first(k), _heads_first(v)
+    (v,) = _even(backend, q.shape[-1], v)
     if backend == "cpu":
         out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
     elif backend == "cudnn":
@@ -112,7 +128,7 @@ def attention(
         out, lse, *_ = _aten._scaled_dot_product_efficient_attention(
             q, _repeat(k, heads), _repeat(v, heads), None, True, 0.0, True, scale=scale
         )
-    return _sequence_first(out), lse
+    return _sequence_first(out[..., :values]), lse
 
 
 def groups_at_a_time(numel: int, groups: int) -> int:
@@ -131,14 +147,15 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of Q, K and V at the given (exact or dequantized) tensors.
 
-    Shapes as in :func:`attention`; ``grad`` and ``out`` are ``[s, b, n, d]``. All may be some heads of larger
-    tensors, and ``lse`` some along its second axis.
+    Shapes as in :func:`attention`; ``grad`` and ``out`` are ``[s, b, n, d]``, with as many features
+    as ``v``. All may be some heads of larger tensors, and ``lse`` some along its second axis.
     """
     backend = _backend(q, pattern)
     if not pattern.causal_only:
         return patterns.backward(backend, *map(_readable, (grad, q, k, v, out)), lse, scale, pattern)
-    (s, _, heads, _), groups = q.shape, k.shape[2]
+    (s, _, heads, _), (groups, values) = q.shape, v.shape[2:]
     grad, q, k, v, out = (_heads_first(t) for t in (grad, q, k, v, out))
+    v, out, grad = _even(backend, q.shape[-1], v, out, grad)
     if backend != "cpu":
         lse = lse.contiguous()  # of some heads it is not
     if backend == "cpu":
@@ -164,4 +181,5 @@ def attention_backward(
             [True, True, True, False], True, scale=scale,
         )  # fmt: skip
         grads = grad_q, _sum_groups(grad_k, groups), _sum_groups(grad_v, groups)
-    return tuple(_sequence_first(g) for g in grads[:3])
+    grad_q, grad_k, grad_v, *_ = grads
+    return tuple(_sequence_first(g) for g in (grad_q, grad_k, grad_v[..., :values]))

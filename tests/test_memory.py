@@ -9,13 +9,13 @@ from megatron.core import tensor_parallel
 from megatron.core.recompute import checkpointed_forward
 
 from agoq_megatron.model.memory import Plan
-from agoq_megatron.model.transformer_config import AGoQTransformerConfig
+from agoq_megatron.model.transformer_config import AGoQLatentConfig, AGoQTransformerConfig
 from agoq_megatron.modules.sites import FC1_OUTPUT, KEY, LAYER_INPUT, NORM1_INPUT, QUERY, VALUE
 from agoq_megatron.policy.fitting import policy_for
 from agoq_megatron.policy.policy import PolicyError, load_policy
 
 
-def config(policy="agoq", **changes):
+def config(policy="agoq", kind=AGoQTransformerConfig, **changes):
     """LLaMA-3-8B's ratios at a quarter of the width: f = 3.5, g = 1/4, d = 128."""
     values = dict(
         num_layers=4, hidden_size=1024, ffn_hidden_size=3584, num_attention_heads=8,
@@ -23,7 +23,7 @@ def config(policy="agoq", **changes):
         add_bias_linear=False, normalization="RMSNorm", bf16=True, params_dtype=torch.bfloat16,
         pipeline_dtype=torch.bfloat16, hidden_dropout=0.0, attention_dropout=0.0,
     )  # fmt: skip
-    result = AGoQTransformerConfig(**(values | changes))
+    result = kind(**(values | changes))
     result.agoq = load_policy(policy)
     return result
 
@@ -56,6 +56,35 @@ def test_common_vectors_of_documents():
         known = Plan(config(agoq_sequence=tokens, agoq_documents=True))
         more = known.planned_bytes_per_token_layer - Plan(config()).planned_bytes_per_token_layer
         assert more == pytest.approx(4 * (1024 + 256) * segments / tokens)
+
+
+LATENTS = dict(num_attention_heads=16, num_query_groups=16, qk_layernorm=True, kv_lora_rank=512)
+
+
+@pytest.mark.parametrize(
+    "sizes, query, width",
+    [
+        (dict(hidden_size=2048, q_lora_rank=None), 16 * 192, 0),  # DeepSeek-V2-Lite
+        (dict(hidden_size=7168, q_lora_rank=1536), 0, 1536),  # V3, but for its number of heads
+    ],
+    ids=["queries", "q-LoRA"],
+)
+def test_latents(sizes, query, width):
+    """8 bits for queries or their latents, 10 for those of keys and values and for the rotary key."""
+    plan = Plan(config(kind=AGoQLatentConfig, **LATENTS, **sizes))
+    kept = {row.name.rpartition(".")[2]: row.bytes for row in plan.layers[1] if "core_attention" in row.name}
+    assert kept == {
+        "key_value_latent": 512 * 10.125 / 8,
+        "rotary_key": 64 * 10.125 / 8,
+        **({"query_latent": width * 8.125 / 8} if width else {"query": query * 8.125 / 8}),
+        "output": 0,
+    }
+    off = Plan(config("off", kind=AGoQLatentConfig, **LATENTS, **sizes))
+    attention = sum(row.bytes for row in off.layers[1] if "core_attention" in row.name)
+    assert attention == 2 * (512 + 64 + width + query + 16 * 128) + 4 * 16
+    ranks = dict(tensor_model_parallel_size=2, sequence_parallel=True)
+    cut = Plan(config(kind=AGoQLatentConfig, **LATENTS, **sizes, **ranks))
+    assert cut.planned_bytes_per_token_layer == pytest.approx(plan.planned_bytes_per_token_layer / 2)
 
 
 def test_tensor_parallel_shares():

@@ -108,11 +108,13 @@ class GradientTally:
         self._seen.add((number, name))
         self._entries.pop(number, None) if entry else None
         parts = spec.group.size() if getattr(spec, "sequence_parallel", False) else 1
-        mine = [_cut(x, TOKENS // parts).clone() if i == 0 else _cut(x, TOKENS) for i, x in enumerate(inputs)]
+        rows = inputs[0].shape[0]
+        mine = [_cut_as(x, parts, rows) for x in inputs]
+        mine[0] = mine[0].clone()
         exact = mine[0] if entry is None else _cut(entry[1], TOKENS // parts)
         sums = dict(zip(self._columns, self.squares[row], strict=True))
         return Probe(
-            function, spec, needs, mine, exact, rounded, entry and entry[0], name, parts, sums,
+            function, spec, needs, mine, exact, rounded, entry and entry[0], name, parts, rows, sums,
             self._detailed[number], self._key + number, tuple(_cut(x, TOKENS) for x in after),
         )  # fmt: skip
 
@@ -127,7 +129,8 @@ class Probe:
         rounded: tensors that the function rounds.
         entry: the tensor of which its input is what was kept, or None.
         name: the function's.
-        parts: pieces of the sequence, on so many ranks, that the output's gradient holds.
+        parts: ranks that the sequence is cut over.
+        rows: tokens of the first input, on this rank.
         sums: ``[2, 2]`` by column, added to.
         detail: each tensor by itself, too.
         key: of stochastic rounding.
@@ -142,29 +145,30 @@ class Probe:
     entry: Site | None
     name: str
     parts: int
+    rows: int
     sums: dict[str, Tensor]
     detail: bool
     key: int
     after: tuple = ()
 
     @torch.no_grad()
-    def measure(self, grad: Tensor | None, *others: None) -> None:
-        """Compare, at the gradient ``[s, b, o]`` of the call's output. ``others``: of its other outputs."""
-        if grad is None or not self.inputs:
+    def measure(self, *grads: Tensor | None) -> None:
+        """Compare, at the gradients ``[s, b, o]`` of the call's first outputs; others count as zero."""
+        if grads[0] is None or not self.inputs:
             return  # nothing to compare with, or backward runs a second time
-        grad = _cut(grad, TOKENS, self.parts)
+        grads = [_cut_as(grad, self.parts, self.rows) for grad in grads]
         sites = {*self.rounded, *([self.entry] if self.entry else [])}
         column = sites.copy().pop().value if len(sites) == 1 else self.name
-        exact = self._gradients(grad, set())
-        self._add(column, self._gradients(grad, sites), exact)
+        exact = self._gradients(grads, set())
+        self._add(column, self._gradients(grads, sites), exact)
         if self.detail and len(sites) > 1:
             for site in sorted(sites, key=SITES.index):
-                self._add(site.value, self._gradients(grad, {site}), exact)
+                self._add(site.value, self._gradients(grads, {site}), exact)
         # The autograd node that holds this lives as long as anybody holds the loss.
         self.inputs.clear()
         self.exact = None
 
-    def _gradients(self, grad: Tensor, sites: set[Site]) -> list[Tensor | None]:
+    def _gradients(self, grads: list[Tensor | None], sites: set[Site]) -> list[Tensor | None]:
         """Of input and weight, with these tensors rounded as the policy says and all others exact."""
         changed = {"products": replace(self.spec.products, into_buffer=False)}
         for its in _tensors(self.spec):
@@ -178,9 +182,10 @@ class Probe:
         call = _Call(self.needs)
         spec = replace(self.spec, **changed)
         out = self.function.forward(call, first.clone(), *self.inputs[1:], spec, True, *self.after)
-        others = (None,) * (len(out) - 1) if isinstance(out, tuple) else ()
+        others = (None,) * (len(out) - len(grads)) if isinstance(out, tuple) else ()
         del out
-        found = self.function.backward(call, grad.clone(), *others)
+        copies = (None if grad is None else grad.clone() for grad in grads)
+        found = self.function.backward(call, *copies, *others)
         return [found[0], found[arguments_of(self.function).index("weight")]]
 
     def _add(self, column: str, held: list[Tensor | None], exact: list[Tensor | None]) -> None:
@@ -229,6 +234,15 @@ def add_squares(sums: Tensor, held: Tensor, exact: Tensor) -> None:
 def _tensors(spec) -> list:
     """The fields of a function's spec that say how a tensor is kept."""
     return [its for its in fields(spec) if isinstance(getattr(spec, its.name), SavedTensor)]
+
+
+def _cut_as(x, parts: int, rows: int):
+    """:func:`_cut` of something that has ``rows`` tokens on this rank, of a sequence cut over ``parts``
+    ranks, or the whole sequence, of which the same tokens are taken."""
+    if not isinstance(x, Tensor) or x.dim() < 3:
+        return x
+    pieces = parts if x.shape[0] == parts * rows else 1
+    return _cut(x, TOKENS // parts * pieces, pieces)
 
 
 def _cut(x, tokens: int, parts: int = 1):

@@ -28,6 +28,7 @@ class Run:
         self.counter = RoundingCounter()
         self.listener: Listener | None = None
         self.tally = None
+        self.rotary = None
         self.lanes: dict = {}
         self.hops: dict = {}
 

@@ -43,7 +43,8 @@ _RECORDED = "the layers here hand no tensors from module to module that could be
 
 REFUSED: tuple[Check, ...] = (
     _no("--num-experts", "mixture-of-experts layers are not carried yet"),
-    _no("--multi-latent-attention", "multi-latent attention is not carried yet"),
+    _no("--cache-mla-latents", "it is for inference; this is a training entry point"),
+    _no("--mla-down-proj-fusion", "the projections to latents are separate here; leave it out"),
     _no(
         "--context-parallel-size",
         "context parallelism is not carried yet; shorten the sequence a rank holds by tensor and "
@@ -152,6 +153,13 @@ CARRIED = {
         recompute_granularity recompute_modules gradient_accumulation_fusion apply_query_key_layer_scaling
         attention_softmax_in_fp32 masked_softmax_fusion apply_rope_fusion window_size window_attn_skip_freq
         softmax_type rotary_scaling_factor mscale mscale_all_dim num_layers""",
+    "modules/latent_attention.py": """
+        multi_latent_attention q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim rope_type
+        rotary_scaling_factor mscale mscale_all_dim hidden_size num_attention_heads normalization
+        layernorm_epsilon qk_layernorm sequence_parallel recompute_granularity recompute_modules
+        gradient_accumulation_fusion rotary_base rotary_percent""",
+    "modules/latent_weights.py": """
+        sequence_parallel use_cpu_initialization gradient_accumulation_fusion init_method_std""",
     "modules/mlp.py": """
         ffn_hidden_size swiglu squared_relu quick_geglu glu_linear_offset activation_func_clamp_value
         bias_swiglu_fusion bias_gelu_fusion gradient_accumulation_fusion recompute_granularity
@@ -164,7 +172,8 @@ CARRIED = {
         use_cpu_initialization gradient_accumulation_fusion normalization layernorm_epsilon""",
     "modules/sites.py": """
         hidden_size num_attention_heads num_query_groups kv_channels ffn_hidden_size swiglu
-        quick_geglu tensor_model_parallel_size qk_layernorm qk_l2_norm softmax_type""",
+        quick_geglu tensor_model_parallel_size qk_layernorm qk_l2_norm softmax_type multi_latent_attention
+        q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim""",
     "modules/layer.py": """
         num_layers hidden_dropout bias_dropout_fusion mlp_chunks_for_training recompute_method
         recompute_num_layers sequence_parallel""",
@@ -212,8 +221,7 @@ IDLE = {
         ep_overlap_early_attn_memory_release high_priority_a2a_comm_stream""",
     "other attentions and positions": """
         dsa_* linear_* relative_attention_* qk_clip_* kitchen_* mrope_section
-        rope_type q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim
-        cache_mla_latents mla_down_proj_fusion test_mode""",
+        test_mode""",
     "other models": """
         mamba_* use_mamba_mem_eff_path bert_* ict_* biencoder_* retriever_* titles_data_path
         query_in_block_prob use_one_sent_docs evidence_data_path block_data_path embedding_path indexer_*

@@ -114,6 +114,8 @@ def _check_heads(args: Namespace, tp: int, on_cpu: bool) -> None:
             f"--tensor-model-parallel-size {tp}: it must divide the {groups} key/value heads "
             "(--num-query-groups); sharing one head between ranks is not carried yet."
         )
+    if args.multi_latent_attention:
+        return  # sizes of its own: latents.py
     head_dim = args.kv_channels or args.hidden_size // args.num_attention_heads
     heads = f"--hidden-size {args.hidden_size} with --num-attention-heads {args.num_attention_heads}"
     if args.kv_channels:

@@ -15,6 +15,7 @@ import agoq_megatron.modules.sites  # noqa: F401  (contributes what policies nam
 from agoq_megatron.checks.activations import check_activation
 from agoq_megatron.checks.budgets import check_budget
 from agoq_megatron.checks.flag_register import check_register
+from agoq_megatron.checks.latents import check_latents
 from agoq_megatron.checks.saving import check_counts, check_empty, check_saving
 from agoq_megatron.checks.shapes import check_numbers, check_shapes
 from agoq_megatron.checks.states import check_gradients, check_optimizer
@@ -22,7 +23,8 @@ from agoq_megatron.modules.packing import packs_documents
 from agoq_megatron.policy.policy import COMPUTED, SOLVED, load_policy
 from agoq_megatron.seams.refusals import UsageError
 
-RECOMPUTE_MODULES = ("core_attn", "mlp", "layernorm")
+RECOMPUTE_MODULES = ("core_attn", "mlp", "layernorm", "mla_up_proj")
+"""The last runs again with any policy."""
 
 
 def check(args: Namespace, on_cpu: bool = False) -> None:
@@ -47,6 +49,7 @@ def check(args: Namespace, on_cpu: bool = False) -> None:
             "follow from one number of micro-batches a step, which changes; use agoq, or --global-batch-size."
         )
     check_budget(args)
+    check_latents(args, on_cpu)
     check_shapes(args, on_cpu)
     check_numbers(args)
     check_activation(args)

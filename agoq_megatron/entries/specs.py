@@ -12,6 +12,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
@@ -25,6 +26,7 @@ from megatron.training.models import GPTModelConfig
 from agoq_megatron.entries.stock import prepare_stock
 from agoq_megatron.model.transformer_config import complete_model_config, transformer_config_from_args
 from agoq_megatron.modules.attention import CoreAttention, SelfAttention
+from agoq_megatron.modules.latent_attention import NORM_KEYS, LatentAttention, LatentCoreAttention
 from agoq_megatron.modules.layer import TransformerLayer
 from agoq_megatron.modules.linear import FusedRowParallelLinear, LayerNormColumnParallelLinear
 from agoq_megatron.modules.mlp import MLP
@@ -60,28 +62,52 @@ class AGoQSpecProvider(BackendSpecProvider):
         return None
 
 
-def layer_spec(provider: BackendSpecProvider | None = None, normed_heads: bool = False) -> ModuleSpec:
+def attention_spec(provider: BackendSpecProvider, normed_heads: bool) -> ModuleSpec:
+    """Self-attention; see :func:`layer_spec`."""
+    of_heads = provider.layer_norm(for_qk=True) if normed_heads else None
+    return ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=provider.column_parallel_layer_norm_linear(),
+            core_attention=provider.core_attention(),
+            linear_proj=provider.row_parallel_linear(),
+            q_layernorm=of_heads,
+            k_layernorm=of_heads,
+        ),
+    )
+
+
+def latent_attention_spec(provider: BackendSpecProvider) -> ModuleSpec:
+    """Multi-latent attention, which makes its projections and norms itself."""
+    return ModuleSpec(
+        module=LatentAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=MLASelfAttentionSubmodules(
+            core_attention=LatentCoreAttention,
+            linear_proj=provider.row_parallel_linear(),
+            q_layernorm=None,
+            kv_layernorm=None,
+        ),
+    )
+
+
+def layer_spec(
+    provider: BackendSpecProvider | None = None, normed_heads: bool = False, latent_attention: bool = False
+) -> ModuleSpec:
     """One decoder layer, in the layout (and with the parameter names) of Megatron's TE spec.
 
     Args:
         normed_heads: queries and keys have norms.
+        latent_attention: of latents, instead of heads.
     """
     provider = provider or AGoQSpecProvider()
-    of_heads = provider.layer_norm(for_qk=True) if normed_heads else None
+    heads = attention_spec(provider, normed_heads)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            self_attention=ModuleSpec(
-                module=SelfAttention,
-                params={"attn_mask_type": AttnMaskType.causal},
-                submodules=SelfAttentionSubmodules(
-                    linear_qkv=provider.column_parallel_layer_norm_linear(),
-                    core_attention=provider.core_attention(),
-                    linear_proj=provider.row_parallel_linear(),
-                    q_layernorm=of_heads,
-                    k_layernorm=of_heads,
-                ),
-            ),
+            self_attention=latent_attention_spec(provider) if latent_attention else heads,
+            sharded_state_dict_keys_map=NORM_KEYS if latent_attention else {},
             self_attn_bda=get_bias_dropout_add,
             mlp=partial(
                 MLP.as_mlp_submodule,
@@ -110,7 +136,8 @@ def agoq_layer_spec(config, vp_stage: int | None = None) -> TransformerBlockSubm
         prepare_stock(config)
     provider = AGoQSpecProvider()
     layers = get_num_layers_to_build(config.transformer, vp_stage=vp_stage)
-    one = layer_spec(provider, normed_heads=head_norm(config.transformer) is not None)
+    latent = config.transformer.multi_latent_attention
+    one = layer_spec(provider, not latent and head_norm(config.transformer) is not None, latent)
     return TransformerBlockSubmodules(layer_specs=[one] * layers, layer_norm=provider.layer_norm())
 
 

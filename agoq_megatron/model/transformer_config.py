@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.models import GPTModelConfig
 
@@ -33,6 +33,11 @@ class AGoQTransformerConfig(TransformerConfig):
     agoq_run: Run = field(default_factory=Run, compare=False, repr=False)
 
 
+@dataclass
+class AGoQLatentConfig(MLATransformerConfig, AGoQTransformerConfig):
+    """The same of a model with multi-latent attention, for which Megatron has a class of its own."""
+
+
 def transformer_config_from_args(args) -> AGoQTransformerConfig:
     """Build the config from Megatron's arguments and load the policy that they name.
 
@@ -40,6 +45,10 @@ def transformer_config_from_args(args) -> AGoQTransformerConfig:
         PolicyError: the policy cannot be used.
     """
     config = core_transformer_config_from_args(args, AGoQTransformerConfig)
+    if args.multi_latent_attention:  # Megatron then takes its own class whatever it is given
+        fields = vars(config)
+        config = object.__new__(AGoQLatentConfig)
+        config.__dict__.update({"agoq_run": Run()} | fields)
     config.agoq_sequence, config.agoq_documents = args.seq_length, packs_documents(args)
     config.agoq = policy_for(config, args.agoq_activations, args.agoq_rounding)
     raised = getattr(args, "agoq_raised_widths", None)  # of the run so far: see observing/watching.py

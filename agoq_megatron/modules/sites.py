@@ -21,12 +21,44 @@ def _hidden(config) -> int:
     return config.hidden_size
 
 
+def latent(config) -> bool:
+    """Whether the model's attention is multi-latent."""
+    return getattr(config, "multi_latent_attention", False)
+
+
 def _query(config) -> int:
-    return config.num_attention_heads * config.kv_channels // config.tensor_model_parallel_size
+    width = config.qk_head_dim + config.qk_pos_emb_head_dim if latent(config) else config.kv_channels
+    return config.num_attention_heads * width // config.tensor_model_parallel_size
+
+
+def _output(config) -> int:
+    width = config.v_head_dim if latent(config) else config.kv_channels
+    return config.num_attention_heads * width // config.tensor_model_parallel_size
 
 
 def _key(config) -> int:
     return config.num_query_groups * config.kv_channels // config.tensor_model_parallel_size
+
+
+def _rank(name: str):
+    """Features of a part of the latents; 0 where there is none."""
+    return lambda config: getattr(config, name, None) or 0
+
+
+def _has_query(config, number: int) -> bool:
+    return not (latent(config) and config.q_lora_rank)
+
+
+def _has_query_latent(config, number: int) -> bool:
+    return not _has_query(config, number)
+
+
+def _is_latent(config, number: int) -> bool:
+    return latent(config)
+
+
+def _has_heads(config, number: int) -> bool:
+    return not latent(config)
 
 
 def _ffn(config) -> int:
@@ -41,11 +73,23 @@ def _fc1(config) -> int:
 LAYER_INPUT = Site("input", _hidden, hidden=True, entry=True, function=QKV)
 NORM1_INPUT = Site(f"{QKV}.norm_input", _hidden, hidden=True, function=QKV)
 NORM1_OUTPUT = Site(f"{QKV}.norm_output", _hidden, hidden=True, free=True, recomputable=True)
-QUERY = Site(f"{ATTENTION}.query", _query, function=ATTENTION)
-KEY = Site(f"{ATTENTION}.key", _key, function=ATTENTION)
-VALUE = Site(f"{ATTENTION}.value", _key, function=ATTENTION)
+KV_LATENT = Site(
+    f"{ATTENTION}.key_value_latent", _rank("kv_lora_rank"), hidden=True, function=ATTENTION,
+    present=_is_latent,
+)  # fmt: skip
+ROTARY_KEY = Site(
+    f"{ATTENTION}.rotary_key", _rank("qk_pos_emb_head_dim"), hidden=True, function=ATTENTION,
+    present=_is_latent,
+)  # fmt: skip
+QUERY_LATENT = Site(
+    f"{ATTENTION}.query_latent", _rank("q_lora_rank"), hidden=True, function=ATTENTION,
+    present=_has_query_latent,
+)  # fmt: skip
+QUERY = Site(f"{ATTENTION}.query", _query, function=ATTENTION, present=_has_query)
+KEY = Site(f"{ATTENTION}.key", _key, function=ATTENTION, present=_has_heads)
+VALUE = Site(f"{ATTENTION}.value", _key, function=ATTENTION, present=_has_heads)
 ATTENTION_OUTPUT = Site(
-    f"{ATTENTION}.output", _query, recomputable=True, function=ATTENTION, again_with="core_attn"
+    f"{ATTENTION}.output", _output, recomputable=True, function=ATTENTION, again_with="core_attn"
 )
 NORM2_INPUT = Site(f"{FC1}.norm_input", _hidden, hidden=True, function=FC1)
 NORM2_OUTPUT = Site(
@@ -62,6 +106,8 @@ PROJECTED = "eh_proj.input"
 
 QKV_SITES = (QUERY, KEY, VALUE)
 ATTENTION_SITES = (*QKV_SITES, ATTENTION_OUTPUT)
+LATENT_SITES = (KV_LATENT, ROTARY_KEY, QUERY_LATENT)
+"""Of multi-latent attention, in the place of keys and values, and with q-LoRA of queries."""
 MLP_SITES = (NORM2_INPUT, NORM2_OUTPUT, FC1_OUTPUT, FC2_INPUT)
 
 
@@ -75,9 +121,14 @@ def _log_sum_exp(config, rule, kept):
 
 def _common_vectors(config, rule, kept):
     """Of Q and V (also of K, where that is kept before a norm or the softmax has a sink), once a
-    sequence, where anything beside them is rounded; of sequences packed of documents, once a segment."""
-    rounded = QUERY in kept and any(rule(site).format for site in QKV_SITES)
-    if not rounded or not config.agoq_sequence:
+    sequence, where anything beside them is rounded; of sequences packed of documents, once a segment; of
+    latents, of those that are rounded."""
+    if not config.agoq_sequence:
+        return None
+    if latent(config):
+        width = sum(s.axis(config) for s in (*LATENT_SITES, QUERY) if s in kept and rule(s).format)
+        return ("FP32, once a sequence", width, 4 * width / config.agoq_sequence) if width else None
+    if QUERY not in kept or not any(rule(site).format for site in QKV_SITES):
         return None
     of_keys = config.qk_layernorm or config.qk_l2_norm or config.softmax_type != "vanilla"
     width = _query(config) + (2 if of_keys else 1) * _key(config)
@@ -89,7 +140,7 @@ def _common_vectors(config, rule, kept):
 
 contribute(
     (
-        NORM1_INPUT, NORM1_OUTPUT, *ATTENTION_SITES, *MLP_SITES, LAYER_INPUT,
+        NORM1_INPUT, NORM1_OUTPUT, *LATENT_SITES, *ATTENTION_SITES, *MLP_SITES, LAYER_INPUT,
     ),
     (Companion(LSE, _log_sum_exp), Companion(COMMON, _common_vectors)),
 )  # fmt: skip

@@ -22,10 +22,18 @@ from agoq_kernels.gradients import BLOCK, segment_bytes
 from agoq_megatron.gradients.settings import format_from_args, launched_on_a_node, node_layout
 from agoq_megatron.model.memory import Plan
 from agoq_megatron.model.stages import layers_of, predicting_layers
-from agoq_megatron.modules.sites import ATTENTION_SITES, FC1_OUTPUT, FC2_INPUT, MLP_SITES, NORM2_INPUT
+from agoq_megatron.modules.sites import (
+    ATTENTION_SITES,
+    FC1_OUTPUT,
+    FC2_INPUT,
+    MLP_SITES,
+    NORM2_INPUT,
+    QUERY,
+)
 from agoq_megatron.optimizer.settings import OptimizerSettings, optimizer_settings_from_args
 from agoq_megatron.planning.batches import schedule_from_args
 from agoq_megatron.planning.in_flight import Schedule
+from agoq_megatron.planning.latents import at_a_time, latent_moment
 from agoq_megatron.planning.parameters import Parameters, parameters
 from agoq_megatron.planning.watched import Watched
 
@@ -86,7 +94,8 @@ def gradient_bytes(args, count: Parameters) -> float:
     """Held on a rank from the first micro-batch to the optimizer."""
     if args.agoq_grad_bits == 8:
         coded = segment_bytes(1) / BLOCK + format_from_args(args).residual_bits / 8
-        return (count.matrices + count.embeddings) * coded + 4 * count.vectors
+        # What stays in FP32 lies beside the codes, in which it has its place all the same.
+        return (count.matrices + count.embeddings) * coded + 4 * (count.vectors + count.exact)
     wide = 2 if args.grad_reduce_in_bf16 else 4
     return wide * count.total
 
@@ -282,6 +291,10 @@ def _again(config, first: int, sizes: _Sizes, layers: int, beside: float) -> flo
 def _attention_moment(config, plan: Plan, number: int, tokens: int) -> float:
     """Bytes beside what is kept where the attention of a layer runs backward: Q, K, V, O as far as they are
     not kept as they are, the gradients of all four, and workspace; less what the MLP kept, which is gone."""
+    gone = sum(plan.bytes_of(site, number) for site in MLP_SITES) * tokens
+    if config.multi_latent_attention:
+        some, queries = at_a_time(config, tokens), QUERY.axis(config) * tokens
+        return latent_moment(config, tokens) + some * workspace_of_attention(config, queries) - gone
     q, k, v, o = (site.axis(config) for site in ATTENTION_SITES)
     # An output that is recomputed has no bytes in the plan.
     held = [config.agoq.rule(s, number).keep and plan.bytes_of(s, number) > 0 for s in ATTENTION_SITES]
@@ -294,14 +307,17 @@ def _attention_moment(config, plan: Plan, number: int, tokens: int) -> float:
     outputs = q + k + v if some == 1 else (1 + some) * (q + k + v)
     if getattr(config, "agoq_documents", False) and tokens > config.agoq_sequence:
         inputs += some * (q + k + v + 2 * o)  # sequences one behind the other, as documents lie
-    gone = sum(plan.bytes_of(site, number) for site in MLP_SITES) * tokens
     return (inputs + outputs) * here + some * workspace_of_attention(config, q * tokens) - gone
 
 
 def workspace_of_attention(config, numel: int) -> float:
     """Bytes that cuDNN takes for the backward pass of a Q of ``numel`` numbers: its gradient in FP32, and
     gradients of K and V for every head where heads share them."""
-    if config.params_dtype.itemsize == 4 or config.kv_channels > 128:
+    if config.params_dtype.itemsize == 4:
+        return 0.0
+    if config.multi_latent_attention:
+        return numel * 4  # of cuDNN or of the flash kernels: both sum up the queries' gradient in FP32
+    if config.kv_channels > 128:
         return 0.0
     shared = config.num_query_groups < config.num_attention_heads
     return numel * (4 + (2 * config.params_dtype.itemsize if shared else 0))
@@ -309,6 +325,8 @@ def workspace_of_attention(config, numel: int) -> float:
 
 def _angles_bytes(args, config) -> float:
     """Of the rotary angles, one table for all layers; YaRN's of Megatron has its first length in two more."""
+    if config.multi_latent_attention:
+        return 4 * args.seq_length * config.qk_pos_emb_head_dim
     if args.position_embedding_type == "yarn":
         first = config.yarn_original_max_position_embeddings
         return config.kv_channels * (4 * args.seq_length + 2 * config.params_dtype.itemsize * first)

@@ -16,12 +16,15 @@ class Parameters:
         embeddings: in embeddings; an output layer tied to them counts here.
         vectors: in norms and biases.
         largest: in the largest matrix or embedding.
+        exact: of the matrices, in those whose gradients are summed over tensor-parallel ranks, and so stay in
+            FP32.
     """
 
     matrices: int
     embeddings: int
     vectors: int
     largest: int
+    exact: int = 0
 
     @property
     def total(self) -> int:
@@ -38,6 +41,36 @@ def padded_vocabulary(args) -> int:
     return vocab_size_with_padding(vocabulary, args, logging_enabled=False)
 
 
+def _attention(config) -> tuple[list[int], int]:
+    """Of one attention: its matrices, and numbers in vectors but of the norm before it and the bias after."""
+    h, tp = config.hidden_size, config.tensor_model_parallel_size
+    query = config.num_attention_heads * config.kv_channels
+    key = config.num_query_groups * config.kv_channels
+    vectors = 0
+    if config.qk_layernorm and not config.qk_l2_norm:  # of which those have no weights
+        vectors += (4 if config.normalization == "LayerNorm" else 2) * config.kv_channels
+    if config.softmax_type == "learnable":
+        vectors += config.num_attention_heads // tp
+    if config.add_bias_linear or config.add_qkv_bias:
+        vectors += (query + 2 * key) // tp
+    return [h * (query + 2 * key) // tp, h * query // tp], vectors
+
+
+def _latent_attention(config) -> tuple[list[int], int]:
+    """The same of a multi-latent attention, whose projections down are whole on every rank."""
+    h, tp, heads = config.hidden_size, config.tensor_model_parallel_size, config.num_attention_heads
+    rank, lora = config.kv_lora_rank, config.q_lora_rank or 0
+    query = heads * (config.qk_head_dim + config.qk_pos_emb_head_dim)
+    matrices = [
+        h * (rank + config.qk_pos_emb_head_dim),
+        rank * heads * (config.qk_head_dim + config.v_head_dim) // tp,
+        heads * config.v_head_dim * h // tp,
+        *([h * lora, lora * query // tp] if lora else [h * query // tp]),
+    ]
+    norms = (2 if config.normalization == "LayerNorm" else 1) * (rank + lora)
+    return matrices, norms if config.qk_layernorm else 0
+
+
 def parameters(args, config, stage: int) -> Parameters:
     """Count them.
 
@@ -47,19 +80,12 @@ def parameters(args, config, stage: int) -> Parameters:
         stage: from 0.
     """
     h, f, tp = config.hidden_size, config.ffn_hidden_size, config.tensor_model_parallel_size
-    query = config.num_attention_heads * config.kv_channels
-    key = config.num_query_groups * config.kv_channels
     wide = 2 * f if config.gated_linear_unit else f
     layers = sum(map(len, layers_of(config, stage)))
-    sizes = [h * (query + 2 * key) // tp, h * query // tp, h * wide // tp, h * f // tp]
+    attention, vectors = _latent_attention(config) if config.multi_latent_attention else _attention(config)
+    sizes = [*attention, h * wide // tp, h * f // tp]
     norm = 2 * h if config.normalization == "LayerNorm" else h
-    vectors = 2 * norm
-    if config.qk_layernorm and not config.qk_l2_norm:  # of which those have no weights
-        vectors += 2 * norm // h * config.kv_channels
-    if config.softmax_type == "learnable":
-        vectors += config.num_attention_heads // tp
-    if config.add_bias_linear or config.add_qkv_bias:
-        vectors += (query + 2 * key) // tp
+    vectors += 2 * norm
     if config.add_bias_linear:
         vectors += h + wide // tp + h
     first, last = stage == 0, stage == config.pipeline_model_parallel_size - 1
@@ -76,5 +102,10 @@ def parameters(args, config, stage: int) -> Parameters:
     if predicted and not first and args.untie_embeddings_and_output_weights:
         embeddings += word  # it embeds the tokens again
     largest = max([*sizes, word] if first or last else sizes)
+    exact = 0
+    if config.multi_latent_attention and config.sequence_parallel:
+        latents = config.kv_lora_rank + config.qk_pos_emb_head_dim + (config.q_lora_rank or 0)
+        exact = layers * h * latents
     matrices = layers * sum(sizes) + output + predicted * 2 * h * h // tp
-    return Parameters(matrices, embeddings, layers * vectors + norm * (last + 3 * predicted), largest)
+    vectors = layers * vectors + norm * (last + 3 * predicted)
+    return Parameters(matrices, embeddings, vectors, largest, exact)

@@ -21,6 +21,8 @@ from agoq_megatron.modules.sites import (
     FC2,
     FC2_INPUT,
     KEY,
+    KV_LATENT,
+    LATENT_SITES,
     LAYER_INPUT,
     MLP_SITES,
     NORM1_INPUT,
@@ -32,6 +34,7 @@ from agoq_megatron.modules.sites import (
 )
 from agoq_megatron.observing.gradient_check import FIRST_ITERATIONS
 from agoq_megatron.observing.watching import probed_layers, quantizes
+from agoq_megatron.planning.latents import features
 from agoq_megatron.policy.sites import Site
 
 
@@ -68,6 +71,7 @@ class Watched:
         self._tokens = min(TOKENS, args.seq_length)
         h, f, fc1 = NORM1_INPUT.axis(config), FC2_INPUT.axis(config), FC1_OUTPUT.axis(config)
         self._query = query = QUERY.axis(config)
+        self._attention = KV_LATENT if config.multi_latent_attention else QUERY
         qkv = sum(site.axis(config) for site in QKV_SITES)
         # Of each function: features of its input and output, numbers of its weight, and features of all that
         # lives at the worst moment of its second run: exact input gradient, output's gradient and its own.
@@ -78,8 +82,23 @@ class Watched:
             FC1: (h / split, fc1, fc1 * h, gathered + fc1),
             FC2: (fc1, h, f * h, 2 * fc1 + h + f),
         }
+        if config.multi_latent_attention:
+            self._sizes |= self._of_latents(config, h, split, gathered)
         self._workspace = workspace(config, query * self._tokens)
         self._entry = min(TOKENS, args.seq_length // split) * h * self._itemsize
+
+    @staticmethod
+    def _of_latents(config, h: int, split: int, gathered: float) -> dict[str, tuple[float, ...]]:
+        its = features(config)
+        made = its.latents / split + its.given
+        up = its.up + its.query - its.given
+        # Keys, values and the rest are made anew from latents; what was padded is dropped again.
+        run = 2 * made + 2 * h + 4 * its.latents + 5 * its.query + 4 * its.output + up
+        weight = h * its.output  # the only gradient that is compared, of several
+        return {
+            QKV: (h / split, made, (its.latents + its.given) * h, gathered + 2 * made),
+            ATTENTION: (made, h, weight, run),
+        }
 
     def held(self, layers: list[int]) -> float:
         """The most that layers (numbers from 1) of a stage hold from forward to backward in an iteration."""
@@ -110,7 +129,7 @@ class Watched:
         entry, found = self._entry_site(number), []
         for name, sites in functions().items():
             rounded = [s for s in sites if s is not LAYER_INPUT and self._rule(s, number).format]
-            first = FC1_OUTPUT if name in (FC1, FC2) else QUERY
+            first = FC1_OUTPUT if name in (FC1, FC2) else self._attention
             if (rounded or entry in sites) and (first.value in names) != again:
                 found.append(name)
         return found
@@ -123,7 +142,10 @@ class Watched:
             fmt = self._rule(site, number).format
             if fmt is not None and site is not LAYER_INPUT:
                 width = {QUERY: self._query, ATTENTION_OUTPUT: self._query}.get(site, i)
-                if site in (KEY, VALUE):
+                if site in LATENT_SITES or (self._attention is KV_LATENT and name == ATTENTION):
+                    present = site.present(self._config, number)
+                    width = site.axis(self._config) if present else 0
+                elif site in (KEY, VALUE):
                     width = (i - self._query) / 2
                 codes += width * fmt.bits_per_element / 8
         running = self._tokens * (run * self._itemsize + codes) + 2 * weight * self._itemsize
@@ -142,7 +164,10 @@ class Watched:
         """
         if not any(number in some for some in self._looked_at):
             return 0.0
-        mlp, attention = (self._kept(sites, number) * tokens for sites in (MLP_SITES, ATTENTION_SITES))
+        mlp, heads, latents = (
+            self._kept(sites, number) * tokens for sites in (MLP_SITES, ATTENTION_SITES, LATENT_SITES)
+        )
+        attention = heads + latents
         fc1 = self._plan.bytes_of(FC1_OUTPUT, number) * tokens
         # The gradients that flow, less what the layer has given back by then.
         live = {FC2: u, FC1: f + u - fc1, ATTENTION: 2 * u - mlp, QKV: 2.5 * u - mlp - attention}

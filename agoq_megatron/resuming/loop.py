@@ -273,11 +273,11 @@ OF_THE_MODEL_TOO = """
     layernorm_epsilon layernorm_zero_centered_gamma use_rope_scaling rope_scaling_factor no_rope_freq
     quick_geglu glu_linear_offset activation_func_clamp_value
     rotary_seq_len_interpolation_factor use_mup mup_base_hidden_size mup_embedding_mult mup_output_mult
-    mup_base_head_dim mup_attn_scale_power qk_layernorm qk_l2_norm
+    mup_base_head_dim mup_attn_scale_power qk_layernorm qk_l2_norm multi_latent_attention q_lora_rank
+    kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim rope_type
     rotary_scaling_factor mscale mscale_all_dim yarn_original_max_position_embeddings
     yarn_beta_fast yarn_beta_slow yarn_correction_range_round_to_int
-    window_size window_attn_skip_freq softmax_type attention_output_gate multi_latent_attention
-    experimental_attention_variant
+    window_size window_attn_skip_freq softmax_type attention_output_gate experimental_attention_variant
     apply_residual_connection_post_layernorm
 """.split()
 """What --use-checkpoint-args leaves out in Megatron 0.19, though the weights mean nothing without it. (The

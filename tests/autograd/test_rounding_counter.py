@@ -22,6 +22,7 @@ from agoq_megatron.modules.sites import (
     FC1_OUTPUT,
     FC2_INPUT,
     KEY,
+    LATENT_SITES,
     LAYER_INPUT,
     NORM1_INPUT,
     NORM1_OUTPUT,
@@ -90,7 +91,7 @@ def test_which_tensors_are_in_parts(sequence_parallel):
     policy = load_policy("agoq")
     config = SimpleNamespace(sequence_parallel=sequence_parallel, agoq_run=Run())
     whole = {site for site in SITES if not saved_tensor(policy, site, 1, config).in_parts}
-    between = {LAYER_INPUT, NORM1_INPUT, NORM1_OUTPUT, NORM2_INPUT, NORM2_OUTPUT}
+    between = {LAYER_INPUT, NORM1_INPUT, NORM1_OUTPUT, NORM2_INPUT, NORM2_OUTPUT, *LATENT_SITES}
     assert whole == (set() if sequence_parallel else between)
     assert saved_tensor(policy, KEY, 1, config).run is config.agoq_run
 

@@ -25,10 +25,13 @@ from megatron.core.models.gpt.gpt_layer_specs import (  # noqa: E402
     get_gpt_layer_local_spec,
     get_gpt_mtp_block_spec,
 )
+from megatron.core.transformer.dot_product_attention import DotProductAttention  # noqa: E402
+from megatron.core.transformer.identity_op import IdentityOp  # noqa: E402
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention  # noqa: E402
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper  # noqa: E402
 
 from agoq_megatron.entries.specs import agoq_layer_spec, predicting_spec  # noqa: E402
-from agoq_megatron.model.transformer_config import AGoQTransformerConfig  # noqa: E402
+from agoq_megatron.model.transformer_config import AGoQLatentConfig, AGoQTransformerConfig  # noqa: E402
 from agoq_megatron.planning.parameters import parameters  # noqa: E402
 from agoq_megatron.policy.policy import load_policy  # noqa: E402
 
@@ -44,6 +47,15 @@ QUICK = dict(
     gated_linear_unit=True, activation_func=quick_gelu, glu_linear_offset=1.0, activation_func_clamp_value=0.1
 )  # fmt: skip
 ZERO_CENTRED = dict(layernorm_zero_centered_gamma=True, qk_layernorm=True)
+# Heads of 24 features in queries and keys and of 20 in values.
+DEEPSEEK = LLAMA | dict(
+    num_query_groups=6, multi_latent_attention=True, qk_layernorm=True, q_lora_rank=None, kv_lora_rank=48,
+    qk_head_dim=16, qk_pos_emb_head_dim=8, v_head_dim=20, rope_type="rope", rotary_base=10,
+)  # fmt: skip
+YARN_OF_LATENTS = dict(
+    rope_type="yarn", rotary_scaling_factor=4, original_max_position_embeddings=8, mscale=0.7,
+    mscale_all_dim=0.3,
+)  # fmt: skip
 # The base of the rotation is small, and there are no biases before the norms of keys: what all keys share has
 # no gradient but by the rotation, and sums that cancel are not precise in FP32.
 ARCHITECTURES = {
@@ -67,6 +79,13 @@ ARCHITECTURES = {
     "llama, two tokens more": (LLAMA | {"mtp_num_layers": 2, "mtp_loss_scaling_factor": 0.7}, "rope"),
     "gpt, a token more, no positions": (GPT | {"mtp_num_layers": 1}, "none"),
     "qwen3, YaRN": (LLAMA | {"qk_layernorm": True}, "yarn"),
+    "deepseek": (DEEPSEEK, "rope"),
+    "deepseek, q-LoRA, yarn": (DEEPSEEK | {"q_lora_rank": 40} | YARN_OF_LATENTS, "rope"),
+    "latents, GPT": (DEEPSEEK | GPT | {"qk_layernorm": False}, "learned_absolute"),
+    "latents without norms, q-LoRA": (
+        DEEPSEEK | {"q_lora_rank": 24, "qk_layernorm": False, "rotary_percent": 0.5},
+        "none",
+    ),
 }
 # Some features as they are, some slower, some in between; a factor of 1.35.
 YARN = dict(
@@ -76,11 +95,32 @@ YARN = dict(
 VOCABULARY, SEQUENCE, STEPS = 173, 37, 20
 
 
+class LatentDotProduct(DotProductAttention):
+    """Megatron's unfused attention with the arguments that its multi-latent attention gives; only Transformer
+    Engine's takes them."""
+
+    def __init__(self, config, *args, k_channels=None, v_channels=None, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        if v_channels is not None:
+            self.hidden_size_per_partition = self.num_attention_heads_per_partition * v_channels
+
+
+class LatentSelfAttention(MLASelfAttention):
+    """Megatron's own, which without q-LoRA asks for a norm of queries that it has no place for."""
+
+    def _resolve_qk_norm_config(self, submodules):
+        if self.config.q_lora_rank is not None:
+            return super()._resolve_qk_norm_config(submodules)
+        names = "linear_q_proj", "linear_kv_up_proj", "kv_layernorm"
+        return {"q_layernorm": IdentityOp} | {name: getattr(submodules, name) for name in names}
+
+
 def build(architecture: str, ours: bool):
     changes, positions = ARCHITECTURES[architecture]
     if not ours:  # torch's norms have no zero-centred weights: the same model with weights that are not
         changes = changes | {"layernorm_zero_centered_gamma": False}
-    config = AGoQTransformerConfig(
+    kind = AGoQLatentConfig if changes.get("multi_latent_attention") else AGoQTransformerConfig
+    config = kind(
         num_layers=3, hidden_size=96, ffn_hidden_size=160, num_attention_heads=6,
         hidden_dropout=0.0, attention_dropout=0.0, bias_dropout_fusion=False,
         masked_softmax_fusion=False, gradient_accumulation_fusion=False,
@@ -97,7 +137,11 @@ def build(architecture: str, ours: bool):
             normalization=config.normalization,
             qk_layernorm=config.qk_layernorm,
             qk_l2_norm=config.qk_l2_norm,
+            multi_latent_attention=config.multi_latent_attention,
         )
+        if config.multi_latent_attention:
+            spec.submodules.self_attention.module = LatentSelfAttention
+            spec.submodules.self_attention.submodules.core_attention = LatentDotProduct
     further = None
     if config.mtp_num_layers:
         further = (
@@ -120,9 +164,17 @@ def planned(config, architecture: str) -> int:
     return parameters(args, config, 0).total
 
 
-def our_name(name: str) -> str:
-    """Name in our model of a parameter of Megatron's local layers."""
-    name = name.replace(".input_layernorm.", ".self_attention.linear_qkv.layer_norm_")
+def our_name(name: str, latents: bool) -> str:
+    """Name in our model of a parameter of Megatron's local layers.
+
+    Args:
+        latents: the attention is multi-latent.
+    """
+    first = "linear_kv_down_proj" if latents else "linear_qkv"
+    name = name.replace(".input_layernorm.", f".self_attention.{first}.layer_norm_")
+    if latents:
+        for one in ("q", "kv"):
+            name = name.replace(f".{one}_layernorm.", f".linear_{one}_up_proj.layer_norm_")
     return name.replace(".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_")
 
 
@@ -138,7 +190,8 @@ def compare(architecture: str, seed: int) -> dict:
         for p in stock.parameters():
             if p.dim() == 1:
                 p += 0.1 * torch.randn(p.shape, generator=generator).to(p.device)
-    weights = {our_name(n): p.detach().clone() for n, p in stock.named_parameters()}
+    latents = ours.config.multi_latent_attention
+    weights = {our_name(n, latents): p.detach().clone() for n, p in stock.named_parameters()}
     if ours.config.layernorm_zero_centered_gamma:
         of_norms = [n for n in weights if n.endswith(("norm_weight", "norm.weight"))]
         assert len(of_norms) == 4 * ours.config.num_layers + 1
@@ -181,7 +234,8 @@ def compare(architecture: str, seed: int) -> dict:
             if step == 0:
                 gradients[name] = {n: p.grad.clone() for n, p in model.named_parameters()}
             optimizers[name].step()
-    errors = {our_name(n): relative(gradients["ours"][our_name(n)], g) for n, g in gradients["stock"].items()}
+    stock_gradients = {our_name(n, latents): g for n, g in gradients["stock"].items()}
+    errors = {n: relative(gradients["ours"][n], g) for n, g in stock_gradients.items()}
     assert len(errors) == len(gradients["ours"])
     return {
         "gradient_errors": errors,

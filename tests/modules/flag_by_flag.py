@@ -123,8 +123,10 @@ def configs() -> dict[str, list[str] | str]:
     known, found, own = flag_register.megatron_flags(), {}, parser()
     plain, without = own.parse_args(BASE), [word for word in BASE if word != "--swiglu"]
     yarn = ["--position-embedding-type", "yarn"]
+    latents = [*(w for w in BASE if w != "--group-query-attention"), "--multi-latent-attention"]
     references = {
-        len(base): fields(model_config_from_args(settled(own.parse_args(base)))) for base in (BASE, without)
+        tuple(base): fields(model_config_from_args(settled(own.parse_args(base))))
+        for base in (BASE, without, latents)
     }
     with_yarn = fields(model_config_from_args(settled(own.parse_args([*BASE, *yarn]))))
     for action in own._actions:
@@ -133,11 +135,16 @@ def configs() -> dict[str, list[str] | str]:
             continue
         if not flag.in_config and flag.group not in MODEL_GROUPS:
             continue
+        if action.dest == "multi_latent_attention":
+            plainly = references[tuple(BASE)]
+            its = references[tuple(latents)]
+            found[action.dest] = sorted(name for name, value in its.items() if plainly.get(name) != value)
+            continue
+        base = latents if flag.group == "mla" else without if action.dest in ANOTHER_ACTIVATION else BASE
+        reference = references[tuple(base)]
         try:
             words = other(action, getattr(plain, action.dest))
-            words += yarn if of_yarn(action.dest) else []
-            base = without if action.dest in ANOTHER_ACTIVATION else BASE
-            reference = references[len(base)]
+            words += yarn if of_yarn(action.dest) and base is BASE else []
             there = words[0] in base and not words[1:]
             args = own.parse_args([w for w in base if w != words[0]] if there else [*base, *words])
             built = fields(model_config_from_args(settled(args)))

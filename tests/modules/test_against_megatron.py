@@ -16,6 +16,7 @@ ARCHITECTURES = (
     "gpt-oss", "zero-centred LayerNorm", "zero-centred RMSNorm", "llama, windows", "llama, sinks",
     "gpt, off by one in windows", "llama, YaRN", "qwen3, YaRN", "llama, two tokens more",
     "gpt, a token more, no positions",
+    "deepseek", "deepseek, q-LoRA, yarn", "latents, GPT", "latents without norms, q-LoRA",
 )  # fmt: skip
 
 
@@ -34,6 +35,7 @@ def results():
 @pytest.mark.supports("norms on queries and keys", "squared ReLU", "quick GEGLU")
 @pytest.mark.supports("clamped and offset gates", "zero-centred norms", "YaRN", "multi-token prediction")
 @pytest.mark.supports("windows in some of the layers", "attention sinks")
+@pytest.mark.supports("multi-latent attention")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_first_gradients_equal(results, architecture):
     errors = results[architecture]["gradient_errors"]

@@ -101,7 +101,7 @@ def test_no_flag_is_lost_on_its_way_to_the_model(found):
     for name, changed in found["configs"].items():
         flag, kind = flags[name], standing(flags[name])
         if kind not in ("carried", "untested", "Megatron's") or not (
-            flag.in_config or flag.group == "network size"
+            flag.in_config or flag.group in ("network size", "mla")
         ):
             continue
         checked += 1

@@ -36,6 +36,9 @@ SELECTIVE = "--recompute-granularity selective --recompute-modules"
 PARTS = "--mlp-chunks-for-training 4"
 GELU = "GELU"
 """Takes --swiglu out of the model's flags."""
+LATENTS = """LATENTS --multi-latent-attention --qk-layernorm --kv-lora-rank 64 --qk-head-dim 16
+    --qk-pos-emb-head-dim 8 --v-head-dim 16 --rope-type rope"""
+"""Takes --group-query-attention out of the model's flags. Of DeepSeek-V2-Lite's ratios."""
 CHECKED = "CHECKED --seq-length 2048 --train-iters 4"
 """With the check of gradients, in the iteration that looks at the last layer, whose backward pass is first.
 Such short sequences it takes whole."""
@@ -62,6 +65,10 @@ RUNS = {
     "off, two layers, GELU": f"--agoq-activations off --num-layers 2 {GELU}",
     "off, norms of heads": "--agoq-activations off --qk-layernorm",
     "agoq, norms of heads": "--qk-layernorm",
+    "off, latents": f"--agoq-activations off {LATENTS}",
+    "agoq, latents": LATENTS,
+    "agoq, latents, q-LoRA": f"{LATENTS} --q-lora-rank 64",
+    "agoq, latents, full recomputation": f"{LATENTS} {FULL} 1",
     "agoq, GELU": GELU,
     "agoq, squared ReLU": f"{GELU} --squared-relu",
     "agoq, zero-centred, MLP in parts": f"--apply-layernorm-1p {PARTS}",
@@ -77,6 +84,7 @@ RUNS = {
     "agoq, checked, full recomputation": f"{CHECKED} {FULL} 1",
     "agoq, checked, MLP run again": f"{CHECKED} {SELECTIVE} mlp",
     "agoq, checked, attention run again": f"{CHECKED} {SELECTIVE} core_attn",
+    "agoq, checked, latents": f"{CHECKED} {LATENTS}",
     "agoq, checked, GELU": f"{CHECKED} {GELU}",
 }
 ALWAYS = {
@@ -131,9 +139,10 @@ def measure(flags: str, out: Path) -> None:
         return passes
 
     megatron.get_forward_backward_func = counted
-    without = {GELU: "--swiglu", "CHECKED": "--no-agoq-check-gradients"}
+    without = {GELU: "--swiglu", "LATENTS": "--group-query-attention", "CHECKED": "--no-agoq-check-gradients"}
     model = [flag for flag in MODEL if flag not in [out for word, out in without.items() if word in flags]]
-    sys.argv = ["pretrain_gpt_agoq.py", *model, *flags.replace(GELU, "").replace("CHECKED", "").split()]
+    given = [flag for flag in flags.split() if flag not in (GELU, "CHECKED", "LATENTS")]
+    sys.argv = ["pretrain_gpt_agoq.py", *model, *given]
     cpu.install()
     training.main(on_cpu=True)
     args = get_args()

@@ -28,6 +28,11 @@ RUNS = {
         2, True, f"--tensor-model-parallel-size 2 --sequence-parallel {SHARDED} --agoq-grad-bits 8 "
         "--agoq-optimizer-bits 8",
     ),
+    "TP2, sequence parallel, latents, 8 bits": (
+        2, False, f"{GPT} --tensor-model-parallel-size 2 --sequence-parallel {SHARDED} --agoq-grad-bits 8 "
+        "--agoq-optimizer-bits 8 --multi-latent-attention --qk-layernorm --q-lora-rank 256 "
+        "--kv-lora-rank 192",
+    ),
     "PP2, LayerNorm, biases, tied": (2, False, f"{GPT} --pipeline-model-parallel-size 2"),
     "PP2, two tokens more": (
         2, True, "--pipeline-model-parallel-size 2 --mtp-num-layers 2 --agoq-activations off",

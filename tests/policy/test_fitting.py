@@ -10,7 +10,15 @@ import torch
 from agoq_kernels.formats import Format
 from agoq_kernels.ops import dequantize, quantize
 
-from agoq_megatron.modules.sites import ATTENTION_OUTPUT, FC1_OUTPUT, FC2_INPUT, KEY, QUERY, VALUE
+from agoq_megatron.modules.sites import (
+    ATTENTION_OUTPUT,
+    FC1_OUTPUT,
+    FC2_INPUT,
+    KEY,
+    LATENT_SITES,
+    QUERY,
+    VALUE,
+)
 from agoq_megatron.policy.fitting import FittedPolicy, axes_of, fitted, fitting_rule, policy_for
 from agoq_megatron.policy.policy import BUILT_IN, PRESETS, Rule, load_policy
 from agoq_megatron.policy.raised import RaisedPolicy
@@ -26,6 +34,12 @@ def model(**changes) -> SimpleNamespace:
         ffn_hidden_size=176, gated_linear_unit=True, tensor_model_parallel_size=1,
     )  # fmt: skip
     return SimpleNamespace(**common | changes)
+
+
+LATENTS = dict(
+    multi_latent_attention=True, q_lora_rank=80, kv_lora_rank=96, qk_head_dim=32, qk_pos_emb_head_dim=16,
+    v_head_dim=32,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -47,7 +61,11 @@ def test_of_several_smaller_groups_the_largest():
 
 def test_axes_are_those_of_a_rank():
     axes = axes_of(model(tensor_model_parallel_size=2))
-    assert {axes[site] for site in SITES if site.hidden} == {96}  # sequence parallelism cuts these elsewhere
+    hidden = {axes[site] for site in SITES if site.hidden and site not in LATENT_SITES}
+    assert hidden == {96}  # sequence parallelism cuts these elsewhere
+    assert {axes[site] for site in LATENT_SITES} == {0}  # there are none
+    axes_of_latents = axes_of(model(tensor_model_parallel_size=2, **LATENTS))
+    assert [axes_of_latents[s] for s in (*LATENT_SITES, QUERY, ATTENTION_OUTPUT)] == [96, 16, 80, 96, 64]
     expected = {QUERY: 48, KEY: 24, VALUE: 24, ATTENTION_OUTPUT: 48}
     assert expected.items() <= axes.items() and axes[FC1_OUTPUT] == 176 and axes[FC2_INPUT] == 88
     assert axes_of(model(gated_linear_unit=False))[FC1_OUTPUT] == 176 and set(axes) == set(SITES)
@@ -55,10 +73,11 @@ def test_axes_are_those_of_a_rank():
 
 @pytest.mark.parametrize("name", BUILT_IN)
 @pytest.mark.parametrize("tp", [1, 2, 4])
-def test_every_built_in_policy_packs_every_tensor_of_any_model(name, tp, rng):
-    settings = model(tensor_model_parallel_size=tp, num_query_groups=4)
+@pytest.mark.parametrize("latents", [{}, LATENTS], ids=["heads", "latents"])
+def test_every_built_in_policy_packs_every_tensor_of_any_model(name, tp, latents, rng):
+    settings = model(tensor_model_parallel_size=tp, num_query_groups=4, **latents)
     policy, axes = policy_for(settings, name), axes_of(settings)
-    for site in SITES:
+    for site in (site for site in SITES if axes[site]):
         rule, plain = policy.rule(site, 1), load_policy(name).rule(site, 1)
         assert rule.recompute == plain.recompute
         if rule.format is not None:

@@ -187,6 +187,43 @@ def test_activations_that_cannot_be(own_parser, flags):
     assert all(word in told for word in ACTIVATIONS[flags]), told
 
 
+LATENTS = {
+    "--group-query-attention": "every head has keys",
+    "--qk-l2-norm": "--qk-layernorm",
+    "--rotary-interleaved": "neighbours",
+    "--no-rope-freq 2": "does not read it",
+    "--use-rope-scaling": "--rope-type yarn",
+    "--rotary-seq-len-interpolation-factor 2": "--rope-type yarn",
+    "--add-qkv-bias": "no biases",
+    "--agoq-activations auto": "has not been measured",
+    "--kv-lora-rank 0": "positive",
+    "--q-lora-rank -1": "positive",
+    "--qk-pos-emb-head-dim 7": "even",
+    "--qk-head-dim 60": "124 features",
+    "--qk-head-dim 256": "up to 256",
+    "--v-head-dim 60": "multiples of 8",
+    "--v-head-dim 200": "wider than the 192",
+    "--rotary-scaling-factor 0": "above 0",
+}
+
+
+@pytest.mark.parametrize("flags", LATENTS)
+def test_what_latents_are_not_combined_with(own_parser, flags):
+    words = f"--multi-latent-attention --agoq-activation-memory 1GiB {flags}".split()
+    if "auto" not in flags:
+        words = [word for word in words if word not in ("--agoq-activation-memory", "1GiB")]
+    told = refusal(own_parser, words, without="" if "group" in flags else "--group-query-attention")
+    assert told.startswith(flags) or told.startswith(flags.split()[0]), told
+    assert LATENTS[flags] in told and "--" in told
+
+
+@pytest.mark.parametrize("flags", ["--q-lora-rank 64", "--recompute-modules mla_up_proj"])
+def test_latents_without_their_flag(own_parser, flags):
+    selective = ["--recompute-granularity", "selective"]
+    told = refusal(own_parser, [*flags.split(), *selective])
+    assert told.startswith(flags.split()[0]) and "--multi-latent-attention" in told
+
+
 def test_what_only_a_gpu_cannot(own_parser):
     """Heads of any multiple of 8 on a CPU, and in FP32; and sizes at the bounds."""
     from agoq_megatron.checks.shapes import check_numbers, check_shapes

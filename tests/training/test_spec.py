@@ -19,6 +19,8 @@ STEPS, MIDDLE = 4, 2
 SP = "--tensor-model-parallel-size 2 --sequence-parallel"
 PP = "--pipeline-model-parallel-size 2 --num-layers 4"
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+LATENTS = """--multi-latent-attention --qk-layernorm --kv-lora-rank 64 --qk-head-dim 32
+    --qk-pos-emb-head-dim 32 --v-head-dim 32 --q-lora-rank 64"""
 # what is run: (ranks, Megatron's flags, ours)
 RUNS = {
     "one rank": (1, "", "--agoq-activations agoq"),
@@ -33,8 +35,15 @@ RUNS = {
     "documents": (
         1, "--dataloader-inter-document-masking --micro-batch-size 2", "--agoq-rounding stochastic",
     ),
+    "latents": (1, LATENTS, "--agoq-rounding stochastic"),
     "PP2, widths by the solver": (2, PP, "--agoq-activations auto --agoq-activation-memory 640KiB"),
 }  # fmt: skip
+
+
+def tiny(flags) -> list[str]:
+    """The model's flags, but for those that ``flags`` exclude."""
+    without = {"--group-query-attention"} if "--multi-latent-attention" in flags else ()
+    return [word for word in TINY if word not in without]
 
 
 @pytest.fixture
@@ -44,7 +53,7 @@ def stock(launcher, tmp_path):
     def run(*flags, ours: str = "", ranks: int = 1):
         report = tmp_path / "stock.json"
         run = launcher.run(
-            *TINY, *SPEC, "--train-iters", STEPS, *flags, tiny=False, ranks=ranks, entry=STOCK,
+            *tiny(flags), *SPEC, "--train-iters", STEPS, *flags, tiny=False, ranks=ranks, entry=STOCK,
             env={"STOCK_REPORT": str(report), "AGOQ_FLAGS": ours},
         )  # fmt: skip
         history = json.loads(report.read_text()) if run.ok else {}
@@ -63,7 +72,7 @@ def test_trains_as_our_entry_point_does(launcher, stock, tmp_path, seed, case):
     run, history = stock(*flags, "--save", theirs, ours=ours, ranks=ranks)
     assert run.ok, run.log[-4000:]
     reference = launcher.run(
-        *TINY, "--train-iters", STEPS, *flags, *ours.split(), "--agoq-loss", "megatron",
+        *tiny(flags), "--train-iters", STEPS, *flags, *ours.split(), "--agoq-loss", "megatron",
         *("--save", here), tiny=False, ranks=ranks,
     )  # fmt: skip
     assert reference.ok, reference.log[-4000:]
