@@ -106,7 +106,10 @@ class TransformedTensor(SavedTensor):
             y = rotate_heads(y, self.head_dim)
         return *self.inner.pack(y), *means
 
-    def unpack(self, kept: tuple[Tensor, ...], dtype: torch.dtype, shift: Tensor | None = None) -> Tensor:
+    def unpack(
+        self, kept: tuple[Tensor, ...], dtype: torch.dtype, shift: Tensor | None = None,
+        segments: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """The tensor ``[s, b, heads * d]``, transformed back; nothing was taken off it."""
         wide = torch.promote_types(dtype, torch.float32)
         packed = kept[:-1] if self._removes_mean else kept

@@ -274,9 +274,9 @@ def test_layers_of_a_layout(layout, stages, monkeypatch):
     found = PipelineParallelLayerLayout(layout, stages)
     chunks = found.virtual_pipeline_model_parallel_size
     config = SimpleNamespace(
-        pipeline_model_parallel_layout=found,
-        virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
-    )
+        pipeline_model_parallel_layout=found, pipeline_model_parallel_size=stages, num_layers=7,
+        virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None, mtp_num_layers=None,
+    )  # fmt: skip
     of_all = [layers_of(config, stage) for stage in range(stages)]  # without process groups
     name = "get_virtual_pipeline_model_parallel_world_size"
     monkeypatch.setattr(parallel_state, name, lambda: config.virtual_pipeline_model_parallel_size)
