@@ -35,8 +35,8 @@ def test_against_the_formula(case, dtype, device, rng, monkeypatch):
     q = torch.randn(s, b, heads, d, generator=rng)
     k, v = torch.randn(2, s, b, groups, d, generator=rng)
     grad = torch.randn(s, b, heads, d, generator=rng)
-    sink = 3 * torch.randn(heads, generator=rng)
-    sink[1] = 60.0  # all that is left of a row is exp(-60)
+    # The second leaves exp(-60) of a row, the others a tenth to nine tenths.
+    sink = torch.tensor([0.0, 60.0, 1.5, 3.0]) + torch.rand(heads, generator=rng)
     q, k, v, grad, sink = (t.to(device, dtype) for t in (q, k, v, grad, sink))
     documents = None
     if ends is not None:
@@ -55,7 +55,7 @@ def test_against_the_formula(case, dtype, device, rng, monkeypatch):
     got = sink_gradient(grad, out, lse, sink, pattern).double().cpu()
     # A sum over the rows, of which half cancels half.
     torch.testing.assert_close(got, grads[3], rtol=0, atol=TOLERANCE[dtype] * 4 * math.sqrt(s * b))
-    assert got.abs().max() > 0.1
+    assert got.abs().max() > 0.01  # .17 was the least of 2,000 draws
 
 
 @pytest.mark.parametrize("device", DEVICES)
