@@ -24,11 +24,22 @@ _REFUSED: tuple[Check, ...] = (
         f"{_UNREAD}; use --rope-type yarn",
     ),
     ("add_qkv_bias", is_set, "--add-qkv-bias", "its projections have no biases"),
+    ("mtp_num_layers", is_set, "--mtp-num-layers", "not carried together yet"),
+    ("window_size", is_set, "--window-size", "not carried together yet"),
+    ("softmax_type", lambda kind: kind != "vanilla", "--softmax-type", "its softmax has no sinks yet"),
+    ("layernorm_zero_centered_gamma", is_set, "--apply-layernorm-1p", "its norms are not zero-centred yet"),
+    ("pipeline_model_parallel_layout", is_set, "--pipeline-model-parallel-layout", "not tried together yet"),
+    (
+        "position_embedding_type", lambda kind: kind == "yarn", "--position-embedding-type yarn",
+        "its YaRN is that of --rope-type yarn",
+    ),
     (
         "agoq_activations", lambda name: name == "auto", "--agoq-activations auto",
         "what rounding its latents does has not been measured; use agoq or a policy file",
     ),
 )  # fmt: skip
+_OF_YARN = ("--rotary-scaling-factor", "--mscale", "--mscale-all-dim")
+"""Those that --position-embedding-type yarn reads as well."""
 _SIZES = ("kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim", "q_lora_rank")
 
 
@@ -43,7 +54,7 @@ def check_latents(args: Namespace, on_cpu: bool) -> None:
     """
     if not args.multi_latent_attention:
         for flag in given(args):
-            if flag.group == "mla":
+            if flag.group == "mla" and flag.option not in _OF_YARN:
                 raise UsageError(f"{flag.option}: it belongs to {FLAG}; add that, or leave it out.")
         if "mla_up_proj" in (args.recompute_modules or ()) and args.recompute_granularity == "selective":
             raise UsageError(f"--recompute-modules mla_up_proj: it belongs to {FLAG}; leave it out.")

@@ -224,6 +224,8 @@ _UNREAD_BY_YARN = (
 
 def _check_yarn(args: Namespace) -> None:
     """Megatron takes all of this, and computes something else or fails in its first pass."""
+    if args.multi_latent_attention:
+        return  # checks/latents.py: it has a YaRN of its own
     if args.position_embedding_type != "yarn":
         for name, default in _OF_YARN.items():
             if (given := getattr(args, name, default)) != default:
