@@ -65,6 +65,12 @@ def check_same_model(args: Namespace, saved: dict | None) -> Iterator[str]:
             f"--softmax-type {has}: the checkpoint's model has {had}, and a learnable one has a sink a head "
             f"among its weights. Give {had}, or take the checkpoint's with --use-checkpoint-args."
         )
+    had, has = (getattr(its, "mtp_num_layers", None) or 0 for its in (before, args))
+    if before is not None and had > has:
+        yield (
+            f"AGoQ: WARNING: the checkpoint's model was made with --mtp-num-layers {had}, and this run has "
+            f"{has}: the other layers of further tokens are left behind, and not in what is saved."
+        )
     for name in OF_THE_MODEL_TOO:
         if hasattr(before, name) and hasattr(args, name) and getattr(before, name) != getattr(args, name):
             flag = "--" + name.replace("_", "-")

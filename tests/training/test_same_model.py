@@ -57,6 +57,14 @@ def test_what_else_makes_another_model_is_said():
         assert not list(check_same_model(Namespace(**PLAIN), known))
 
 
+def test_layers_of_further_tokens_left_behind_are_said():
+    saved = {"args": Namespace(**PLAIN, mtp_num_layers=2)}
+    for now in (None, 1):
+        (line,) = check_same_model(Namespace(**PLAIN, mtp_num_layers=now), saved)
+        assert f"--mtp-num-layers 2, and this run has {now or 0}:" in line
+    assert not list(check_same_model(Namespace(**PLAIN, mtp_num_layers=2), saved))
+
+
 def test_a_run_is_refused_before_its_model(launcher, tmp_path):
     first = ["--train-iters", 2, "--save", tmp_path, "--save-interval", 2, "--qk-layernorm"]
     assert launcher.run(*first).ok
