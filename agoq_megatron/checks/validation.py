@@ -166,6 +166,12 @@ def _check_prediction(args: Namespace) -> None:
             f"{flag} with --pipeline-model-parallel-size {args.pipeline_model_parallel_size}: megatron-core "
             "0.19 itself cannot save tied embeddings then; add --untie-embeddings-and-output-weights."
         )
+    for name in ("window_attn_skip_freq", "no_rope_freq"):
+        if getattr(args, name, None) is not None and args.mtp_num_layers > (args.num_layers or math.inf):
+            raise UsageError(
+                f"{flag} with --{name.replace('_', '-')}: Megatron looks its layers up among the "
+                f"--num-layers {args.num_layers}, which are fewer; leave one of them out."
+            )
     if args.agoq_loss_chunks > 1:
         raise UsageError(
             f"{flag} with --agoq-loss-chunks {args.agoq_loss_chunks}: Megatron's losses of further tokens "

@@ -119,6 +119,8 @@ NUMBERS = {
     "--rotary-base 1 --position-embedding-type yarn": ["above 1"],
     "--mtp-num-layers 0": ["leave it out"],
     "--mtp-loss-scaling-factor -1": ["0 or more"],
+    "--mtp-num-layers 99 --window-size 8,0 --window-attn-skip-freq 2": ["--window-attn-skip-freq", "fewer"],
+    "--mtp-num-layers 99 --no-rope-freq 2": ["--no-rope-freq", "fewer"],
     "--pipeline-model-parallel-layout Ett|m|L --pipeline-model-parallel-size 3 --mtp-num-layers 1": [
         "m is carried in the last part"
     ],
