@@ -277,7 +277,8 @@ OF_THE_MODEL_TOO = """
     kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim rope_type
     rotary_scaling_factor mscale mscale_all_dim yarn_original_max_position_embeddings
     yarn_beta_fast yarn_beta_slow yarn_correction_range_round_to_int
-    window_size window_attn_skip_freq softmax_type attention_output_gate experimental_attention_variant
+    window_size window_attn_skip_freq softmax_type
+    attention_output_gate experimental_attention_variant
     apply_residual_connection_post_layernorm
 """.split()
 """What --use-checkpoint-args leaves out in Megatron 0.19, though the weights mean nothing without it. (The

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from agoq_kernels.formats import Format
+from agoq_kernels.head_norm import HeadNorm
 
 from agoq_megatron.autograd.attention import Attention
 from agoq_megatron.autograd.attention_backends import LocalAttention
 from agoq_megatron.autograd.attention_linear import AttentionLinear, AttentionLinearSpec
-from agoq_megatron.autograd.heads import Rotated
+from agoq_megatron.autograd.heads import NORM_PARAMETERS, Normed, Rotated
 from agoq_megatron.autograd.linear import Linear, LinearSpec
 from agoq_megatron.autograd.packing import packing_of
 from agoq_megatron.autograd.run import Run
@@ -199,3 +201,33 @@ def test_documents_are_as_if_each_were_alone(rng, rules):
     wanted = [apart, *torch.autograd.grad(apart, leaves, grad)]
     for i, (a, b) in enumerate(zip(found, wanted, strict=True)):
         assert (a - b).norm() < (1e-5 if rules == "off" or i == 0 else 0.05) * b.norm(), i
+
+
+@pytest.mark.parametrize("kind", ["RMSNorm1p", "LayerNorm1p"])
+def test_with_normed_heads_and_a_factor_too(rng, kind):
+    """Documents in windows with sinks, zero-centred norms of heads and YaRN's factor, all at once: as alone.
+    Rounded, with the attention run again, gradients stay near."""
+    qkv, _, weight, sink, grad = tensors(rng, True)
+    half = torch.arange(S)[:, None, None, None] * torch.rand(DIM // 2, generator=rng) / 5
+    angles, bounds = torch.cat((half, half), -1), [0, 8, S, S + 3, 2 * S]
+    values = [
+        torch.randn(DIM, generator=rng) / 5 if "Layer" in kind or i % 2 == 0 else None for i in range(4)
+    ]
+    leaves = [t.requires_grad_() for t in (qkv, weight, sink, *values) if t is not None]
+    fixed = {"keeps": True, "sink": sink, "weight": weight, **dict(zip(NORM_PARAMETERS, values, strict=True))}
+    exact, rounded = (
+        replace(spec_of(4, sink, RULES[name]), heads=Normed(HeadNorm(kind, 1e-5)), rotary_factor=1.3)
+        for name in ("off", "again")
+    )
+    apart = torch.zeros_like(grad)
+    for first, end in itertools.pairwise(bounds):
+        row, its = first // S, slice(first % S, (end - 1) % S + 1)
+        own = {"qkv": qkv[its, row : row + 1], "angles": angles[: its.stop - its.start]}
+        apart[its, row : row + 1] = AttentionLinear.call(**own, spec=exact, **fixed)
+    wanted = [apart, *torch.autograd.grad(apart, leaves, grad)]
+    for spec, bound in ((exact, 1e-5), (rounded, 0.02)):
+        packing = packing_of(bounds, S, "cpu")
+        y = AttentionLinear.call(qkv=qkv, angles=angles, packing=packing, spec=spec, **fixed)
+        found = [y, *torch.autograd.grad(y, leaves, grad)]
+        errors = [((a - b).norm() / b.norm()).item() for a, b in zip(found, wanted, strict=True)]
+        assert max(errors) < bound and errors[0] < 1e-5, errors
