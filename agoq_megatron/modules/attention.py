@@ -146,8 +146,8 @@ class SelfAttention(MegatronSelfAttention):
         ``packed_seq_params`` (``thd``) it is causal within each document.
 
         Raises:
-            NotImplementedError: an inference context, packed sequences of another format or an attention
-                bias.
+            NotImplementedError: an inference context, packed sequences of another format or with multi-token
+                prediction, or an attention bias.
             ValueError: packed sequences that are not of these tokens.
         """
         for name, value in (
@@ -157,6 +157,10 @@ class SelfAttention(MegatronSelfAttention):
         ):
             if value is not None:
                 raise NotImplementedError(f"AGoQ's self-attention does not take {name}")
+        if packed_seq_params is not None and self.config.mtp_num_layers:
+            raise NotImplementedError(
+                "packed_seq_params with multi-token prediction (mtp_num_layers): not carried together yet"
+            )
         if isinstance(rotary_pos_emb, tuple):  # the same table for query and key
             rotary_pos_emb = rotary_pos_emb[0]
         qkv, _ = self.linear_qkv(hidden_states)

@@ -311,14 +311,12 @@ def _attention_moment(config, plan: Plan, number: int, tokens: int) -> float:
 
 
 def workspace_of_attention(config, numel: int) -> float:
-    """Bytes that cuDNN takes for the backward pass of a Q of ``numel`` numbers: its gradient in FP32, and
-    gradients of K and V for every head where heads share them."""
+    """Bytes that cuDNN and FlashAttention take for the backward pass of a Q of ``numel`` numbers: its
+    gradient in FP32, and gradients of K and V for every head where heads share them."""
     if config.params_dtype.itemsize == 4:
         return 0.0
     if config.multi_latent_attention:
         return numel * 4  # of cuDNN or of the flash kernels: both sum up the queries' gradient in FP32
-    if config.kv_channels > 128:
-        return 0.0
     shared = config.num_query_groups < config.num_attention_heads
     return numel * (4 + (2 * config.params_dtype.itemsize if shared else 0))
 

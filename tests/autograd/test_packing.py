@@ -255,3 +255,12 @@ def test_parameters_of_megatron():
         params(cu_seqlens_q=own, cu_seqlens_kv=own, cu_seqlens_q_padded=padded), S, 1, device, None
     )
     assert packing.documents.cu_seqlens.tolist() == [0, 6, 11] and packing.documents.longest == 6
+
+
+def test_further_tokens_are_refused():
+    """How Megatron shifts labels at the ends of documents has not been compared with anything here."""
+    from agoq_megatron.modules.attention import SelfAttention
+
+    layer = SimpleNamespace(config=SimpleNamespace(mtp_num_layers=1))
+    with pytest.raises(NotImplementedError, match="packed_seq_params with multi-token prediction"):
+        SelfAttention.forward(layer, torch.zeros(S, 1, 8), packed_seq_params=params())

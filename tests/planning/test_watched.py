@@ -11,6 +11,7 @@ from agoq_megatron.autograd import probing
 from agoq_megatron.autograd.run import Run
 from agoq_megatron.model.memory import Plan
 from agoq_megatron.planning import watched
+from agoq_megatron.planning.footprint import workspace_of_attention
 from agoq_megatron.planning.watched import Watched
 from agoq_megatron.policy.sites import SITES
 from tests.autograd.test_layer_gradients import our_layer, parameters
@@ -91,3 +92,11 @@ def test_what_is_held_of_recomputed_layers():
     assert mine.held([1]) == (16 + 24 + 16) * M and mine.measured(1, again=True) == [FC1, FC2]
     mine = watch(llama_8b(recompute_granularity="selective", recompute_modules=["core_attn"]))
     assert mine.held([1]) == 168 * M
+
+
+@pytest.mark.parametrize("head, dtype", [(128, torch.bfloat16), (256, torch.float16), (256, torch.float32)])
+def test_workspace_of_attention(head, dtype):
+    """Heads beyond cuDNN's 128 features run in FlashAttention, which sums the gradient of Q in FP32 too."""
+    model = dict(num_attention_heads=8, num_query_groups=2, kv_channels=head, params_dtype=dtype)
+    found = workspace_of_attention(config(**model), 1000)
+    assert found == (0 if dtype == torch.float32 else 1000 * (4 + 2 * 2))

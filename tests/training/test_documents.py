@@ -13,12 +13,12 @@ import torch
 from launch import covering
 from megatron.core.datasets.gpt_dataset import _get_ltor_masks_and_position_ids
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from stock_runs import stock_runs
 
 from agoq_megatron.entries import data
 
 pytestmark = pytest.mark.slow
 
-STOCK = Path(__file__).with_name("stock_entry.py")
 EOD = 126
 MODEL = """
     --num-layers 4 --hidden-size 128 --ffn-hidden-size 256 --num-attention-heads 4 --kv-channels 64
@@ -67,23 +67,8 @@ def corpus(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def stock(launcher, corpus, tmp_path_factory):
-    """Stock Megatron's run on one rank, by kind, each made once: ({iteration: (loss, gradient norm)}, its
-    checkpoint of iteration 2)."""
-    made = {}
-
-    def run(kind: str):
-        if kind not in made:
-            folder = tmp_path_factory.mktemp("stock")
-            env = {"STOCK_REPORT": str(folder / "report.json")}
-            words = *MODEL, *KINDS[kind].split(), "--data-path", corpus, "--save", folder
-            done = launcher.run(*words, tiny=False, entry=STOCK, env=env)
-            assert done.ok, done.log[-4000:]
-            (folder / "latest_checkpointed_iteration.txt").write_text("2")
-            report = json.loads((folder / "report.json").read_text())
-            made[kind] = {int(i): v for i, v in report.items()}, folder
-        return made[kind]
-
-    return run
+    words = "--data-path", corpus
+    return stock_runs(launcher, tmp_path_factory, lambda kind: (*MODEL, *KINDS[kind].split(), *words))
 
 
 def go_on(launcher, stock, corpus, case: str, *flags: object):
@@ -91,9 +76,9 @@ def go_on(launcher, stock, corpus, case: str, *flags: object):
     kind, _, layout = case.partition(", ")
     ranks, of_layout = LAYOUTS[layout]
     words = *MODEL, *KINDS[kind].split(), *of_layout.split(), "--data-path", corpus
-    run = launcher.run(*words, "--load", stock(kind)[1], *flags, ranks=ranks, tiny=False, timeout=200)
+    run = launcher.run(*words, "--load", stock(kind).folder, *flags, ranks=ranks, tiny=False, timeout=200)
     assert run.ok, run.log[-4000:]
-    return run, stock(kind)[0]
+    return run, stock(kind).history
 
 
 @pytest.mark.supports("attention mask by document", "packed sequences by document")
@@ -118,7 +103,7 @@ def test_packed_as_megatron_packs(launcher, stock, corpus, layout):
     """See ``packed_entry.py``: the layers get what other scripts give them."""
     ranks, of_layout = LAYOUTS[layout]
     words = *MODEL, *KINDS["by document"].split(), *of_layout.split(), "--data-path", corpus
-    reference, folder = stock("by document")
+    reference, folder, _ = stock("by document")
     run = launcher.run(
         *words, "--load", folder, "--agoq-activations", "off", "--exit-interval", "4", "--agoq-report",
         folder / "packed.json", ranks=ranks, tiny=False, entry=Path(__file__).with_name("packed_entry.py"),
@@ -137,10 +122,10 @@ def test_masks_matter(launcher, stock, corpus):
     without = KINDS[kind].replace("--dataloader-inter-document-masking", "")
     words = *MODEL, *without.split(), "--data-path", corpus
     run = launcher.run(
-        *words, "--load", stock(kind)[1], "--agoq-activations", "off", "--exit-interval", "3", tiny=False
+        *words, "--load", stock(kind).folder, "--agoq-activations", "off", "--exit-interval", "3", tiny=False
     )
     assert run.ok, run.log[-4000:]
-    assert abs(run.losses()[3] / stock(kind)[0][3][0] - 1) > 1e-4
+    assert abs(run.losses()[3] / stock(kind).history[3][0] - 1) > 1e-4
 
 
 @pytest.mark.supports("attention mask by document", "packed sequences by document", part="gradients")

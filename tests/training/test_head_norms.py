@@ -5,16 +5,13 @@ The norms' weights are the same on all tensor-parallel ranks, each of which sees
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 from checkpoints import tensors
 from launch import covering
+from stock_runs import stock_runs
 
 pytestmark = pytest.mark.slow
 
-STOCK = Path(__file__).with_name("stock_entry.py")
 MODEL = """
     --num-layers 4 --hidden-size 128 --ffn-hidden-size 256 --num-attention-heads 4 --kv-channels 64
     --group-query-attention --num-query-groups 2 --swiglu --disable-bias-linear --position-embedding-type rope
@@ -51,32 +48,13 @@ EIGHT_BITS = "--bf16 --agoq-grad-bits 8 --agoq-optimizer-bits 8"
 
 @pytest.fixture(scope="module")
 def stock(launcher, tmp_path_factory):
-    """Stock Megatron's run on one rank, by kind of norm, each made once: ({iteration: (loss, gradient norm)},
-    its checkpoints of iterations 2 and 4)."""
-    made = {}
-
-    def run(kind: str):
-        if kind not in made:
-            folder = tmp_path_factory.mktemp("stock")
-            env = {"STOCK_REPORT": str(folder / "report.json")}
-            done = launcher.run(
-                *MODEL, *KINDS[kind].split(), "--save", folder, tiny=False, entry=STOCK, env=env
-            )
-            assert done.ok, done.log[-4000:]
-            (folder / "latest_checkpointed_iteration.txt").write_text("2")
-            made[kind] = (
-                {int(i): v for i, v in json.loads((folder / "report.json").read_text()).items()},
-                folder,
-            )
-        return made[kind]
-
-    return run
+    return stock_runs(launcher, tmp_path_factory, lambda kind: (*MODEL, *KINDS[kind].split()))
 
 
 def go_on(launcher, stock, kind: str, layout: str, *flags: object):
     """From stock Megatron's second iteration."""
     ranks, of_layout = LAYOUTS[layout]
-    words = *MODEL, *KINDS[kind].split(), *of_layout.split(), "--load", stock(kind)[1], *flags
+    words = *MODEL, *KINDS[kind].split(), *of_layout.split(), "--load", stock(kind).folder, *flags
     run = launcher.run(*words, ranks=ranks, tiny=False, timeout=200)
     assert run.ok, run.log[-4000:]
     assert run.losses().keys() == {3, 4}
@@ -96,7 +74,7 @@ def test_goes_on_as_stock_does(launcher, stock, tmp_path, case):
     moment is a sum of gradients: if one lacked another rank's heads, it would show."""
     kind, _, layout = case.partition(", ")
     run = go_on(launcher, stock, kind, layout, "--agoq-activations", "off", "--save", tmp_path)
-    reference, folder = stock(kind)
+    reference, folder, _ = stock(kind)
     for iteration, loss in run.losses().items():
         assert loss == pytest.approx(reference[iteration][0], rel=1e-5)
         assert run.grad_norms()[iteration] == pytest.approx(reference[iteration][1], rel=1e-4)
@@ -121,7 +99,7 @@ def test_in_few_bits(launcher, stock, case):
     """Activations by the default policy, gradients and states in 8 bits: what is kept is what was planned."""
     kind, _, layout = case.partition(", ")
     run = go_on(launcher, stock, kind, layout, *EIGHT_BITS.split())
-    reference, _ = stock(kind)
+    reference = stock(kind).history
     for iteration, loss in run.losses().items():
         assert loss == pytest.approx(reference[iteration][0], rel=5e-3)
         assert run.grad_norms()[iteration] == pytest.approx(reference[iteration][1], rel=0.05)

@@ -3,19 +3,17 @@ losses of further tokens in the log; what its layers keep is what was planned.""
 
 from __future__ import annotations
 
-import json
 import re
-from pathlib import Path
 
 import pytest
 from checkpoints import tensors
 from launch import covering
+from stock_runs import stock_runs
 
 from tests.training.test_head_norms import EIGHT_BITS, FULL, MODEL, OVERLAP, PP2, SELECTIVE, TP2
 
 pytestmark = pytest.mark.slow
 
-STOCK = Path(__file__).with_name("stock_entry.py")
 TWO = "--mtp-num-layers 2 --mtp-loss-scaling-factor 0.5 --normalization RMSNorm".split()
 TP2_SP = f"{TP2} --sequence-parallel"
 LAYOUTS = {
@@ -52,29 +50,14 @@ def model_of(kind: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def stock(launcher, tmp_path_factory):
-    """Stock Megatron's run on one rank, by kind, each made once: ({iteration: (loss, gradient norm)}, its
-    losses of further tokens, its checkpoints of iterations 2 and 4)."""
-    made = {}
-
-    def run(kind: str):
-        if kind not in made:
-            folder = tmp_path_factory.mktemp("stock")
-            env = {"STOCK_REPORT": str(folder / "report.json")}
-            done = launcher.run(*model_of(kind), "--save", folder, tiny=False, entry=STOCK, env=env)
-            assert done.ok, done.log[-4000:]
-            (folder / "latest_checkpointed_iteration.txt").write_text("2")
-            losses = {int(i): v for i, v in json.loads((folder / "report.json").read_text()).items()}
-            made[kind] = losses, further_losses(done.log), folder
-        return made[kind]
-
-    return run
+    return stock_runs(launcher, tmp_path_factory, model_of)
 
 
 def go_on(launcher, stock, case: str, *flags: object):
     """From stock Megatron's second iteration."""
     kind, _, layout = case.partition(", ")
     ranks, of_layout = LAYOUTS[layout]
-    words = *model_of(kind), *of_layout.split(), "--load", stock(kind)[2], *flags
+    words = *model_of(kind), *of_layout.split(), "--load", stock(kind).folder, *flags
     run = launcher.run(*words, ranks=ranks, tiny=False, timeout=200)
     assert run.ok, run.log[-4000:]
     assert run.losses().keys() == {3, 4}
@@ -93,7 +76,8 @@ def assert_as_planned(run) -> None:
 def test_goes_on_as_stock_does(launcher, stock, tmp_path, case):
     """With everything kept exactly, in FP32: all losses, and after two steps all weights and moments."""
     run = go_on(launcher, stock, case, "--agoq-activations", "off", "--save", tmp_path)
-    reference, further, folder = stock(case.partition(", ")[0])
+    reference, folder, log = stock(case.partition(", ")[0])
+    further = further_losses(log)
     for iteration, loss in run.losses().items():
         assert loss == pytest.approx(reference[iteration][0], rel=1e-5)
         assert run.grad_norms()[iteration] == pytest.approx(reference[iteration][1], rel=1e-4)
@@ -115,7 +99,8 @@ def test_goes_on_as_stock_does(launcher, stock, tmp_path, case):
 def test_in_few_bits(launcher, stock, case):
     """Activations by the default policy, gradients and states in 8 bits."""
     run = go_on(launcher, stock, case, *EIGHT_BITS.split())
-    reference, further, _ = stock(case.partition(", ")[0])
+    reference, _, log = stock(case.partition(", ")[0])
+    further = further_losses(log)
     for iteration, loss in run.losses().items():
         assert loss == pytest.approx(reference[iteration][0], rel=5e-3)
         assert run.grad_norms()[iteration] == pytest.approx(reference[iteration][1], rel=0.05)

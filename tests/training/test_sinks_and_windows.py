@@ -3,13 +3,12 @@ it does; few bits stay near, and keep what was planned."""
 
 from __future__ import annotations
 
-import json
-
 import pytest
 from checkpoints import tensors
 from launch import covering
+from stock_runs import stock_runs
 
-from tests.training.test_head_norms import EIGHT_BITS, LAYOUTS, MODEL, STOCK
+from tests.training.test_head_norms import EIGHT_BITS, LAYOUTS, MODEL
 
 pytestmark = pytest.mark.slow
 
@@ -23,29 +22,13 @@ WITH_NORM = [*MODEL, "--normalization", "RMSNorm"]
 
 @pytest.fixture(scope="module")
 def stock(launcher, tmp_path_factory):
-    """Stock Megatron's run on one rank, by kind, each made once: ({iteration: (loss, gradient norm)}, its
-    checkpoints of iterations 2 and 4)."""
-    made = {}
-
-    def run(kind: str):
-        if kind not in made:
-            folder = tmp_path_factory.mktemp("stock")
-            env = {"STOCK_REPORT": str(folder / "report.json")}
-            words = *WITH_NORM, *KINDS[kind].split(), "--save", folder
-            done = launcher.run(*words, tiny=False, entry=STOCK, env=env)
-            assert done.ok, done.log[-4000:]
-            (folder / "latest_checkpointed_iteration.txt").write_text("2")
-            history = json.loads((folder / "report.json").read_text())
-            made[kind] = {int(i): v for i, v in history.items()}, folder
-        return made[kind]
-
-    return run
+    return stock_runs(launcher, tmp_path_factory, lambda kind: (*WITH_NORM, *KINDS[kind].split()))
 
 
 def go_on(launcher, stock, kind: str, layout: str, *flags: object):
     """From stock Megatron's second iteration."""
     ranks, of_layout = LAYOUTS[layout]
-    words = *WITH_NORM, *KINDS[kind].split(), *of_layout.split(), "--load", stock(kind)[1], *flags
+    words = *WITH_NORM, *KINDS[kind].split(), *of_layout.split(), "--load", stock(kind).folder, *flags
     run = launcher.run(*words, ranks=ranks, tiny=False, timeout=200)
     assert run.ok, run.log[-4000:]
     assert run.losses().keys() == {3, 4}
@@ -65,7 +48,7 @@ def test_goes_on_as_stock_does(launcher, stock, tmp_path, case):
     moment is a sum of gradients."""
     kind, _, layout = case.partition(", ")
     run = go_on(launcher, stock, kind, layout, "--agoq-activations", "off", "--save", tmp_path)
-    reference, folder = stock(kind)
+    reference, folder, _ = stock(kind)
     for iteration, loss in run.losses().items():
         assert loss == pytest.approx(reference[iteration][0], rel=1e-5)
         assert run.grad_norms()[iteration] == pytest.approx(reference[iteration][1], rel=1e-4)
@@ -87,7 +70,7 @@ def test_in_few_bits(launcher, stock, case):
     """Activations by the default policy, gradients and states in 8 bits: what is kept is what was planned."""
     kind, _, layout = case.partition(", ")
     run = go_on(launcher, stock, kind, layout, *EIGHT_BITS.split())
-    reference, _ = stock(kind)
+    reference = stock(kind).history
     for iteration, loss in run.losses().items():
         assert loss == pytest.approx(reference[iteration][0], rel=5e-3)
         assert run.grad_norms()[iteration] == pytest.approx(reference[iteration][1], rel=0.05)
