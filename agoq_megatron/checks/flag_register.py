@@ -152,7 +152,7 @@ CARRIED = {
         num_attention_heads num_query_groups group_query_attention kv_channels rotary_interleaved no_rope_freq
         recompute_granularity recompute_modules gradient_accumulation_fusion apply_query_key_layer_scaling
         attention_softmax_in_fp32 masked_softmax_fusion apply_rope_fusion window_size window_attn_skip_freq
-        softmax_type rotary_scaling_factor mscale mscale_all_dim num_layers""",
+        softmax_type rotary_scaling_factor mscale mscale_all_dim num_layers mtp_num_layers""",
     "modules/latent_attention.py": """
         multi_latent_attention q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim rope_type
         rotary_scaling_factor mscale mscale_all_dim hidden_size num_attention_heads normalization

@@ -178,7 +178,8 @@ def test_zeros_stay_zeros(rng, seed):
         grad[::3] = 0
         codes.add(grad)
     numbers, _ = held(codes)
-    assert not numbers[::3].any() and numbers[1::3].all()
+    # A sum of others may come to 0 by chance.
+    assert not numbers[::3].any() and numbers[1::3].count_nonzero() > 0.9 * numbers[1::3].numel()
 
 
 def test_a_residual_follows_a_growing_scale(rng, seed):
