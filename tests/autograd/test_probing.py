@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from statistics import median
 from types import SimpleNamespace
 
 import pytest
@@ -262,20 +263,22 @@ def test_gradient_buffers_get_nothing(rng, probed, kind):
 def test_statistics_of_other_scores_show(rng, probed):
     """What made noise of gradients in pretrained models: rounded queries and keys with large numbers, the
     exact log-sum-exp kept. The tensors themselves are off by less than a percent."""
-    case = Case("attention", rng, torch.float32)
-    x = case.x.view(11, 3, GROUPS, HEADS // GROUPS + 2, DIM)
-    x[..., :-1, :] *= 12
+    errors = ([], [])
     kept = dict.fromkeys(ATTENTION_SITES, INT8)
-    for site, part in ((QUERY, x[..., :-2, :]), (KEY, x[..., -2, :])):
-        held = dequantize(*quantize(part.contiguous(), kept[site].format), kept[site].format, x.dtype)
-        assert (held - part).norm() < 0.01 * part.norm()
-    errors = []
-    for rules in (kept, kept | {ATTENTION_OUTPUT: AGAIN}):
-        tally = probed({3: False})
-        case.gradients(case.ours, rules)
-        errors.append(errors_of(tally.squares[0].tolist())[ATTENTION])
+    for _ in range(7):  # single draws range over a factor of 100
+        case = Case("attention", rng, torch.float32)
+        x = case.x.view(11, 3, GROUPS, HEADS // GROUPS + 2, DIM)
+        x[..., :-1, :] *= 12
+        for site, part in ((QUERY, x[..., :-2, :]), (KEY, x[..., -2, :])):
+            held = dequantize(*quantize(part.contiguous(), kept[site].format), kept[site].format, x.dtype)
+            assert (held - part).norm() < 0.01 * part.norm()
+        for rules, found in zip((kept, kept | {ATTENTION_OUTPUT: AGAIN}), errors, strict=True):
+            tally = probed({3: False})
+            case.gradients(case.ours, rules)
+            found.append(errors_of(tally.squares[0].tolist())[ATTENTION])
     print(errors)
-    assert errors[0] > max(0.25, 1.3 * errors[1])
+    exact, again = map(median, errors)
+    assert exact > max(0.25, 1.3 * again)
 
 
 def test_the_input_of_a_recomputed_region(rng, probed):
