@@ -52,7 +52,8 @@ from agoq_megatron.seams.devices import compare_devices  # noqa: E402
 from agoq_megatron.seams.refusals import UsageError  # noqa: E402
 
 SETTLED = [
-    *"--hidden-dropout 0 --agoq-activations off --agoq-rounding policy --no-load-optim --no-load-rng".split(),
+    *"--attention-dropout 0 --hidden-dropout 0 --agoq-activations off --agoq-rounding policy".split(),
+    *"--no-load-optim --no-load-rng".split(),
     *"--no-gradient-accumulation-fusion --no-check-for-nan-in-loss-and-grad --rerun-mode disabled".split(),
     *("--wandb-project", ""),
 ]

@@ -12,12 +12,14 @@ import functools
 
 import torch
 import torch.nn.functional as F
+from agoq_kernels import dropout as dropped
 from agoq_kernels import patterns
+from agoq_kernels.dropout import Dropout
 from agoq_kernels.patterns import PLAIN, Documents, Pattern
 from torch import Tensor
 
 __all__ = [
-    "AT_A_TIME", "LARGEST_HEAD", "PLAIN", "Documents", "Pattern", "attention", "attention_backend",
+    "AT_A_TIME", "LARGEST_HEAD", "PLAIN", "Documents", "Dropout", "Pattern", "attention", "attention_backend",
     "attention_backward", "groups_at_a_time",
 ]  # fmt: skip
 _aten = torch.ops.aten
@@ -55,11 +57,12 @@ def attention_backend(
     raise NotImplementedError(f"no fused attention kernel takes head dimension {head_dim}")
 
 
-def _backend(q: Tensor, pattern: Pattern = PLAIN) -> str:
+def _backend(q: Tensor, pattern: Pattern = PLAIN, dropout: Dropout | None = None) -> str:
     deterministic = torch.are_deterministic_algorithms_enabled()
     backend = attention_backend(q.device.type, q.dtype, q.shape[-1], deterministic)
-    # torch hands cuDNN neither windows nor documents.
-    return "flash" if backend == "cudnn" and not pattern.causal_only else backend
+    # torch hands cuDNN neither windows nor documents, and dropout.py says why not dropout either.
+    plain = pattern.causal_only and dropout is None
+    return "flash" if backend == "cudnn" and not plain else backend
 
 
 def _readable(x: Tensor) -> Tensor:
@@ -96,7 +99,7 @@ def _sum_groups(grad: Tensor, groups: int) -> Tensor:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, pattern: Pattern = PLAIN
+    q: Tensor, k: Tensor, v: Tensor, scale: float, pattern: Pattern = PLAIN, dropout: Dropout | None = None
 ) -> tuple[Tensor, Tensor]:
     """Causal softmax attention.
 
@@ -105,11 +108,16 @@ def attention(
         k, v: ``[s, b, g, d]``, ``g`` dividing ``n``; ``v`` may have fewer features, as the output then has.
         scale: factor on the scores.
         pattern: which of the tokens before it a query sees.
+        dropout: of the probabilities, by a mask that is drawn from the device's default generator.
 
     Returns:
         output ``[s, b, n, d]`` and the FP32 log-sum-exp in the kernel's own layout.
     """
-    backend = _backend(q, pattern)
+    backend = _backend(q, pattern, dropout)
+    if dropout is not None:
+        q, k, v, width = *map(_readable, (q, k, v)), v.shape[-1]
+        out, lse = dropped.forward(backend, q, k, *_even(backend, q.shape[-1], v), scale, pattern, dropout)
+        return out[..., :width].contiguous(), lse
     if not pattern.causal_only:
         return patterns.forward(backend, *map(_readable, (q, k, v)), scale, pattern)
     heads = q.shape[2]
@@ -131,26 +139,36 @@ def attention(
     return _sequence_first(out[..., :values]), lse
 
 
-def groups_at_a_time(numel: int, groups: int) -> int:
-    """How many groups of heads to run backward at a time, of a Q of ``numel`` numbers.
+def groups_at_a_time(numel: int, groups: int, dropout: bool = False) -> int:
+    """How many groups of heads to run backward at a time, of a Q of ``numel`` numbers. With dropout all of
+    them: a mask depends on how many heads a pass has.
 
     cuDNN's workspace is 8 bytes a number of Q: its gradient in FP32, and those of K and V for every head.
     That is four hidden states, on long sequences more than an MLP in parts takes. Where there is much of it,
     fewer heads at a time take the same time.
     """
+    if dropout:
+        return groups
     return max(groups // max(-(-numel // AT_A_TIME), 1), 1)
 
 
 def attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float,
-    pattern: Pattern = PLAIN,
+    pattern: Pattern = PLAIN, dropout: Dropout | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of Q, K and V at the given (exact or dequantized) tensors.
 
     Shapes as in :func:`attention`; ``grad`` and ``out`` are ``[s, b, n, d]``, with as many features
-    as ``v``. All may be some heads of larger tensors, and ``lse`` some along its second axis.
+    as ``v``. All may be some heads of larger tensors, and ``lse`` some along its second axis; with
+    ``dropout``, that of the forward pass, they are all heads.
     """
-    backend = _backend(q, pattern)
+    backend = _backend(q, pattern, dropout)
+    if dropout is not None:
+        grad, q, k, v, out = map(_readable, (grad, q, k, v, out))
+        width = v.shape[-1]
+        v, out, grad = _even(backend, q.shape[-1], v, out, grad)
+        *grads, grad_v = dropped.backward(backend, grad, q, k, v, out, lse, scale, pattern, dropout)
+        return *grads, grad_v[..., :width].contiguous()
     if not pattern.causal_only:
         return patterns.backward(backend, *map(_readable, (grad, q, k, v, out)), lse, scale, pattern)
     (s, _, heads, _), (groups, values) = q.shape, v.shape[2:]

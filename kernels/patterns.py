@@ -96,9 +96,10 @@ def _lengths(documents: Documents | None, s: int) -> tuple:
 
 
 def forward(
-    backend: str, q: Tensor, k: Tensor, v: Tensor, scale: float, pattern: Pattern
+    backend: str, q: Tensor, k: Tensor, v: Tensor, scale: float, pattern: Pattern, dropout: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Shapes as in :func:`agoq_kernels.attention.attention`; ``backend``: 'cpu', 'flash' or 'efficient'."""
+    """Shapes as in :func:`agoq_kernels.attention.attention`; ``backend``: 'cpu', 'flash' or 'efficient', the
+    last two with ``dropout`` too, of a mask that they draw from the device's default generator."""
     (s, b, heads, _), documents = q.shape, pattern.documents
     if backend == "cpu":
         out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
@@ -110,12 +111,12 @@ def forward(
     if backend == "flash":
         window = -1 if pattern.window is None else pattern.window
         out, lse, *_ = _aten._flash_attention_forward(
-            *(_packed(x, documents) for x in (q, k, v)), *_lengths(documents, s), 0.0, True, False,
-            scale=scale, window_size_left=window, window_size_right=0,
+            *(_packed(x, documents) for x in (q, k, v)), *_lengths(documents, s), dropout, True,
+            False, scale=scale, window_size_left=window, window_size_right=0,
         )  # fmt: skip
         return _unpacked(out, shape), lse if documents is None else lse[None]
     out, lse, *_ = _aten._efficient_attention_forward(
-        *_efficient((q, k, v), heads, documents), None, *_lengths(documents, s), 0.0, _CAUSAL, True,
+        *_efficient((q, k, v), heads, documents), None, *_lengths(documents, s), dropout, _CAUSAL, True,
         scale=scale, window_size=_efficient_window(pattern),
     )  # fmt: skip
     return _unpacked(out, shape), lse
@@ -123,9 +124,10 @@ def forward(
 
 def backward(
     backend: str, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float,
-    pattern: Pattern,
+    pattern: Pattern, dropout: float = 0.0, random: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Shapes as in :func:`agoq_kernels.attention.attention_backward`."""
+    """Shapes as in :func:`agoq_kernels.attention.attention_backward`; ``random``: what the mask of a dropout
+    is drawn from, as the operator takes it (dropout.py)."""
     (s, b, heads, _), groups, documents = q.shape, k.shape[2], pattern.documents
     if backend == "cpu":
         grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -136,18 +138,18 @@ def backward(
     lse = lse.contiguous()  # of some heads it is not
     if backend == "flash":
         # Without dropout the random state is not read; it only has to exist.
-        unused = torch.zeros(2, dtype=torch.uint64, device=q.device)
+        random = random or (torch.zeros(2, dtype=torch.uint64, device=q.device),) * 2
         window = -1 if pattern.window is None else pattern.window
         grads = _aten._flash_attention_backward(
             *(_packed(x, documents) for x in (grad, q, k, v, out)), lse if documents is None else lse[0],
-            *_lengths(documents, s), 0.0, True, unused, unused,
+            *_lengths(documents, s), dropout, True, *random,
             scale=scale, window_size_left=window, window_size_right=0,
         )  # fmt: skip
         return tuple(_unpacked(g, q.shape) for g in grads)
-    unused = torch.zeros((), dtype=torch.int64)
+    random = random or (torch.zeros((), dtype=torch.int64),) * 2
     its_grad, *qkv, its_out = _efficient((grad, q, k, v, out), heads, documents)
     grad_q, grad_k, grad_v, _ = _aten._efficient_attention_backward(
-        its_grad, *qkv, None, its_out, *_lengths(documents, s), lse, 0.0, unused, unused, _CAUSAL, False,
+        its_grad, *qkv, None, its_out, *_lengths(documents, s), lse, dropout, *random, _CAUSAL, False,
         scale=scale, window_size=_efficient_window(pattern),
     )  # fmt: skip
     grad_k, grad_v = (g.unflatten(-2, (groups, heads // groups)).sum(-2) for g in (grad_k, grad_v))

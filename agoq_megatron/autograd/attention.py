@@ -17,7 +17,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
-from agoq_kernels.attention import Documents
+from agoq_kernels.attention import Documents, Dropout
+from agoq_kernels.dropout import again
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -81,6 +82,7 @@ class KeptAttention:
         packing: the documents that the sequences are packed of, or None; of the micro-batch, shared by all
             layers.
         sink: ``[n]``, a parameter or a constant; None for an attention without.
+        dropout: with the generator's state that forward's mask was drawn from; None for none.
         once: where several read it in a backward pass, what one has rebuilt waits here for the next.
     """
 
@@ -94,6 +96,7 @@ class KeptAttention:
     parameters: Parameters = ()
     packing: Packing | None = None
     sink: Tensor | None = None
+    dropout: Dropout | None = None
     once: dict | None = None
 
     def stored(self) -> tuple[Tensor | None, ...]:
@@ -114,7 +117,9 @@ class KeptAttention:
         layout = self.spec.layout(self.angles, self.packing)
         q, k, v = self.spec.heads.rebuild(kept, layout, self.parameters, dtype)
         if self.spec.again:
-            out, lse = self.spec.backend.forward(q, k, v, documents_of(self.packing), self.sink)
+            with again(self.dropout):
+                documents = documents_of(self.packing)
+                out, lse = self.spec.backend.forward(q, k, v, documents, self.sink, self.dropout)
         else:
             out, lse = self.output.rebuild(dtype).unflatten(-1, (-1, self.spec.head_dim)), self.lse
         return [q, k, v, out], lse
@@ -153,7 +158,8 @@ class KeptAttention:
         spec, backend = self.spec, self.spec.backend
         (s, b, heads, _), dtype = tensors[0].shape, tensors[0].dtype
         heads_a_group = heads // spec.groups
-        at_a_time = backend.groups_at_a_time(tensors[0].numel() + self._workspace(heads), spec.groups)
+        numel = tensors[0].numel() + self._workspace(heads)
+        at_a_time = backend.groups_at_a_time(numel, spec.groups, self.dropout)
         kept, grad_qkv, of_parameters = (self.query, self.key, self.value), None, []
         for start in range(0, spec.groups, at_a_time):
             groups = slice(start, start + at_a_time)
@@ -162,6 +168,7 @@ class KeptAttention:
                 *(t[:, :, groups if t.shape[2] == spec.groups else queries] for t in tensors),
                 lse[:, queries],
                 documents_of(self.packing),
+                self.dropout,
             )
             if start + at_a_time >= spec.groups:
                 tensors.clear()
@@ -184,7 +191,7 @@ def documents_of(packing: Packing | None) -> Documents | None:
 
 def attend(
     qkv: Tensor, angles: Tensor | None, spec: AttentionSpec, keeps: bool, parameters: Parameters = (),
-    packing: Packing | None = None, sink: Tensor | None = None,
+    packing: Packing | None = None, sink: Tensor | None = None, dropout: float | None = None,
 ) -> tuple[Tensor, KeptAttention | None]:  # fmt: skip
     """``attention(rotate(split(qkv)))``, and what is kept for its backward pass.
 
@@ -195,6 +202,7 @@ def attend(
         parameters: of the norms of queries and keys, if ``spec.heads`` has them.
         packing: the documents that the sequences are packed of; None for one each.
         sink: ``[n]``, a logit a head in the softmax's denominator; None for none.
+        dropout: of the softmax's elements, with this probability; None or 0 for none.
 
     Returns:
         Output ``[s, b, n d]``; None unless ``keeps``.
@@ -206,7 +214,8 @@ def attend(
     keys = tuple(saved.next_key() if keeps else 0 for saved in sites)
     common = heads.statistics(spec.backend, qkv, layout) if any(formats) else None
     parts, packed = heads.split(qkv, layout, parameters, formats, keys, common, spec.again)
-    out, lse = spec.backend.forward(*parts, documents_of(packing), sink)
+    dropped = Dropout.next(dropout, qkv.device) if dropout else None
+    out, lse = spec.backend.forward(*parts, documents_of(packing), sink, dropped)
     flat = out.view(s, b, -1)
     if not keeps:
         return flat, None
@@ -224,7 +233,7 @@ def attend(
     else:
         output = keep(spec.output, flat)
         spec.output.announce_beside("log_sum_exp", lse)
-    return flat, KeptAttention(*kept, output, lse, angles, spec, parameters, packing, sink)
+    return flat, KeptAttention(*kept, output, lse, angles, spec, parameters, packing, sink, dropped)
 
 
 class Attention(Function):
@@ -243,10 +252,11 @@ class Attention(Function):
         key_norm_bias: Tensor | None = None,
         packing: Packing | None = None,
         sink: Tensor | None = None,
+        dropout: float | None = None,
     ) -> tuple[Tensor, KeptAttention | None]:
         """``qkv`` ``[s, b, (n + 2g) d]`` -> the output ``[s, b, n d]``, and as it is kept for readers."""
         parameters = query_norm_weight, query_norm_bias, key_norm_weight, key_norm_bias
-        out, kept = attend(qkv, angles, spec, keeps, parameters, packing, sink)
+        out, kept = attend(qkv, angles, spec, keeps, parameters, packing, sink, dropout)
         if keeps:
             kept = replace(kept, once={})
             save(ctx, kept)

@@ -9,7 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from agoq_kernels.attention import Documents, Pattern, attention, attention_backward, groups_at_a_time
+from agoq_kernels.attention import (
+    Documents,
+    Dropout,
+    Pattern,
+    attention,
+    attention_backward,
+    groups_at_a_time,
+)
 from agoq_kernels.fused import common_vectors
 from agoq_kernels.sinks import sink_gradient, with_sink
 from torch import Tensor
@@ -29,24 +36,27 @@ class AttentionBackend(Protocol):
         the segments of sequences that are packed."""
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None, sink: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None, sink: Tensor | None = None,
+        dropout: Dropout | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """``[s, b, n, d]`` and ``[s, b, g, d]`` twice -> output ``[s, b, n, d]``, and statistics of the
         softmax in a layout whose second axis are the heads. ``documents``: those that sequences are packed
-        of; ``sink`` ``[n]``: one more logit in the denominator."""
+        of; ``sink`` ``[n]``: one more logit in the denominator; ``dropout``: of the softmax, whose mask is
+        drawn from the device's default generator."""
 
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistics: Tensor,
-        documents: Documents | None = None,
+        documents: Documents | None = None, dropout: Dropout | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """Gradients of Q, K and V, from that of the output; of all heads or of some groups."""
+        """Gradients of Q, K and V, from that of the output; of all heads, or of some groups, as many as
+        :meth:`groups_at_a_time` says; ``dropout`` as forward had it."""
 
     def sink_gradient(
         self, grad: Tensor, out: Tensor, statistics: Tensor, sink: Tensor, documents: Documents | None = None
     ) -> Tensor:
         """FP32 ``[n]``, of all heads."""
 
-    def groups_at_a_time(self, numel: int, groups: int) -> int:
+    def groups_at_a_time(self, numel: int, groups: int, dropout: Dropout | None = None) -> int:
         """How many groups to run backward at a time, of a Q of ``numel`` numbers."""
 
 
@@ -74,23 +84,24 @@ class LocalAttention:
         return common_vectors(qkv, groups, head_dim, tables, interleaved, bounds)
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None, sink: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None, sink: Tensor | None = None,
+        dropout: Dropout | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         pattern = self._pattern(len(q), documents)
-        out, lse = attention(q, k, v, self.scale, pattern)
+        out, lse = attention(q, k, v, self.scale, pattern, dropout)
         return (out, lse) if sink is None else with_sink(out, lse, sink, pattern)
 
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistics: Tensor,
-        documents: Documents | None = None,
+        documents: Documents | None = None, dropout: Dropout | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         pattern = self._pattern(len(q), documents)
-        return attention_backward(grad, q, k, v, out, statistics, self.scale, pattern)
+        return attention_backward(grad, q, k, v, out, statistics, self.scale, pattern, dropout)
 
     def sink_gradient(
         self, grad: Tensor, out: Tensor, statistics: Tensor, sink: Tensor, documents: Documents | None = None
     ) -> Tensor:
         return sink_gradient(grad, out, statistics, sink, self._pattern(len(out), documents))
 
-    def groups_at_a_time(self, numel: int, groups: int) -> int:
-        return groups_at_a_time(numel, groups)
+    def groups_at_a_time(self, numel: int, groups: int, dropout: Dropout | None = None) -> int:
+        return groups_at_a_time(numel, groups, dropout is not None)

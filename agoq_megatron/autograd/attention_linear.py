@@ -49,19 +49,18 @@ class AttentionLinear(Function):
         key_norm_bias: Tensor | None = None,
         packing: Packing | None = None,
         sink: Tensor | None = None,
+        dropout: float | None = None,
     ) -> Tensor:
-        """``qkv`` ``[s, b, (n + 2g) d]``, ``angles`` ``[s, 1, 1, rot]`` -> ``[s, b, h]``; ``packing``
-        and ``sink`` as ``attend`` takes them.
+        """``qkv`` ``[s, b, (n + 2g) d]``, ``angles`` ``[s, 1, 1, rot]`` -> ``[s, b, h]``; ``packing``,
+        ``sink`` and ``dropout`` as ``attend`` takes them.
 
         The result is this rank's partial sum; the caller reduces it over tensor-parallel ranks.
         """
         parameters = query_norm_weight, query_norm_bias, key_norm_weight, key_norm_bias
         if keeps:
-            run, needs = spec.query.run, ctx.needs_input_grad
-            ctx.probe = probing.capture(
-                run, AttentionLinear, spec, needs, qkv, angles, weight, after=(*parameters, packing, sink)
-            )
-        out, kept = attend(qkv, angles, spec, keeps, parameters, packing, sink)
+            run, needs, after = spec.query.run, ctx.needs_input_grad, (*parameters, packing, sink, dropout)
+            ctx.probe = probing.capture(run, AttentionLinear, spec, needs, qkv, angles, weight, after=after)
+        out, kept = attend(qkv, angles, spec, keeps, parameters, packing, sink, dropout)
         if keeps:
             save(ctx, kept, others=(weight,))
             ctx.products, ctx.dtype = spec.products, qkv.dtype

@@ -14,6 +14,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from agoq_kernels.attention import Dropout
+from agoq_kernels.dropout import again
 from agoq_kernels.latent import latent_tables, shared_vector, turned_queries
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -97,9 +99,11 @@ class LatentAttentionLinear(Function):
         query_norm_bias: Tensor | None,
         spec: LatentAttentionSpec,
         keeps: bool,
+        dropout: float | None = None,
     ) -> Tensor:
         """``latents`` ``[s, b, l]`` (``[s / t, b, l]`` with sequence parallelism), ``query``
-        ``[s, b, n (nope + rope)]`` (None with q-LoRA), ``angles`` ``[s, 1, 1, rope]`` -> ``[s, b, h]``.
+        ``[s, b, n (nope + rope)]`` (None with q-LoRA), ``angles`` ``[s, 1, 1, rope]`` -> ``[s, b, h]``;
+        ``dropout`` as ``attention.attend`` takes it.
 
         The result is this rank's partial sum; the caller reduces it over tensor-parallel ranks.
         """
@@ -110,7 +114,7 @@ class LatentAttentionLinear(Function):
         if keeps:
             inputs = latents, query, angles, weight, *parameters
             ctx.probe = probing.capture(
-                spec.kv.run, LatentAttentionLinear, spec, ctx.needs_input_grad, *inputs
+                spec.kv.run, LatentAttentionLinear, spec, ctx.needs_input_grad, *inputs, after=(dropout,)
             )
         sizes, tables = spec.sizes, latent_tables(angles, spec.mscale)
         whole = latents
@@ -122,7 +126,8 @@ class LatentAttentionLinear(Function):
             query = turned_queries(query, sizes.heads, sizes.nope, tables)
         up = UpProjections.of(parameters)
         made = expand(parts, query, up, sizes, spec.norm, spec.products, tables)
-        out, lse = spec.backend.forward(made.query, made.key, made.value)
+        dropped = Dropout.next(dropout, latents.device) if dropout else None
+        out, lse = spec.backend.forward(made.query, made.key, made.value, dropout=dropped)
         out = out.flatten(2)
         del made  # not to live while packing and projection take memory
         if keeps:
@@ -138,7 +143,7 @@ class LatentAttentionLinear(Function):
                 spec.output.announce_beside("log_sum_exp", lse)
             save(ctx, *kept, others=(lse, weight, *parameters))
             # The angles are one constant table of the model, shared by all layers and steps.
-            ctx.spec, ctx.dtype, ctx.angles = spec, latents.dtype, angles
+            ctx.spec, ctx.dtype, ctx.angles, ctx.dropout = spec, latents.dtype, angles, dropped
         return spec.products.output(out, weight)
 
     @staticmethod
@@ -165,7 +170,8 @@ class LatentAttentionLinear(Function):
         made = expand(parts, query, up, sizes, spec.norm, products, tables)
         del query
         if spec.again:
-            out, lse = spec.backend.forward(made.query, made.key, made.value)
+            with again(ctx.dropout):
+                out, lse = spec.backend.forward(made.query, made.key, made.value, dropout=ctx.dropout)
         else:
             out = output.rebuild(ctx.dtype).unflatten(-1, (sizes.heads, -1))
         grads = {}
@@ -175,7 +181,7 @@ class LatentAttentionLinear(Function):
         tensors = [grad_out, made.query, made.key, made.value, out]
         del grad_out, out
         made.query = made.key = made.value = None
-        of_heads = _of_heads(spec, tables, tensors, lse)
+        of_heads = _of_heads(spec, tables, tensors, lse, ctx.dropout)
         if _needed(ctx, "kv_weight"):
             grads["kv_weight"] = products.weight_gradient(up.kv, of_heads.up.flatten(2), made.kv)
         found = [products.input_gradient(of_heads.up.flatten(2), up.kv), of_heads.rotary()]
@@ -206,7 +212,9 @@ def _needed(ctx, name: str) -> bool:
     return ctx.needs_input_grad[("latents", "query", "angles", "weight", *UP_PARAMETERS).index(name)]
 
 
-def _of_heads(spec: LatentAttentionSpec, tables, tensors: list[Tensor], lse: Tensor) -> Gathered:
+def _of_heads(
+    spec: LatentAttentionSpec, tables, tensors: list[Tensor], lse: Tensor, dropout: Dropout | None
+) -> Gathered:
     """Gradients of the up-projections' outputs, some heads at a time: see ``attention.groups_at_a_time``.
 
     Args:
@@ -214,11 +222,12 @@ def _of_heads(spec: LatentAttentionSpec, tables, tensors: list[Tensor], lse: Ten
             not needed.
     """
     heads = spec.sizes.heads
-    at_a_time = spec.backend.groups_at_a_time(tensors[1].numel(), heads)
+    at_a_time = spec.backend.groups_at_a_time(tensors[1].numel(), heads, dropout)
     found = Gathered(spec.sizes, tables)
     for start in range(0, heads, at_a_time):
         some = slice(start, start + at_a_time)
-        grads = spec.backend.backward(*(t[:, :, some] for t in tensors), lse[:, some])
+        some_of_each = (t[:, :, some] for t in tensors)
+        grads = spec.backend.backward(*some_of_each, lse[:, some], dropout=dropout)
         if start + at_a_time >= heads:
             tensors.clear()
         found.take(some, grads)

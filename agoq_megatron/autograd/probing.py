@@ -7,7 +7,8 @@ again: once with every tensor kept as it is, once with the tensors rounded that 
 second's input and weight gradients are off is added up here; in detail also with each tensor rounded alone.
 
 The call itself stays what it is bit for bit: the others see copies, add to no gradient buffer and draw no key
-of stochastic rounding. Where the run has no tally nothing is compared, and a call pays one ``is None``.
+of stochastic rounding. Where an attention has dropout all of them have the same mask: they draw from where
+the call began. Where the run has no tally nothing is compared, and a call pays one ``is None``.
 
 Of a micro-batch only the first sequence is taken, of it the first :data:`TOKENS` tokens. That bounds time and
 memory: a layer holds its functions' inputs from forward to backward (10.5 hidden states of those tokens
@@ -21,6 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 
 import torch
+from agoq_kernels.dropout import GeneratorState
 from torch import Tensor
 
 from agoq_megatron.autograd.function import arguments_of
@@ -115,7 +117,8 @@ class GradientTally:
         sums = dict(zip(self._columns, self.squares[row], strict=True))
         return Probe(
             function, spec, needs, mine, exact, rounded, entry and entry[0], name, parts, rows, sums,
-            self._detailed[number], self._key + number, tuple(_cut(x, TOKENS) for x in after),
+            self._detailed[number], self._key + number, GeneratorState.now(mine[0].device),
+            tuple(_cut(x, TOKENS) for x in after),
         )  # fmt: skip
 
 
@@ -134,6 +137,7 @@ class Probe:
         sums: ``[2, 2]`` by column, added to.
         detail: each tensor by itself, too.
         key: of stochastic rounding.
+        generator: where the call's mask of dropout begins.
     """
 
     function: type
@@ -149,6 +153,7 @@ class Probe:
     sums: dict[str, Tensor]
     detail: bool
     key: int
+    generator: GeneratorState
     after: tuple = ()
 
     @torch.no_grad()
@@ -181,7 +186,8 @@ class Probe:
         first = self.inputs[0] if self.entry in sites else self.exact
         call = _Call(self.needs)
         spec = replace(self.spec, **changed)
-        out = self.function.forward(call, first.clone(), *self.inputs[1:], spec, True, *self.after)
+        with self.generator.again():
+            out = self.function.forward(call, first.clone(), *self.inputs[1:], spec, True, *self.after)
         others = (None,) * (len(out) - len(grads)) if isinstance(out, tuple) else ()
         del out
         copies = (None if grad is None else grad.clone() for grad in grads)

@@ -78,11 +78,6 @@ REFUSED: tuple[Check, ...] = (
     _no("--experimental-attention-variant", "only causal softmax attention is carried"),
     _no("--linear-attention-freq", "only causal softmax attention is carried"),
     _no("--attention-output-gate", "gated attention is not carried yet"),
-    _no(
-        "--attention-dropout",
-        "the saved attention has no dropout mask; pass --attention-dropout 0 (Megatron's default is 0.1)",
-        refused=lambda p: p > 0,
-    ),
     _no("--fp32-residual-connection", "the residual stream is kept in the compute dtype"),
     _no(
         "--apply-residual-connection-post-layernorm",
@@ -158,6 +153,7 @@ CARRIED = {
         rotary_scaling_factor mscale mscale_all_dim hidden_size num_attention_heads normalization
         layernorm_epsilon qk_layernorm sequence_parallel recompute_granularity recompute_modules
         gradient_accumulation_fusion rotary_base rotary_percent""",
+    "modules/dropout.py": "attention_dropout sequence_parallel",
     "modules/latent_weights.py": """
         sequence_parallel use_cpu_initialization gradient_accumulation_fusion init_method_std""",
     "modules/mlp.py": """

@@ -36,6 +36,7 @@ _NUMBERS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     ("yarn_beta_slow", lambda x: x > 0, _POSITIVE),
     ("mscale", lambda x: x >= 0, "give 0 or more"),
     ("mscale_all_dim", lambda x: x >= 0, "give 0 or more"),
+    ("attention_dropout", lambda x: 0 <= x < 1, "give a probability of 0 or more, below 1"),
     ("hidden_dropout", lambda x: 0 <= x < 1, "give a probability of 0 or more, below 1"),
     ("init_method_std", lambda x: x >= 0, "give a standard deviation of 0 or more"),
     ("embedding_init_method_std", lambda x: x >= 0, "give a standard deviation of 0 or more"),

@@ -14,6 +14,7 @@ from pathlib import Path
 import agoq_megatron.modules.sites  # noqa: F401  (contributes what policies name)
 from agoq_megatron.checks.activations import check_activation
 from agoq_megatron.checks.budgets import check_budget
+from agoq_megatron.checks.dropout import check_dropout
 from agoq_megatron.checks.flag_register import check_register
 from agoq_megatron.checks.latents import check_latents
 from agoq_megatron.checks.saving import check_counts, check_empty, check_saving
@@ -52,6 +53,7 @@ def check(args: Namespace, on_cpu: bool = False) -> None:
     check_latents(args, on_cpu)
     check_shapes(args, on_cpu)
     check_numbers(args)
+    check_dropout(args, on_cpu)
     check_activation(args)
     if policy is not None and args.num_layers:
         policy.check_patterns(args.num_layers + (args.mtp_num_layers or 0))

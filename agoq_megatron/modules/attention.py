@@ -20,6 +20,7 @@ from agoq_megatron.autograd.attention_linear import AttentionLinear, AttentionLi
 from agoq_megatron.autograd.heads import NORM_PARAMETERS, Normed, Rotated
 from agoq_megatron.autograd.products import Products
 from agoq_megatron.autograd.saving import saved_tensor
+from agoq_megatron.modules.dropout import attention_dropout
 from agoq_megatron.modules.norm import head_norm
 from agoq_megatron.modules.packing import packing_from
 from agoq_megatron.modules.residual import ResidualStream
@@ -176,13 +177,16 @@ class SelfAttention(MegatronSelfAttention):
         if self.q_layernorm is not None:
             of_both = *self.q_layernorm(), *self.k_layernorm()
             parameters = dict(zip(NORM_PARAMETERS, of_both, strict=True))
-        return self.linear_proj(
-            AttentionLinear,
-            qkv=qkv,
-            angles=rotary_pos_emb,
-            spec=self.core_attention.spec,
-            keeps=torch.is_grad_enabled(),
-            packing=packing,
-            sink=self.core_attention(),
-            **parameters,
-        )
+        dropout, generator = attention_dropout(self.config, self.training)
+        with generator:
+            return self.linear_proj(
+                AttentionLinear,
+                qkv=qkv,
+                angles=rotary_pos_emb,
+                spec=self.core_attention.spec,
+                keeps=torch.is_grad_enabled(),
+                packing=packing,
+                sink=self.core_attention(),
+                dropout=dropout,
+                **parameters,
+            )

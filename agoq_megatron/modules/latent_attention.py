@@ -13,6 +13,7 @@ from agoq_megatron.autograd.latents import UP_PARAMETERS, LatentNorm, LatentSize
 from agoq_megatron.autograd.norm_latents import NormLatents, NormLatentsSpec
 from agoq_megatron.autograd.products import Products
 from agoq_megatron.autograd.saving import saved_tensor
+from agoq_megatron.modules.dropout import attention_dropout
 from agoq_megatron.modules.latent_weights import DownProjectionWeights, UpProjectionWeights
 from agoq_megatron.modules.residual import ResidualStream
 from agoq_megatron.modules.sites import (
@@ -157,10 +158,13 @@ class LatentAttention(MultiLatentAttention):
         ranks = self.pg_collection.tp.size() if self.config.sequence_parallel else 1
         angles, _ = self._angles(latents.shape[0] * ranks)
         up = *self.linear_kv_up_proj(), *(self.linear_q_up_proj() if lora else (None,) * 3)
-        return self.linear_proj(
-            LatentAttentionLinear, latents=latents, query=query, angles=angles, spec=self.core_attention.spec,
-            keeps=keeps, **dict(zip(UP_PARAMETERS, up, strict=True)),
-        )  # fmt: skip
+        dropout, generator = attention_dropout(self.config, self.training)
+        with generator:
+            return self.linear_proj(
+                LatentAttentionLinear, latents=latents, query=query, angles=angles,
+                spec=self.core_attention.spec, keeps=keeps, dropout=dropout,
+                **dict(zip(UP_PARAMETERS, up, strict=True)),
+            )  # fmt: skip
 
     def get_query_key_value_tensors(self, *_, **__):
         raise NotImplementedError("queries, keys and values exist within one function only")

@@ -302,7 +302,8 @@ def _attention_moment(config, plan: Plan, number: int, tokens: int) -> float:
         held[:2] = False, False  # they are kept before their norms
     here = config.params_dtype.itemsize * tokens
     groups = config.num_query_groups // config.tensor_model_parallel_size
-    some = groups_at_a_time(int(q * tokens), groups) / groups  # of the heads
+    dropout = config.attention_dropout > 0
+    some = groups_at_a_time(int(q * tokens), groups, dropout) / groups  # of the heads
     inputs = o + sum(n for n, kept in zip((q, k, v, o), held, strict=True) if not kept)
     outputs = q + k + v if some == 1 else (1 + some) * (q + k + v)
     if getattr(config, "agoq_documents", False) and tokens > config.agoq_sequence:

@@ -42,7 +42,8 @@ def features(config) -> Features:
 def at_a_time(config, tokens: int) -> float:
     """Part of the heads whose attention runs backward together."""
     heads = config.num_attention_heads // config.tensor_model_parallel_size
-    return groups_at_a_time(int(QUERY.axis(config) * tokens), heads) / heads
+    numel, dropout = int(QUERY.axis(config) * tokens), config.attention_dropout > 0
+    return groups_at_a_time(numel, heads, dropout) / heads
 
 
 def latent_moment(config, tokens: int) -> float:

@@ -200,7 +200,7 @@ _NOT_CARRIED = (
     "--num-experts 4", "--multi-latent-attention", "--context-parallel-size 2", "--cuda-graph-impl local",
     "--fp8-format hybrid", "--fp8-format e4m3", "--fp4-format e2m1", "--qk-clip",
     "--mtp-num-layers 1", "--hybrid-layer-pattern M*M*", "--window-size 16,0", "--softmax-type learnable",
-    "--attention-output-gate", "--attention-dropout 0.1",
+    "--attention-output-gate",
     "--fp32-residual-connection",
     "--apply-residual-connection-post-layernorm", "--use-megatron-fsdp",
     "--use-torch-fsdp2", "--cpu-offloading-num-layers 1", "--fine-grained-activation-offloading",

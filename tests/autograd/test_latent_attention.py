@@ -95,8 +95,9 @@ def turned(x, angles):
     return MSCALE * (x * angles.cos() + torch.cat((-second, first), -1) * angles.sin())
 
 
-def oracle(spec, kv, rotary, query, a):
-    """The output from latents of keys and values, rotary key, and latents of queries, or queries."""
+def oracle(spec, kv, rotary, query, a, mask=1):
+    """The output from latents of keys and values, rotary key, and latents of queries, or queries; ``mask``
+    ``[b, n, s, s]``: a dropout's."""
 
     def norm(x, name):
         weight, bias = a[f"{name}_norm_weight"], a[f"{name}_norm_bias"]
@@ -113,7 +114,7 @@ def oracle(spec, kv, rotary, query, a):
     k, v = torch.cat((up[..., :NOPE], shared), -1), up[..., NOPE:]
     q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
     scores = (0.11 * q @ k.transpose(-1, -2)).masked_fill(torch.ones(S, S).triu(1).bool(), -math.inf)
-    return (scores.softmax(-1) @ v).permute(2, 0, 1, 3).flatten(2) @ a["weight"].t()
+    return (scores.softmax(-1) * mask @ v).permute(2, 0, 1, 3).flatten(2) @ a["weight"].t()
 
 
 def untwisted(kept, angles):

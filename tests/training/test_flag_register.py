@@ -124,6 +124,9 @@ NUMBERS = {
     "--pipeline-model-parallel-layout Ett|m|L --pipeline-model-parallel-size 3 --mtp-num-layers 1": [
         "m is carried in the last part"
     ],
+    "--attention-dropout 1": ["below 1"],
+    "--attention-dropout -.1": ["probability"],
+    "--attention-dropout nan": ["probability"],
     "--hidden-dropout 1": ["below 1"],
     "--hidden-dropout -.1": ["probability"],
     "--init-method-std -1": ["standard deviation"],
@@ -166,6 +169,29 @@ def test_numbers_out_of_range(own_parser, flags):
     two = "size 2" in flags
     told = refusal(own_parser, flags.split(), ranks=2 if two else 1)
     assert told.startswith(flags.split()[0]) and all(word in told for word in NUMBERS[flags]), told
+
+
+@pytest.mark.parametrize("what", ["--window-size 8,0", "--reset-attention-mask"])
+def test_dropout_in_fp32_on_a_gpu(own_parser, what):
+    words = ["--attention-dropout", ".1", *what.split()]
+    told = refusal(own_parser, words, without=("--bf16",))
+    assert told.startswith("--attention-dropout 0.1 with ") and "--bf16" in told
+    assert what.split()[0] in told or "documents" in told
+
+
+def test_dropout_of_large_heads_on_small_gpus(own_parser, monkeypatch):
+    from agoq_megatron.checks.dropout import check_dropout
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    for capability, features, refused in (((8, 9), 200, True), ((8, 9), 192, False), ((9, 0), 256, False)):
+        monkeypatch.setattr("torch.cuda.get_device_capability", lambda its=capability: its)
+        args = own_parser.parse_args([*TINY, "--attention-dropout", ".1", "--kv-channels", str(features)])
+        if refused:
+            with pytest.raises(UsageError, match=r"--attention-dropout 0\.1 with heads of 200.*8\.9"):
+                check_dropout(args, False)
+        check_dropout(args, on_cpu=True)
+        if not refused:
+            check_dropout(args, False)
 
 
 ACTIVATIONS = {

@@ -15,7 +15,7 @@ ITERATIONS, MIDDLE, INTERVAL = 7, 4, 3
 DISTRIBUTED = ["--use-distributed-optimizer"]
 OVERLAP = [*DISTRIBUTED, "--overlap-grad-reduce", "--overlap-param-gather"]
 STOCHASTIC = ["--agoq-rounding", "stochastic"]
-DROPOUT = ["--hidden-dropout", "0.1"]
+DROPOUT = ["--hidden-dropout", "0.1", "--attention-dropout", "0.2"]
 VALIDATION = ["--eval-iters", "1", "--eval-interval", "2"]
 
 CASES = {
@@ -41,7 +41,7 @@ def assert_continues(resumed, whole, first: int):
 
 
 @pytest.mark.supports(
-    "resumed bit for bit after SIGKILL", "BF16", "hidden dropout", "data parallelism",
+    "resumed bit for bit after SIGKILL", "BF16", "hidden dropout", "attention dropout", "data parallelism",
     "distributed optimizer",
 )  # fmt: skip
 @pytest.mark.parametrize("case", covering(CASES, set(CASES) - {"1 rank, distributed optimizer"}))

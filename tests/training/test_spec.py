@@ -117,7 +117,7 @@ REFUSED = {
     "an open quote": ("", "--agoq-activations 'off", ["AGOQ_FLAGS", "quotation"]),
     "an unknown policy": ("", "--agoq-activations agoq9", ["--agoq-activations agoq9", "uniform4"]),
     "a negative seed": ("", "--agoq-seed -3", ["--agoq-seed"]),
-    "attention dropout": ("--attention-dropout 0.1", "", ["--attention-dropout 0"]),
+    "attention dropout": ("--attention-dropout 1", "", ["--attention-dropout 1", "below 1"]),
     "documents as a mask": (
         "--reset-attention-mask", "", ["--reset-attention-mask", "--dataloader-inter-document-masking"],
     ),
