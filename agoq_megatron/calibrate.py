@@ -232,6 +232,8 @@ def own_flags() -> argparse.Namespace:
         raise UsageError(f"--calibrate-output {output}: that is a folder; name a file in it.")
     if not output.absolute().parent.is_dir():
         raise UsageError(f"--calibrate-output {output}: its folder does not exist; create it.")
+    if any(word.partition("=")[0] == "--num-experts" for word in rest):
+        raise UsageError("--num-experts: mixtures of experts are not calibrated yet.")
     if mine.calibrate_batches < 1:
         raise UsageError(f"--calibrate-batches {mine.calibrate_batches}: give a positive number.")
     if "--agoq-dry-run" in rest:

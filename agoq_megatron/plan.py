@@ -22,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from agoq_megatron.seams.refusals import UsageError
 from agoq_megatron.seams.sizes import parse_size
 
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -199,6 +200,8 @@ def main(argv: list[str] | None = None) -> int:
         except training.REFUSALS as problem:
             print(f"{name}: not compared. {training.paragraph(problem)}", file=sys.stderr)
     try:
+        if args.num_experts:
+            raise UsageError("Mixtures of experts are not calibrated yet.")
         compared = compare(args, Knapsack(args, sensitivities))
     except training.REFUSALS as problem:
         compared = []

@@ -24,17 +24,12 @@ import argparse
 import dataclasses
 import functools
 from argparse import Namespace
-from collections.abc import Callable
 from fnmatch import fnmatch
 from typing import NamedTuple
 
-from agoq_megatron.seams.refusals import Check, UsageError, is_set
-
-
-def _no(flag: str, why: str, attribute: str | None = None, refused: Callable = is_set) -> Check:
-    """``attribute`` of Megatron's arguments, where it is not spelt as the flag."""
-    return attribute or flag.removeprefix("--").replace("-", "_"), refused, flag, why
-
+from agoq_megatron.checks.expert_flags import CARRIED_OF_EXPERTS, REFUSED_OF_EXPERTS
+from agoq_megatron.seams.refusals import Check, UsageError
+from agoq_megatron.seams.refusals import no as _no
 
 _NO_TE = "it needs Transformer Engine's layers, which are replaced here"
 _UNREAD = "Megatron parses it, and nothing reads it"
@@ -42,9 +37,9 @@ _BROKEN = "megatron-core 0.19 itself fails with it"
 _RECORDED = "the layers here hand no tensors from module to module that could be recorded"
 
 REFUSED: tuple[Check, ...] = (
-    _no("--num-experts", "mixture-of-experts layers are not carried yet"),
     _no("--cache-mla-latents", "it is for inference; this is a training entry point"),
     _no("--mla-down-proj-fusion", "the projections to latents are separate here; leave it out"),
+    *REFUSED_OF_EXPERTS,
     _no(
         "--context-parallel-size",
         "context parallelism is not carried yet; shorten the sequence a rank holds by tensor and "
@@ -173,6 +168,7 @@ CARRIED = {
     "modules/layer.py": """
         num_layers hidden_dropout bias_dropout_fusion mlp_chunks_for_training recompute_method
         recompute_num_layers sequence_parallel""",
+    **CARRIED_OF_EXPERTS,
     "entries/training.py, around the layers": """
         transformer_impl bf16 seq_length max_position_embeddings position_embedding_type rotary_base
         rotary_percent rotary_seq_len_interpolation_factor use_rope_scaling rope_scaling_factor
@@ -194,7 +190,8 @@ CARRIED = {
 }
 
 UNTESTED = """
-    tensor_parallel_num_weight_shards
+    tensor_parallel_num_weight_shards expert_tensor_parallel_num_weight_shards
+    moe_router_force_* moe_per_layer_logging save_tokens_per_expert_interval
     fp16 loss_scale initial_loss_scale min_loss_scale loss_scale_window hysteresis
     perform_initialization deterministic_mode disable_bf16_reduced_precision_matmul
     mup_* cross_entropy_fusion_impl defer_embedding_wgrad_compute wgrad_deferral_limit
@@ -212,16 +209,14 @@ UNTESTED = """
 
 IDLE = {
     "mixture of experts": """
-        moe_* expert_* save_tokens_per_expert_interval use_grouped_gemm_for_shared_expert
-        overlap_moe_expert_parallel_comm overlap_dispatch_backward_with_experts_wgrad
-        ep_overlap_early_attn_memory_release high_priority_a2a_comm_stream""",
+        moe_* ep_overlap_early_attn_memory_release high_priority_a2a_comm_stream""",
     "other attentions and positions": """
         dsa_* linear_* relative_attention_* qk_clip_* kitchen_* mrope_section
         test_mode""",
     "other models": """
         mamba_* use_mamba_mem_eff_path bert_* ict_* biencoder_* retriever_* titles_data_path
         query_in_block_prob use_one_sent_docs evidence_data_path block_data_path embedding_path indexer_*
-        use_fused_weighted_squared_relu fim_* mask_prob short_seq_prob decoder_seq_length sample_rate
+        fim_* mask_prob short_seq_prob decoder_seq_length sample_rate
         rl_* grpo_* langrl_* refit_method logits_*""",
     "FP8, FP4 and offloading": """
         fp8_* fp4_* first_last_layers_bf16 num_layers_at_start_in_bf16 num_layers_at_end_in_bf16

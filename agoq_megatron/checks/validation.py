@@ -15,6 +15,7 @@ import agoq_megatron.modules.sites  # noqa: F401  (contributes what policies nam
 from agoq_megatron.checks.activations import check_activation
 from agoq_megatron.checks.budgets import check_budget
 from agoq_megatron.checks.dropout import check_dropout
+from agoq_megatron.checks.experts import check_experts
 from agoq_megatron.checks.flag_register import check_register
 from agoq_megatron.checks.latents import check_latents
 from agoq_megatron.checks.saving import check_counts, check_empty, check_saving
@@ -24,7 +25,7 @@ from agoq_megatron.modules.packing import packs_documents
 from agoq_megatron.policy.policy import COMPUTED, SOLVED, load_policy
 from agoq_megatron.seams.refusals import UsageError
 
-RECOMPUTE_MODULES = ("core_attn", "mlp", "layernorm", "mla_up_proj")
+RECOMPUTE_MODULES = ("core_attn", "mlp", "layernorm", "moe_act", "mla_up_proj")
 """The last runs again with any policy."""
 
 
@@ -57,6 +58,7 @@ def check(args: Namespace, on_cpu: bool = False) -> None:
     check_activation(args)
     if policy is not None and args.num_layers:
         policy.check_patterns(args.num_layers + (args.mtp_num_layers or 0))
+    check_experts(args, policy, on_cpu)
     _check_schedule(args)
     _check_recompute(args)
     _check_data(args)

@@ -11,7 +11,9 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec_for_
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -19,18 +21,25 @@ from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
 )
-from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models import GPTModelConfig
 
 from agoq_megatron.entries.stock import prepare_stock
 from agoq_megatron.model.transformer_config import complete_model_config, transformer_config_from_args
 from agoq_megatron.modules.attention import CoreAttention, SelfAttention
+from agoq_megatron.modules.expert_sites import has_experts
+from agoq_megatron.modules.experts import GroupedExperts
 from agoq_megatron.modules.latent_attention import NORM_KEYS, LatentAttention, LatentCoreAttention
 from agoq_megatron.modules.layer import TransformerLayer
 from agoq_megatron.modules.linear import FusedRowParallelLinear, LayerNormColumnParallelLinear
 from agoq_megatron.modules.mlp import MLP
+from agoq_megatron.modules.moe import MoELayer, PreMLPNorm, Router
 from agoq_megatron.modules.norm import HeadNormParameters, Norm, head_norm
+from agoq_megatron.modules.shared_experts import KeptColumnParallelLinear, SharedExperts
 
 
 class AGoQSpecProvider(BackendSpecProvider):
@@ -55,8 +64,9 @@ class AGoQSpecProvider(BackendSpecProvider):
     def core_attention(self) -> type:
         return CoreAttention
 
-    def grouped_mlp_modules(self, moe_use_grouped_gemm: bool):
-        raise NotImplementedError("mixture of experts is not carried")
+    def grouped_mlp_modules(self, moe_use_grouped_gemm: bool) -> type:
+        """The same with and without: what computes the products follows from the device."""
+        return GroupedExperts
 
     def activation_func(self) -> None:
         return None
@@ -92,30 +102,47 @@ def latent_attention_spec(provider: BackendSpecProvider) -> ModuleSpec:
     )
 
 
+def moe_spec(provider: BackendSpecProvider, grouped: bool = False):
+    """A mixture of experts in the place of an MLP."""
+    shared = MLPSubmodules(linear_fc1=KeptColumnParallelLinear, linear_fc2=provider.row_parallel_linear())
+    submodules = MoESubmodules(
+        router=Router,
+        experts=provider.grouped_mlp_modules(grouped),
+        shared_experts=partial(SharedExperts, submodules=shared),
+    )
+    return partial(MoELayer, submodules=submodules)
+
+
 def layer_spec(
-    provider: BackendSpecProvider | None = None, normed_heads: bool = False, latent_attention: bool = False
+    provider: BackendSpecProvider | None = None,
+    normed_heads: bool = False,
+    latent_attention: bool = False,
+    mixture: bool = False,
 ) -> ModuleSpec:
     """One decoder layer, in the layout (and with the parameter names) of Megatron's TE spec.
 
     Args:
         normed_heads: queries and keys have norms.
         latent_attention: of latents, instead of heads.
+        mixture: of experts, in the place of the MLP.
     """
     provider = provider or AGoQSpecProvider()
     heads = attention_spec(provider, normed_heads)
+    dense = partial(
+        MLP.as_mlp_submodule,
+        submodules=MLPSubmodules(
+            linear_fc1=provider.column_parallel_layer_norm_linear(),
+            linear_fc2=provider.row_parallel_linear(),
+        ),
+    )
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             self_attention=latent_attention_spec(provider) if latent_attention else heads,
             sharded_state_dict_keys_map=NORM_KEYS if latent_attention else {},
             self_attn_bda=get_bias_dropout_add,
-            mlp=partial(
-                MLP.as_mlp_submodule,
-                submodules=MLPSubmodules(
-                    linear_fc1=provider.column_parallel_layer_norm_linear(),
-                    linear_fc2=provider.row_parallel_linear(),
-                ),
-            ),
+            pre_mlp_layernorm=PreMLPNorm if mixture else IdentityOp,
+            mlp=moe_spec(provider) if mixture else dense,
             mlp_bda=get_bias_dropout_add,
         ),
     )
@@ -137,8 +164,11 @@ def agoq_layer_spec(config, vp_stage: int | None = None) -> TransformerBlockSubm
     provider = AGoQSpecProvider()
     layers = get_num_layers_to_build(config.transformer, vp_stage=vp_stage)
     latent = config.transformer.multi_latent_attention
-    one = layer_spec(provider, not latent and head_norm(config.transformer) is not None, latent)
-    return TransformerBlockSubmodules(layer_specs=[one] * layers, layer_norm=provider.layer_norm())
+    normed = not latent and head_norm(config.transformer) is not None
+    first = get_transformer_layer_offset(config.transformer, vp_stage=vp_stage) + 1
+    kinds = [layer_spec(provider, normed, latent, mixture) for mixture in (False, True)]
+    specs = [kinds[has_experts(config.transformer, number)] for number in range(first, first + layers)]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=provider.layer_norm())
 
 
 def predicting_spec(

@@ -29,6 +29,11 @@ def _say(note: str) -> None:
     print(note, file=sys.stderr, flush=True)
 
 
+def buffers_of(chunk: DistributedDataParallel) -> list:
+    """Of all gradients of a model chunk; those of experts that not all data-parallel ranks have are apart."""
+    return [*chunk.buffers, *chunk.expert_parallel_buffers]
+
+
 class QuantizedGradientDDP(DistributedDataParallel):
     """The stock class over :class:`~agoq_megatron.gradients.buffer.QuantizedBuffer`.
 
@@ -44,16 +49,20 @@ class QuantizedGradientDDP(DistributedDataParallel):
         groups = ProcessGroupCollection.setup_process_groups_for_ddp(pg_collection, config, ddp_config)
         group = groups["intra_dp_cp_group"]
         ranks = group.size()
+        of_experts = groups["intra_expt_dp_group"]
         hops_for(group, config.agoq_gradients, config.agoq_run.hops)  # on ranks without parameters too
+        if config.num_moe_experts:
+            hops_for(of_experts, config.agoq_gradients, config.agoq_run.hops)
         params = [p for p in module.parameters() if p.requires_grad]
         bucket_size = ddp_config.bucket_size or config.agoq_gradients.bucket_size
         if not bucket_size and ddp_config.num_buckets:
             bucket_size = sum(p.numel() for p in params) // ddp_config.num_buckets
         bucket_size = bucket_size or max(40_000_000, 1_000_000 * ranks)  # Megatron's default
         by_key = group_params_for_buffers(params, ddp_config.grad_reduce_in_fp32)
-        layouts = {
-            key: layout_of(members, bucket_size, ranks, indices) for key, (members, indices) in by_key.items()
-        }
+        layouts = {}
+        for key, (members, indices) in by_key.items():
+            several = of_experts.size() if key.is_expert_parallel else ranks
+            layouts[key] = layout_of(members, bucket_size, several, indices)
         replaced = replaced_classes(config.agoq_gradients, config.agoq_run, module)
         with compat.replaced_in_data_parallel(replaced):
             super().__init__(
@@ -67,17 +76,17 @@ class QuantizedGradientDDP(DistributedDataParallel):
     def finish_grad_sync(self, force_all_reduce: bool | None = False) -> None:
         """See the stock class."""
         super().finish_grad_sync(force_all_reduce)
-        check_kept_norms(self.bucket_groups)
+        check_kept_norms(self.bucket_groups + self.expert_parallel_bucket_groups)
 
     @property
     def gradient_bytes(self) -> int:
         """Bytes that hold gradients on this rank, outside of a reduction."""
-        return sum(buffer.gradient_bytes for buffer in self.buffers)
+        return sum(buffer.gradient_bytes for buffer in buffers_of(self))
 
     @property
     def sent_bytes(self) -> int:
         """Bytes of codes that this rank has sent since the gradients were last zero."""
-        return sum(bucket.codes.sent_bytes for buffer in self.buffers for bucket in buffer.buckets)
+        return sum(bucket.codes.sent_bytes for buffer in buffers_of(self) for bucket in buffer.buckets)
 
 
 def wrap_embedding_reduction(stock):

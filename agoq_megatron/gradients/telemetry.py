@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import torch
 import torch.distributed as dist
 
-from agoq_megatron.gradients.data_parallel import QuantizedGradientDDP
+from agoq_megatron.gradients.data_parallel import QuantizedGradientDDP, buffers_of
 
 
 class GradientMeter:
@@ -35,7 +35,7 @@ class GradientMeter:
     def _probes(self) -> Iterator:
         for chunk in self._chunks:
             if isinstance(chunk, QuantizedGradientDDP):
-                for buffer in chunk.buffers:
+                for buffer in buffers_of(chunk):
                     yield from (bucket.probe for bucket in buffer.buckets)
 
     def _due(self, iteration: int) -> bool:
@@ -70,7 +70,7 @@ class GradientMeter:
         return sum(
             chunk.gradient_bytes
             if isinstance(chunk, QuantizedGradientDDP)
-            else sum(buffer.grad_data.nbytes for buffer in chunk.buffers)
+            else sum(buffer.grad_data.nbytes for buffer in buffers_of(chunk))
             for chunk in self._chunks
         )
 
@@ -109,5 +109,5 @@ class GradientMeter:
 def _ring_bytes(chunk) -> int:
     """Of one of Megatron's own DDP chunks."""
     passes = 1 if chunk.ddp_config.use_distributed_optimizer else 2
-    ranks = [(buffer.grad_data.nbytes, buffer.data_parallel_group.size()) for buffer in chunk.buffers]
+    ranks = [(buffer.grad_data.nbytes, buffer.data_parallel_group.size()) for buffer in buffers_of(chunk)]
     return sum(passes * size * (n - 1) // n for size, n in ranks)

@@ -15,6 +15,7 @@ import torch
 from agoq_megatron.autograd.recompute import PREDICTED_EMBEDDING
 from agoq_megatron.model.stages import layers_of, predicting_layers
 from agoq_megatron.model.transformer_config import AGoQTransformerConfig, transformer_config_from_args
+from agoq_megatron.modules.expert_sites import across_ranks
 from agoq_megatron.modules.sites import FINAL_NORM_INPUT, PROJECTED
 from agoq_megatron.policy.fitting import FittedPolicy, axes_of, groups_that_divide
 from agoq_megatron.policy.policy import KEEP_BITS, PolicyError, Rule
@@ -72,7 +73,12 @@ class Plan:
         """A short name of how every tensor is kept, before any width was raised."""
         policy = self.config.agoq.base if isinstance(self.config.agoq, RaisedPolicy) else self.config.agoq
         sites = [site for site in SITES if not site.entry]
-        return digest_of(f"{s.path(n)} {policy.rule(s, n)}" for n in self.layers for s in sites)
+        return digest_of(
+            f"{s.path(n)} {policy.rule(s, n)}"
+            for n in self.layers
+            for s in sites
+            if s.present(self.config, n)
+        )
 
     def with_policy(self, policy) -> Plan:
         """A plan for another policy; this one stays."""
@@ -131,7 +137,7 @@ class Plan:
     def _row(self, site: Site, number: int) -> Row:
         rule: Rule = self.config.agoq.rule(site, number)
         # Elements a token on one rank.
-        width = self._axes[site] / (self._sequence_ranks if site.hidden else 1)
+        width = self._axes[site] * site.copies(self.config) / (self._sequence_ranks if site.hidden else 1)
         if rule.recompute:
             return Row(site.value, "recomputed", width, 0)
         if rule.keep:
@@ -238,6 +244,12 @@ class Plan:
         yield f"  not quantized: common vectors of {shared}; log-sum-exp, where the attention is not"
         yield "    run again;"
         yield ("    once a model, not a layer: embedding output, final norm's input, logits and loss;")
+        if config.num_moe_experts and across_ranks(config):
+            most = config.expert_model_parallel_size
+            yield (
+                "    tensors of experts: where each rank's get as many tokens; a rank whose experts get all "
+                f"keeps {most} times as much;"
+            )
         if config.pipeline_model_parallel_size > 1:
             yield (
                 "    pipeline stages after the first: the stage's input, 1U a micro-batch in flight, "

@@ -22,12 +22,15 @@ class TransformerLayer(MegatronTransformerLayer):
     def __init__(self, config, submodules, layer_number: int = 1, *args, is_mtp_layer=False, **kwargs):
         number = config.num_layers + layer_number if is_mtp_layer else layer_number
         super().__init__(config, submodules, number, *args, is_mtp_layer=is_mtp_layer, **kwargs)
+        self.recompute_pre_mlp_layernorm = False  # a norm's output is never kept, whatever the flag says
         self.set_policy(config.agoq)
 
     def set_policy(self, policy: ActivationPolicy) -> None:
         """Keep the layer's tensors from the next call on as ``policy`` says."""
         self._input = saved_tensor(policy, LAYER_INPUT, self.layer_number, self.config)
         self.self_attention.set_policy(policy)
+        if self.is_moe_layer:
+            self.pre_mlp_layernorm.set_policy(policy, self.layer_number)
         self.mlp.set_policy(policy)
 
     def forward(
@@ -41,8 +44,8 @@ class TransformerLayer(MegatronTransformerLayer):
     ) -> tuple[Tensor, None]:
         """Hidden states ``[s, b, h]`` (``[s / t, b, h]``) -> the same, and no context.
 
-        Arguments are those of Megatron's layer. ``context_mask`` and ``padding_mask`` belong to
-        cross-attention and mixtures of experts, which these layers have not.
+        Arguments are those of Megatron's layer. ``context_mask`` belongs to cross-attention, which these
+        layers have not, ``padding_mask`` to packed sequences, which are not carried.
 
         Raises:
             NotImplementedError: a ``context``, or what :class:`SelfAttention` does not take.
@@ -69,7 +72,7 @@ class TransformerLayer(MegatronTransformerLayer):
                 return self._forward_mlp(stream.total), None
         if not whole:
             return self._forward_mlp(stream.total), None
-        output_with_bias = self.mlp(stream)
+        output_with_bias = self.mlp(self.pre_mlp_layernorm(stream))
         if stream.total is None:
             return output_with_bias[0], None
         return self._forward_post_mlp(output_with_bias, stream.total), None

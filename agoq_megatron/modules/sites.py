@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from agoq_kernels.segments import most_segments
 
+from agoq_megatron.modules.expert_sites import MOE_COMPANIONS, MOE_SITES, is_dense
 from agoq_megatron.policy.sites import Companion, Site, contribute
 
 QKV, ATTENTION = "self_attention.linear_qkv", "self_attention.core_attention"
@@ -91,12 +92,15 @@ VALUE = Site(f"{ATTENTION}.value", _key, function=ATTENTION, present=_has_heads)
 ATTENTION_OUTPUT = Site(
     f"{ATTENTION}.output", _output, recomputable=True, function=ATTENTION, again_with="core_attn"
 )
-NORM2_INPUT = Site(f"{FC1}.norm_input", _hidden, hidden=True, function=FC1)
+NORM2_INPUT = Site(f"{FC1}.norm_input", _hidden, hidden=True, function=FC1, present=is_dense)
 NORM2_OUTPUT = Site(
-    f"{FC1}.norm_output", _hidden, hidden=True, free=True, recomputable=True, again_with="mlp"
-)
-FC1_OUTPUT = Site(f"{FC1}.output", _fc1, function=FC2, again_with="mlp")
-FC2_INPUT = Site(f"{FC2}.input", _ffn, free=True, recomputable=True, again_with="mlp")
+    f"{FC1}.norm_output", _hidden, hidden=True, free=True, recomputable=True, again_with="mlp",
+    present=is_dense,
+)  # fmt: skip
+FC1_OUTPUT = Site(f"{FC1}.output", _fc1, function=FC2, again_with="mlp", present=is_dense)
+FC2_INPUT = Site(
+    f"{FC2}.input", _ffn, free=True, recomputable=True, again_with="mlp", present=is_dense
+)  # fmt: skip
 
 FINAL_NORM_INPUT = Site("final_layernorm.input", _hidden, hidden=True)
 """Of no layer, and so of no policy: not contributed."""
@@ -140,7 +144,8 @@ def _common_vectors(config, rule, kept):
 
 contribute(
     (
-        NORM1_INPUT, NORM1_OUTPUT, *LATENT_SITES, *ATTENTION_SITES, *MLP_SITES, LAYER_INPUT,
+        NORM1_INPUT, NORM1_OUTPUT, *LATENT_SITES, *ATTENTION_SITES, *MLP_SITES, *MOE_SITES,
+        LAYER_INPUT,
     ),
-    (Companion(LSE, _log_sum_exp), Companion(COMMON, _common_vectors)),
+    (Companion(LSE, _log_sum_exp), Companion(COMMON, _common_vectors), *MOE_COMPANIONS),
 )  # fmt: skip

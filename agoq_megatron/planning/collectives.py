@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from agoq_kernels.gradients import BLOCK, segment_bytes
 
 from agoq_megatron.model.stages import layers_of
+from agoq_megatron.modules.expert_sites import copies, has_experts
+from agoq_megatron.planning.experts import expert_ranks, is_apart
 from agoq_megatron.planning.footprint import micro_batches
 from agoq_megatron.planning.parameters import parameters
 
@@ -53,7 +55,9 @@ def collectives(args, config, network: Network) -> list[Collective]:
     tp, pp = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
     dp, steps = args.data_parallel_size, micro_batches(args)
     stages = [parameters(args, config, stage) for stage in range(pp)]
-    most = max(count.total for count in stages)
+    apart = config.num_moe_experts is not None and is_apart(args)
+    experts = max(count.experts for count in stages) if apart else 0
+    most = max(count.total for count in stages) - experts
     hidden = args.micro_batch_size * args.seq_length * config.hidden_size * config.params_dtype.itemsize
     found = []
 
@@ -75,6 +79,18 @@ def collectives(args, config, network: Network) -> list[Collective]:
     else:
         add("all-reduce of gradients", dp, span, 2, 2 * width * most * share)
     layers = max(sum(map(len, layers_of(config, stage))) for stage in range(pp))
+    if experts:
+        same = expert_ranks(args)
+        # Gradients of experts, and their weights or gradients back.
+        bytes_each = width + (config.params_dtype.itemsize if args.use_distributed_optimizer else width)
+        add("reductions and gathers of experts", same, span, 2, bytes_each * experts * (same - 1) / same)
+    ep = config.expert_model_parallel_size
+    if ep > 1:
+        mixtures = -(-sum(has_experts(config, n + 1) for n in range(config.num_layers)) // pp)
+        cut = config.expert_tensor_parallel_size or 1
+        tokens = copies(config) / cut * hidden  # sent by a rank, balanced; to and fro, forward and backward
+        add("dispatches of tokens to experts", ep, tp * ep, 4 * mixtures * steps,
+            4 * mixtures * steps * tokens * (ep - 1) / ep)  # fmt: skip
     # Two in forward and two in backward; with sequence parallelism each is a gather and a scatter of the same
     # bytes, and backward gathers the norms' outputs once more for the weight gradients.
     calls = 4 * layers * steps

@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from agoq_kernels.attention import groups_at_a_time
 from agoq_kernels.gradients import BLOCK, segment_bytes
 
-from agoq_megatron.gradients.settings import format_from_args, launched_on_a_node, node_layout
+from agoq_megatron.gradients.settings import format_from_args
 from agoq_megatron.model.memory import Plan
 from agoq_megatron.model.stages import layers_of, predicting_layers
+from agoq_megatron.modules.expert_sites import MOE_SITES, has_experts
 from agoq_megatron.modules.sites import (
     ATTENTION_SITES,
     FC1_OUTPUT,
@@ -32,9 +33,11 @@ from agoq_megatron.modules.sites import (
 )
 from agoq_megatron.optimizer.settings import OptimizerSettings, optimizer_settings_from_args
 from agoq_megatron.planning.batches import schedule_from_args
+from agoq_megatron.planning.experts import expert_ranks, is_apart, mixture_moment
 from agoq_megatron.planning.in_flight import Schedule
 from agoq_megatron.planning.latents import at_a_time, latent_moment
 from agoq_megatron.planning.parameters import Parameters, parameters
+from agoq_megatron.planning.reductions import reduction_bytes
 from agoq_megatron.planning.watched import Watched
 
 MIB = 2**20
@@ -95,46 +98,25 @@ def gradient_bytes(args, count: Parameters) -> float:
     if args.agoq_grad_bits == 8:
         coded = segment_bytes(1) / BLOCK + format_from_args(args).residual_bits / 8
         # What stays in FP32 lies beside the codes, in which it has its place all the same.
-        return (count.matrices + count.embeddings) * coded + 4 * (count.vectors + count.exact)
+        return (count.matrices + count.embeddings + count.experts) * coded + 4 * (count.vectors + count.exact)
     wide = 2 if args.grad_reduce_in_bf16 else 4
     return wide * count.total
 
 
 def optimizer_bytes(args, count: Parameters) -> float:
     """Moments and master weights (or remainders) on a rank."""
-    shards = args.data_parallel_size if args.use_distributed_optimizer else 1
-    if args.optimizer != "adam":
-        return 8 * count.total / shards  # a master and a momentum at most
-    settings = optimizer_settings_from_args(args)
-    if settings is None:
-        master = 4 if args.bf16 or args.fp16 else 0
-        return (8 + master) * count.total / shards
-    whole = OptimizerSettings(32, settings.split)
+    distributed = args.use_distributed_optimizer
+    shards = args.data_parallel_size if distributed else 1
+    of_experts = expert_ranks(args) if distributed and count.experts and is_apart(args) else shards
     rest = count.embeddings + count.vectors
-    return (settings.bytes_per_parameter * count.matrices + whole.bytes_per_parameter * rest) / shards
-
-
-def reduction_bytes(args, count: Parameters) -> float:
-    """What reductions of 8-bit gradients hold beside them, a bucket at a time. Others are made in place."""
-    ranks = args.data_parallel_size
-    if args.agoq_grad_bits != 8 or ranks == 1:
-        return 0
-    bucket = args.ddp_bucket_size
-    if not bucket:
-        several = args.ddp_num_buckets
-        bucket = count.total // several if several else max(40_000_000, 1_000_000 * ranks)
-    coded = each = segment_bytes(1) / BLOCK  # what arrives
-    if args.agoq_grad_reduce != "flat":
-        apart = args.tensor_model_parallel_size
-        if args.use_tp_pp_dp_mapping:
-            apart *= args.pipeline_model_parallel_size
-        node_size = args.agoq_grad_node_size or launched_on_a_node()
-        layout = node_layout(range(0, ranks * apart, apart), node_size)
-        if layout is not None and 1 not in layout:
-            each += coded + 2 * 2 / layout[1]  # what leaves; sums in BF16, leaving and arriving
-    if not args.use_distributed_optimizer:
-        each += coded / ranks  # the sums of a part, quantized again
-    return each * min(bucket + count.largest, count.total)
+    if args.optimizer != "adam":
+        each = of_rest = 8  # a master and a momentum at most
+    elif (settings := optimizer_settings_from_args(args)) is None:
+        each = of_rest = 12 if args.bf16 or args.fp16 else 8
+    else:
+        each = settings.bytes_per_parameter
+        of_rest = OptimizerSettings(32, settings.split).bytes_per_parameter
+    return (each * count.matrices + of_rest * rest) / shards + each * count.experts / of_experts
 
 
 @dataclass(frozen=True)
@@ -214,6 +196,15 @@ def _layer_moment(config, plan: Plan, sizes: _Sizes, numbers: list[int]) -> floa
     """Bytes beside what is kept at the worst moment of any of these layers; a stage may have none."""
     if not numbers:
         return 0.0
+    dense = [number for number in numbers if not has_experts(config, number)]
+    of_mixtures = mixture_moment(config, sizes.tokens) if len(dense) < len(numbers) else 0.0
+    if of_mixtures:
+        first = next(number for number in numbers if has_experts(config, number))
+        attention = _attention_moment(config, plan, first, sizes.tokens) + sizes.u
+        full = config.recompute_granularity == "full"
+        some = config.recompute_num_layers if full else 1
+        held = _again(config, first, sizes, some, of_mixtures) if full else max(of_mixtures, attention)
+        return max(held, _layer_moment(config, plan, sizes, dense))
     mlp_again = config.recompute_granularity == "selective" and "mlp" in config.recompute_modules
     # Megatron runs an MLP again as a whole, whatever the parts.
     chunks = 1 if mlp_again else getattr(config, "mlp_chunks_for_training", 1) or 1
@@ -291,7 +282,7 @@ def _again(config, first: int, sizes: _Sizes, layers: int, beside: float) -> flo
 def _attention_moment(config, plan: Plan, number: int, tokens: int) -> float:
     """Bytes beside what is kept where the attention of a layer runs backward: Q, K, V, O as far as they are
     not kept as they are, the gradients of all four, and workspace; less what the MLP kept, which is gone."""
-    gone = sum(plan.bytes_of(site, number) for site in MLP_SITES) * tokens
+    gone = sum(plan.bytes_of(site, number) for site in (*MLP_SITES, *MOE_SITES)) * tokens
     if config.multi_latent_attention:
         some, queries = at_a_time(config, tokens), QUERY.axis(config) * tokens
         return latent_moment(config, tokens) + some * workspace_of_attention(config, queries) - gone

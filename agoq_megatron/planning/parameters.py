@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from agoq_megatron.model.stages import layers_of
+from agoq_megatron.modules.expert_sites import has_experts
+from agoq_megatron.planning.experts import expert_counts
 
 
 @dataclass(frozen=True)
@@ -14,10 +16,12 @@ class Parameters:
     Attributes:
         matrices: in weight matrices of layers and of an output layer of its own.
         embeddings: in embeddings; an output layer tied to them counts here.
-        vectors: in norms and biases.
+        vectors: in norms, biases and gates, and in routers that see a part of the sequence.
         largest: in the largest matrix or embedding.
         exact: of the matrices, in those whose gradients are summed over tensor-parallel ranks, and so stay in
             FP32.
+        experts: in routed experts.
+        largest_expert: in the larger of their weights.
     """
 
     matrices: int
@@ -25,10 +29,12 @@ class Parameters:
     vectors: int
     largest: int
     exact: int = 0
+    experts: int = 0
+    largest_expert: int = 0
 
     @property
     def total(self) -> int:
-        return self.matrices + self.embeddings + self.vectors
+        return self.matrices + self.embeddings + self.vectors + self.experts
 
 
 def padded_vocabulary(args) -> int:
@@ -81,13 +87,24 @@ def parameters(args, config, stage: int) -> Parameters:
     """
     h, f, tp = config.hidden_size, config.ffn_hidden_size, config.tensor_model_parallel_size
     wide = 2 * f if config.gated_linear_unit else f
-    layers = sum(map(len, layers_of(config, stage)))
+    numbers = [number for chunk in layers_of(config, stage) for number in chunk]
+    layers, mixtures = len(numbers), sum(has_experts(config, number) for number in numbers)
     attention, vectors = _latent_attention(config) if config.multi_latent_attention else _attention(config)
-    sizes = [*attention, h * wide // tp, h * f // tp]
+    mlp = [h * wide // tp, h * f // tp]
+    sizes = [*attention, *mlp]
+    matrices = layers * sum(attention) + (layers - mixtures) * sum(mlp)
     norm = 2 * h if config.normalization == "LayerNorm" else h
     vectors += 2 * norm
     if config.add_bias_linear:
         vectors += h + wide // tp + h
+    extra = experts = largest_expert = 0
+    if mixtures:
+        counts = expert_counts(config)
+        experts, largest_expert = mixtures * sum(counts.experts), max(counts.experts)
+        sizes = [*attention, *counts.shared, *(mlp if mixtures < layers else ())]
+        in_parts = config.sequence_parallel
+        matrices += mixtures * (sum(counts.shared) + (0 if in_parts else counts.router))
+        extra = mixtures * (counts.gate + (counts.router if in_parts else 0))
     first, last = stage == 0, stage == config.pipeline_model_parallel_size - 1
     word = args.padded_vocab_size // tp * h
     embeddings = word if first else 0
@@ -106,6 +123,6 @@ def parameters(args, config, stage: int) -> Parameters:
     if config.multi_latent_attention and config.sequence_parallel:
         latents = config.kv_lora_rank + config.qk_pos_emb_head_dim + (config.q_lora_rank or 0)
         exact = layers * h * latents
-    matrices = layers * sum(sizes) + output + predicted * 2 * h * h // tp
-    vectors = layers * vectors + norm * (last + 3 * predicted)
-    return Parameters(matrices, embeddings, vectors, largest, exact)
+    matrices += output + predicted * 2 * h * h // tp
+    vectors = layers * vectors + norm * (last + 3 * predicted) + extra
+    return Parameters(matrices, embeddings, vectors, largest, exact, experts, largest_expert)

@@ -128,6 +128,8 @@ class Watched:
         names = {row.name for row in self._plan.layers[number]}
         entry, found = self._entry_site(number), []
         for name, sites in functions().items():
+            if not any(s.present(self._config, number) for s in sites):
+                continue
             rounded = [s for s in sites if s is not LAYER_INPUT and self._rule(s, number).format]
             first = FC1_OUTPUT if name in (FC1, FC2) else self._attention
             if (rounded or entry in sites) and (first.value in names) != again:

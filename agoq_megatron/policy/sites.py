@@ -14,6 +14,10 @@ def in_every_layer(config, number: int) -> bool:
     return True
 
 
+def once(config) -> float:
+    return 1.0
+
+
 @dataclass(frozen=True)
 class Site:
     """A tensor that a transformer layer may keep.
@@ -30,6 +34,7 @@ class Site:
         again_with: Megatron's selective recomputation that makes it again ("core_attn", "mlp"), or None.
         entry: it is the layer's input, which is kept where the whole layer runs again, and only there.
         present: of a transformer config and a layer's number (from 1): whether that layer has it.
+        copies: of a transformer config: how many of it a rank has for each token of its part of the sequence.
     """
 
     value: str
@@ -41,6 +46,7 @@ class Site:
     again_with: str | None = field(default=None, compare=False, repr=False)
     entry: bool = field(default=False, compare=False, repr=False)
     present: Callable[[object, int], bool] = field(default=in_every_layer, compare=False, repr=False)
+    copies: Callable[[object], float] = field(default=once, compare=False, repr=False)
 
     def path(self, layer_number: int) -> str:
         """Full path in layer ``layer_number`` (from 1, as Megatron counts)."""

@@ -279,6 +279,8 @@ OF_THE_MODEL_TOO = """
     yarn_beta_fast yarn_beta_slow yarn_correction_range_round_to_int
     window_size window_attn_skip_freq softmax_type
     attention_output_gate experimental_attention_variant
+    moe_router_num_groups moe_router_group_topk moe_router_dtype moe_router_load_balancing_type
+    moe_shared_expert_gate moe_expert_capacity_factor moe_pad_expert_input_to_capacity moe_token_drop_policy
     apply_residual_connection_post_layernorm
 """.split()
 """What --use-checkpoint-args leaves out in Megatron 0.19, though the weights mean nothing without it. (The

@@ -207,7 +207,7 @@ def _answer_torch_cuda() -> None:
         "current_device": zero,
         "set_device": nothing,
         "get_device_name": lambda *a: "CPU",
-        "get_device_capability": lambda *a: (0, 0),
+        "get_device_capability": lambda *a: (8, 0),  # what Megatron wants for --moe-grouped-gemm
         # Megatron asks for the generation, to demand CUDA_DEVICE_MAX_CONNECTIONS before the tenth.
         "get_device_properties": lambda *a: SimpleNamespace(name="CPU", major=10, minor=0),
         "synchronize": nothing,
@@ -238,6 +238,7 @@ def _answer_torch_cuda() -> None:
 def _answer_megatron() -> None:
     """What Megatron does below ``torch.cuda``'s public names, and its own check for a GPU."""
     import megatron.core.tensor_parallel.random as random
+    import megatron.core.transformer.moe.token_dispatcher as dispatchers
     import megatron.training.training as training
 
     def get_state(device="cuda", clone=False, graph_safe=False):
@@ -249,6 +250,16 @@ def _answer_megatron() -> None:
     # These two reach for torch.cuda.default_generators, which is empty here.
     random._get_cuda_rng_state = get_state
     random._set_cuda_rng_state = set_state
+    # It hands on the sizes of an all-to-all as they are where they are on the CPU already: a tensor, which
+    # torch does not take.
+    move = dispatchers.maybe_move_tensor_to_cpu
+
+    def move_or_take(tensor, as_numpy=False, record_stream=False):
+        if as_numpy and torch.is_tensor(tensor):
+            return tensor.numpy()
+        return move(tensor)
+
+    dispatchers.maybe_move_tensor_to_cpu = move_or_take
     # pretrain() has no way to pass the permission on.
     training.initialize_megatron = functools.partial(training.initialize_megatron, allow_no_cuda=True)
     # The CPU's generator is the only one here, so the tracker's check for a stray use of it, meant

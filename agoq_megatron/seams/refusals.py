@@ -26,6 +26,11 @@ def is_set(value: object) -> bool:
     return bool(value)
 
 
+def no(flag: str, why: str, attribute: str | None = None, refused: Callable = is_set) -> Check:
+    """``attribute`` of Megatron's arguments, where it is not spelt as the flag."""
+    return attribute or flag.removeprefix("--").replace("-", "_"), refused, flag, why
+
+
 def refuse(paragraph: str, status: int = 2, everywhere: bool = False) -> NoReturn:
     """Say what is wrong, on the first rank of each node (or on any), and leave."""
     if everywhere or os.environ.get("LOCAL_RANK", "0") == "0":

@@ -52,9 +52,16 @@ MODELS = {
     "llama2-7b": (8, 4096, 11008, 32, 32, 4096, 4),  # as many groups as heads: multi-head attention
     "llama2-13b": (8, 5120, 13824, 40, 40, 4096, 4),
     "qwen3-8b": (8, 4096, 12288, 32, 8, 4096, 4),
+    "qwen3-30b-a3b": (8, 2048, 6144, 32, 4, 4096, 4),
     "tiny": (2, 64, 192, 4, 4, 64, 2),
+    "tiny-experts": (2, 64, 192, 4, 4, 64, 2),
 }
-MODEL_FLAGS = {"qwen3-8b": ["--qk-layernorm"]}
+MODEL_FLAGS = {
+    "qwen3-8b": "--qk-layernorm",
+    "qwen3-30b-a3b": "--kv-channels 128 --qk-layernorm --num-experts 128 --moe-ffn-hidden-size 768 "
+    "--moe-router-topk 8 --moe-token-dispatcher-type alltoall --moe-aux-loss-coeff 1e-3",
+    "tiny-experts": "--num-experts 4 --moe-ffn-hidden-size 64 --moe-token-dispatcher-type alltoall",
+}
 # Of every run, where nothing else is said. One thread, as torchrun has it for several ranks.
 ENVIRONMENT = dict(
     PYTORCH_CUDA_ALLOC_CONF="expandable_segments:True", CUDA_DEVICE_MAX_CONNECTIONS="1", OMP_NUM_THREADS="1",
@@ -106,7 +113,7 @@ def corpus_flags(prefix: str) -> list[str]:
 
 def build_command(args: argparse.Namespace, name: str, label: str, shape: dict, iterations: int) -> list[str]:
     """The command that trains configuration ``name``; ``label`` names the files it writes."""
-    more = [*MODEL_FLAGS.get(args.model, ()), *args.runs[name], *args.megatron_flags]
+    more = [*MODEL_FLAGS.get(args.model, "").split(), *args.runs[name], *args.megatron_flags]
     sizes = dict(re.findall(r"--(tensor|pipeline)-model-parallel-size[ =](\d+)", " ".join(more)))
     # What is said among Megatron's flags counts, in what follows from it as well.
     said = dict(re.findall(rf"--({'|'.join(SHAPE)})[ =](\d+)", " ".join(more)))
@@ -118,7 +125,10 @@ def build_command(args: argparse.Namespace, name: str, label: str, shape: dict, 
         "train-iters": iterations,
         "agoq-report": args.logs / f"{label}.json",
     }
-    flags = [*COMMON_FLAGS, *(corpus_flags(args.corpus) if args.corpus else MOCK_DATA)]
+    flags = [
+        *COMMON_FLAGS,
+        *(corpus_flags(args.corpus) if args.corpus else MOCK_DATA),
+    ]
     if not args.check_gradients:  # it looks at layers in the iterations that are timed, and later seldom
         flags.append("--no-agoq-check-gradients")
     if args.profile:

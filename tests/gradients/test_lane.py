@@ -52,14 +52,16 @@ def filled(bucket: GradientBucket, seed: int) -> None:
 
 def planned_bytes(two_hops: bool, share: bool) -> float:
     """What the planner expects the lane to hold."""
-    from agoq_megatron.planning.footprint import reduction_bytes  # all of Megatron, which no rank needs
+    from agoq_megatron.planning.reductions import reduction_bytes  # all of Megatron, which no rank needs
 
     args = SimpleNamespace(
         agoq_grad_bits=8, agoq_grad_reduce="two-hop" if two_hops else "flat", agoq_grad_node_size=NODE_SIZE,
         data_parallel_size=WORLD, tensor_model_parallel_size=1, use_tp_pp_dp_mapping=False,
         use_distributed_optimizer=not share, ddp_bucket_size=max(PARTS) * BLOCK * WORLD, ddp_num_buckets=None,
     )  # fmt: skip
-    return reduction_bytes(args, SimpleNamespace(largest=0, total=args.ddp_bucket_size))
+    return reduction_bytes(
+        args, SimpleNamespace(largest=0, largest_expert=0, experts=0, total=args.ddp_bucket_size)
+    )
 
 
 def compare(

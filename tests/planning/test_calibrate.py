@@ -80,7 +80,10 @@ REFUSED = {
     "a folder": (["--calibrate-output", "."], "that is a folder"),
     "no batches": (["--calibrate-output", "a.json", "--calibrate-batches", "0"], "give a positive number"),
     "dry run": (["--calibrate-output", "a.json", "--agoq-dry-run"], "nothing would be measured"),
-    "Megatron's": (["--calibrate-output", "a.json", "--num-experts", "2"], "--num-experts: mixture"),
+    "Megatron's": (
+        ["--calibrate-output", "a.json", "--num-experts", "2"],
+        "--num-experts: mixtures of experts are not calibrated",
+    ),
 }
 
 

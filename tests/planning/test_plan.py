@@ -288,8 +288,8 @@ def test_what_does_not_fit_and_bad_flags(launcher):
     flags = "--preset llama3-405b --gpus 1024 --tensor-model-parallel-size 8 --global-batch-size 1024".split()
     run = launcher.plan(*flags)
     assert run.ok and "does not fit" in run.log and "no, by" in run.log
-    run = launcher.plan(*"--preset llama3-8b --gpus 8 --num-experts 4 --global-batch-size 8".split())
-    assert run.codes == [2] and "--num-experts" in run.log and "Traceback" not in run.log
+    run = launcher.plan(*"--preset llama3-8b --gpus 8 --hybrid-layer-pattern M --global-batch-size 8".split())
+    assert run.codes == [2] and "--hybrid-layer-pattern" in run.log and "Traceback" not in run.log
     run = launcher.plan("--gpu-memory", "lots")
     assert run.codes == [2] and "80GiB" in run.log
 

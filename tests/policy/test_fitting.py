@@ -32,6 +32,7 @@ def model(**changes) -> SimpleNamespace:
     common = dict(
         num_layers=2, hidden_size=96, num_attention_heads=4, kv_channels=24, num_query_groups=2,
         ffn_hidden_size=176, gated_linear_unit=True, tensor_model_parallel_size=1,
+        moe_ffn_hidden_size=176, moe_shared_expert_intermediate_size=176, expert_tensor_parallel_size=None,
     )  # fmt: skip
     return SimpleNamespace(**common | changes)
 
@@ -87,7 +88,10 @@ def test_every_built_in_policy_packs_every_tensor_of_any_model(name, tp, latents
 
 
 def test_what_fits_is_left_alone_and_files_are_taken_at_their_word(tmp_path):
-    wide = model(hidden_size=128, kv_channels=64, ffn_hidden_size=128)
+    wide = model(
+        hidden_size=128, kv_channels=64, ffn_hidden_size=128, moe_ffn_hidden_size=128,
+        moe_shared_expert_intermediate_size=128,
+    )  # fmt: skip
     assert policy_for(wide, "agoq") is load_policy("agoq") or not isinstance(
         policy_for(wide, "agoq"), FittedPolicy
     )

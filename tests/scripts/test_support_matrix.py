@@ -60,15 +60,15 @@ def test_marks_are_found(tmp_path):
 
 def test_status():
     tables = checks()
-    works = {("tensor parallelism", "activations"): ["t"], ("mixture of experts", "activations"): ["t"]}
+    works = {("tensor parallelism", "activations"): ["t"], ("hybrid (Mamba) layers", "activations"): ["t"]}
     assert status(FEATURES["tensor parallelism"], "activations", works, tables) == ("works", "")
     assert status(FEATURES["tensor parallelism"], "states", works, tables) == ("untested", "")
     assert status(FEATURES["context parallelism"], "activations", works, tables)[0] == "refused"
     assert status(FEATURES["SGD"], "gradients", works, tables)[0] == "untested"
     assert status(FEATURES["SGD"], "states", works, tables)[0] == "refused"
     assert "needs --bf16" in status(FEATURES["FP32"], "states", works, tables)[1]
-    with pytest.raises(Contradiction, match="mixture of experts.*--num-experts"):
-        status(FEATURES["mixture of experts"], "activations", works, tables)
+    with pytest.raises(Contradiction, match="hybrid.*--hybrid-layer-pattern"):
+        status(FEATURES["hybrid (Mamba) layers"], "activations", works, tables)
 
 
 def test_attributes_are_megatrons():

@@ -10,6 +10,21 @@ import os
 from functools import partial, wraps
 
 
+def mixtures_named_as_by_transformer_engine(config, vp_stage=None):
+    """Megatron's local layers. In checkpoints the norm before a mixture has the name that Transformer
+    Engine's layers, and ours, give it: there it is not a part of FC1."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+
+    block = get_gpt_decoder_block_spec(
+        config.transformer, use_transformer_engine=False, normalization=config.transformer.normalization,
+        qk_l2_norm=config.transformer.qk_l2_norm, vp_stage=vp_stage,
+    )  # fmt: skip
+    for layer in block.layer_specs:
+        if layer.submodules.mlp.func.__name__ == "MoELayer":
+            layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
+    return block
+
+
 def main():
     from agoq_megatron.seams import compat, cpu
 
@@ -81,6 +96,8 @@ def main():
         model.transformer_layer_spec = get_gpt_layer_local_spec(
             normalization=args.normalization, qk_l2_norm=True
         )
+    if args.num_experts and args.spec is None:
+        model.transformer_layer_spec = mixtures_named_as_by_transformer_engine
     config = pretrain_cfg_container_from_args(args, model)
     pretrain(config, datasets_provider, ModelType.encoder_or_decoder, step)
     if args.rank == args.world_size - 1:

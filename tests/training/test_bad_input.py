@@ -145,7 +145,10 @@ CASES = {
         "--agoq-activations stage --step-batch-size-schedule 0:1",
         ["--agoq-activations stage with --step-batch-size-schedule"],
     ),
-    "mixture of experts": ("--num-experts 4", ["--num-experts"]),
+    "experts that may not run again": (
+        "--num-experts 4 --recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+        ["--agoq-activations agoq", "other experts", "bits 16"],
+    ),
     "weights in pieces": (
         "--tensor-parallel-num-weight-shards 2", ["--tensor-parallel-num-weight-shards 2", "pieces"],
     ),
@@ -281,11 +284,11 @@ def test_help_lists_all_flags(launcher):
 def test_dry_run_prints_the_plan_and_stops(launcher, tmp_path):
     run = launcher.run(
         "--train-iters", "2", "--agoq-dry-run", "--save-interval", "1", "--hysteresis", "3",
-        "--save", tmp_path / "checkpoint", "--moe-router-topk", "3",
+        "--save", tmp_path / "checkpoint", "--moe-deepep-num-sms", "3",
     )  # fmt: skip
     assert run.codes == [0], run.log[-3000:]
     assert "in no test of this project (docs/support.md): --hysteresis\n" in run.log
-    assert "nothing in this run reads it: --moe-router-topk\n" in run.log
+    assert "nothing in this run reads it: --moe-deepep-num-sms\n" in run.log
     assert "core_attention.query" in run.log and "not quantized" in run.log
     assert not STARTED.search(run.log) and not (tmp_path / "checkpoint").exists()
     assert run.report is None

@@ -52,6 +52,8 @@ VALUES = {
     "--position-embedding-type": "mrope",
     "--symmetric-ar-type": "two_shot", "--flash-attention-version": "3",
     "--num-distributed-optimizer-instances": "2", "--rerun-mode": "report_stats",
+    "--moe-token-dispatcher-type": "flex", "--moe-router-load-balancing-type": "quantile_balancing",
+    "--moe-routing-trace-path": "folder",
 }  # fmt: skip
 """Values that are refused, where 1 would not do."""
 
@@ -278,6 +280,8 @@ NOT_OF_THE_MODEL = """
     use_cpu_initialization mlp_chunks_for_training transformer_impl bf16 seed make_vocab_size_divisible_by
     embedding_init_method_std clone_scatter_output_in_embedding cross_entropy_loss_fusion vocab_size
     mtp_loss_scaling_factor
+    expert_model_parallel_size expert_tensor_parallel_size moe_token_dispatcher_type moe_aux_loss_coeff
+    moe_z_loss_coeff moe_router_bias_update_rate moe_input_jitter_eps
 """.split()
 """Of the flags that the layers and the model around them obey: how they run, and how they begin."""
 
@@ -316,10 +320,10 @@ def said(parser, words: str) -> list[str]:
 
 def test_untested_and_idle_flags_are_named_in_a_line_each(own_parser):
     assert said(own_parser, "--log-params-norm --adam-beta2 0.95 --no-rope-fusion") == []
-    lines = said(own_parser, "--moe-router-topk 3 --deterministic-mode --img-h 7 --hysteresis 3")
+    lines = said(own_parser, "--moe-deepep-num-sms 3 --deterministic-mode --img-h 7 --hysteresis 3")
     assert [line.partition(": given, but ")[2] for line in lines] == [
         "in no test of this project (docs/support.md): --deterministic-mode, --hysteresis",
-        "nothing in this run reads it: --moe-router-topk, --img-h",
+        "nothing in this run reads it: --moe-deepep-num-sms, --img-h",
     ]
 
 
