@@ -257,33 +257,34 @@ def _(grad, x, scale, zero, kind, fmt, output_into_grad):
 
 def common_vectors(
     qkv: Tensor, groups: int, head_dim: int, tables: tuple[Tensor, Tensor] | None, interleaved: bool,
-    bounds: Tensor | None = None,
+    bounds: Tensor | None = None, gated: bool = False,
 ) -> Tensor:  # fmt: skip
     """FP32 ``[b, n + 2g, d]``, or of segments; see :func:`agoq_kernels.rotary.common_vectors`."""
     cos, sin = tables if tables is not None else (None, None)
-    return common_vectors_op(qkv, cos, sin, groups, head_dim, interleaved, bounds)
+    return common_vectors_op(qkv, cos, sin, groups, head_dim, interleaved, bounds, gated)
 
 
 @operator("common_vectors")
 def common_vectors_op(
     qkv: Tensor, cos: Tensor | None, sin: Tensor | None, groups: int, head_dim: int, interleaved: bool,
-    bounds: Tensor | None,
+    bounds: Tensor | None, gated: bool,
 ) -> Tensor:  # fmt: skip
-    return vectors(qkv, groups, head_dim, None if cos is None else (cos, sin), interleaved, bounds)
+    return vectors(qkv, groups, head_dim, None if cos is None else (cos, sin), interleaved, bounds, gated)
 
 
 @common_vectors_op.register_kernel("cuda")
-def _(qkv, cos, sin, groups, head_dim, interleaved, bounds):
+def _(qkv, cos, sin, groups, head_dim, interleaved, bounds, gated):
     tables = None if cos is None else (cos, sin)
     if qkv.dtype == torch.float64:
-        return vectors(qkv, groups, head_dim, tables, interleaved, bounds)
-    return _triton().common_vectors(qkv, tables, groups, head_dim, interleaved, bounds)
+        return vectors(qkv, groups, head_dim, tables, interleaved, bounds, gated)
+    return _triton().common_vectors(qkv, tables, groups, head_dim, interleaved, bounds, gated)
 
 
 def split_qkv(
     qkv: Tensor, groups: int, head_dim: int, tables: tuple[Tensor, Tensor] | None,
     interleaved: bool, formats: tuple[Format | None, ...], keys: tuple[int, ...],
     common: Tensor | None = None, centre_key: bool = False, segments: Tensor | None = None,
+    gated: bool = False,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Kept, Kept, Kept]]:  # fmt: skip
     """Split Megatron's interleaved projection, rotate query and key, quantize all three.
 
@@ -294,6 +295,7 @@ def split_qkv(
         common: what :func:`common_vectors` found: it is taken off what is packed.
         centre_key: it is taken off the key that is returned, too.
         segments: which of its rows is a token's, int32 ``[s, b]``; without, its sequence's.
+        gated: there are r gates between queries and key, which are passed over (``gate.py``).
 
     Returns:
         query ``[s, b, groups * r, d]``, key and value ``[s, b, groups, d]``; and the three packed.
@@ -301,7 +303,7 @@ def split_qkv(
     cos, sin = tables if tables is not None else (None, None)
     names = ",".join(format_name(fmt) for fmt in formats)
     out = split_qkv_op(
-        qkv, cos, sin, groups, head_dim, interleaved, names, list(keys), common, centre_key, segments
+        qkv, cos, sin, groups, head_dim, interleaved, names, list(keys), common, centre_key, segments, gated
     )
     return tuple(out[:3]), (tuple(out[3:6]), tuple(out[6:9]), tuple(out[9:12]))
 
@@ -310,10 +312,10 @@ def split_qkv(
 def split_qkv_op(
     qkv: Tensor, cos: Tensor | None, sin: Tensor | None, groups: int, head_dim: int,
     interleaved: bool, formats: str, keys: list[int], common: Tensor | None, centre_key: bool,
-    segments: Tensor | None,
+    segments: Tensor | None, gated: bool,
 ) -> list[Tensor]:  # fmt: skip
     tables = None if cos is None else (cos, sin)
-    parts = split(qkv, groups, head_dim, tables, interleaved)
+    parts = split(qkv, groups, head_dim, tables, interleaved, gated)
     out = [part.clone() if part.data_ptr() == qkv.data_ptr() else part for part in parts]
     heads = [part.shape[2] for part in parts]
     shifts = [None] * 3 if common is None else by_token(common, segments).split(heads, dim=-2)
@@ -327,11 +329,11 @@ def split_qkv_op(
 
 
 @split_qkv_op.register_kernel("cuda")
-def _(qkv, cos, sin, groups, head_dim, interleaved, formats, keys, common, centre_key, segments):
+def _(qkv, cos, sin, groups, head_dim, interleaved, formats, keys, common, centre_key, segments, gated):
     tables = None if cos is None else (cos, sin)
     formats = tuple(_format(name) for name in formats.split(","))
     parts, packed = _triton().split_qkv(
-        qkv, tables, groups, head_dim, interleaved, formats, tuple(keys), common, centre_key, segments
+        qkv, tables, groups, head_dim, interleaved, formats, tuple(keys), common, centre_key, segments, gated
     )
     return [*parts, *packed[0], *packed[1], *packed[2]]
 
@@ -343,7 +345,8 @@ def merge_qkv(
     """Gradient ``[s, b, groups * (r + 2) * d]`` of the projection, from those of Q, K and V
     ``[s, b, heads, d]``: the rotation undone, the parts interleaved again.
 
-    ``out`` takes the result: a contiguous tensor, or some groups of a larger one's.
+    ``out`` takes the result: a contiguous tensor, or some groups of a larger one's. Where a group has more
+    features there than these, they are those of gates, between queries and key, and stay as they are.
     """
     if out is None:
         s, b, groups, head_dim = grad_k.shape
@@ -359,7 +362,7 @@ def merge_qkv_op(
     interleaved: bool, out: Tensor,
 ) -> None:  # fmt: skip
     tables = None if cos is None else (cos, sin)
-    out.copy_(merge_qkv_backward(grad_q, grad_k, grad_v, tables, interleaved))
+    merge_qkv_backward(grad_q, grad_k, grad_v, tables, interleaved, out)
 
 
 @merge_qkv_op.register_kernel("cuda")

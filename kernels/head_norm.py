@@ -25,7 +25,7 @@ from agoq_kernels.formats import Format
 from agoq_kernels.fused import Kept, _format, _pack, _triton, format_name
 from agoq_kernels.operator import operator
 from agoq_kernels.ops import shift_fits
-from agoq_kernels.rotary import rotate, rotate_backward
+from agoq_kernels.rotary import join_groups, rotate, rotate_backward
 from agoq_kernels.rotary import split_qkv as split
 from agoq_kernels.segments import by_token
 from torch import Tensor
@@ -132,16 +132,18 @@ def _pair(cos: Tensor | None, sin: Tensor | None) -> Tables:
 # --- Forward --------------------------------------------------------------------------------------
 
 
-def unnormed_parts(qkv: Tensor, groups: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+def unnormed_parts(
+    qkv: Tensor, groups: int, head_dim: int, gated: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value ``[s, b, heads * d]`` as the projection made them, contiguous: what to keep of
     those that are not quantized."""
-    return tuple(part.flatten(2) for part in split(qkv, groups, head_dim, None, False))
+    return tuple(part.flatten(2) for part in split(qkv, groups, head_dim, None, False, gated))
 
 
 def split_normed_qkv(
     qkv: Tensor, groups: int, head_dim: int, tables: Tables, interleaved: bool, norm: HeadNorm,
     parameters: Parameters, formats: tuple[Format | None, ...], keys: tuple[int, ...],
-    common: Tensor | None = None, segments: Tensor | None = None,
+    common: Tensor | None = None, segments: Tensor | None = None, gated: bool = False,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Kept, Kept, Kept]]:  # fmt: skip
     """:func:`fused.split_qkv` with query and key normalized before they are rotated.
 
@@ -153,6 +155,7 @@ def split_normed_qkv(
             rotation. None packs nothing; what is kept as it is comes from :func:`unnormed_parts`.
         common: what ``common_vectors`` found without tables: it is taken off what is packed.
         segments: which of its rows is a token's, int32 ``[s, b]``; without, its sequence's.
+        gated: there are r gates between queries and key, which are passed over.
 
     Returns:
         query ``[s, b, groups * r, d]`` and key ``[s, b, groups, d]``, normalized and rotated, and value; and
@@ -162,7 +165,7 @@ def split_normed_qkv(
         norm.check(weight, bias, head_dim)
     out = split_normed_qkv_op(
         qkv, *_unpair(tables), *parameters, common, groups, head_dim, interleaved, norm.kind, norm.eps,
-        ",".join(format_name(fmt) for fmt in formats), list(keys), segments,
+        ",".join(format_name(fmt) for fmt in formats), list(keys), segments, gated,
     )  # fmt: skip
     return tuple(out[:3]), (tuple(out[3:6]), tuple(out[6:9]), tuple(out[9:12]))
 
@@ -172,8 +175,9 @@ def split_normed_qkv_op(
     qkv: Tensor, cos: Tensor | None, sin: Tensor | None, weight_q: Tensor | None, bias_q: Tensor | None,
     weight_k: Tensor | None, bias_k: Tensor | None, common: Tensor | None, groups: int, head_dim: int,
     interleaved: bool, kind: str, eps: float, formats: str, keys: list[int], segments: Tensor | None,
+    gated: bool,
 ) -> list[Tensor]:  # fmt: skip
-    parts = split(qkv, groups, head_dim, None, interleaved)
+    parts = split(qkv, groups, head_dim, None, interleaved, gated)
     heads = [part.shape[2] for part in parts]
     shifts = [None] * 3 if common is None else by_token(common, segments).split(heads, dim=-2)
     rest = _pair(cos, sin), interleaved, kind, eps
@@ -190,11 +194,11 @@ def split_normed_qkv_op(
 
 @split_normed_qkv_op.register_kernel("cuda")
 def _(qkv, cos, sin, weight_q, bias_q, weight_k, bias_k, common, groups, head_dim, interleaved, kind, eps,
-      formats, keys, segments):  # fmt: skip
+      formats, keys, segments, gated):  # fmt: skip
     formats = tuple(_format(name) for name in formats.split(","))
     parts, packed = _triton().split_normed_qkv(
         qkv, _pair(cos, sin), groups, head_dim, interleaved, HeadNorm(kind, eps),
-        (weight_q, bias_q, weight_k, bias_k), formats, tuple(keys), common, segments,
+        (weight_q, bias_q, weight_k, bias_k), formats, tuple(keys), common, segments, gated,
     )  # fmt: skip
     return [*parts, *packed[0], *packed[1], *packed[2]]
 
@@ -259,7 +263,7 @@ def merge_normed_qkv(
         parameters: as :func:`split_normed_qkv` takes them.
         query, key: what was kept of all heads; the norms are taken at these values.
         first_group: the group of heads that the gradients begin with.
-        out: takes the result: a contiguous tensor, or some groups of a larger one's.
+        out: takes the result: a contiguous tensor, or some groups of a larger one's; see ``fused.merge_qkv``.
 
     Returns:
         The gradient ``[s, b, groups * (r + 2) * d]`` of these groups of the projection; and those of the
@@ -295,7 +299,7 @@ def merge_normed_qkv_op(
     fmt_q: str, fmt_k: str, first_group: int, interleaved: bool, kind: str, eps: float, out: Tensor,
     segments: Tensor | None,
 ) -> list[Tensor]:  # fmt: skip
-    s, b, groups, head_dim = grad_k.shape
+    groups, head_dim = grad_k.shape[2:]
     wide, grads, merged = torch.promote_types(grad_k.dtype, torch.float32), [], []
     for grad, weight, bias, kept, fmt in (
         (grad_q, weight_q, bias_q, (q, scale_q, zero_q, shift_q), fmt_q),
@@ -306,10 +310,9 @@ def merge_normed_qkv_op(
         grad = rotate_backward(grad.to(wide), _pair(cos, sin), interleaved)
         parameters = [None if p is None else p.to(wide) for p in (weight, bias)]
         grad, *of_parameters = norms.norm_backward(grad, x, *parameters, eps, kind)
-        merged.append(grad.reshape(s, b, groups, -1))
+        merged.append(grad)
         grads += [out.new_empty(0) if g is None else g for g in of_parameters]
-    merged.append(grad_v.to(wide))
-    out.copy_(torch.cat(merged, dim=-1).view(s, b, -1))
+    join_groups(*merged, grad_v, out)
     return grads
 
 

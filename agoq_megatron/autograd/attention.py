@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from agoq_megatron.autograd.attention_backends import AttentionBackend
 from agoq_megatron.autograd.function import Function, in_order
+from agoq_megatron.autograd.gates import KeptGate, apply_gate
 from agoq_megatron.autograd.heads import NORM_PARAMETERS, Heads, Layout, Parameters, Rotated
 from agoq_megatron.autograd.kept import KeptTensor, keep, restore, save
 from agoq_megatron.autograd.packing import Packing
@@ -41,6 +42,7 @@ class AttentionSpec:
         backend: runs the attention.
         interleaved: rotary pairs are neighbours instead of halves.
         rotary_factor: on queries and keys where they are rotated (YaRN's concentration factor).
+        gate: how the gates of the output are kept; None for an attention without.
         recompute: run the attention again in backward whatever ``output`` says.
         heads: makes Q, K and V of the projection.
     """
@@ -56,10 +58,14 @@ class AttentionSpec:
     recompute: bool
     heads: Heads = Rotated()
     rotary_factor: float = 1.0
+    gate: SavedTensor | None = None
 
     def layout(self, angles: Tensor | None, packing: Packing | None) -> Layout:
         """Of the projection; both as :func:`attend` takes them."""
-        return Layout(self.groups, self.head_dim, angles, self.interleaved, packing, self.rotary_factor)
+        return Layout(
+            self.groups, self.head_dim, angles, self.interleaved, packing, self.rotary_factor,
+            self.gate is not None,
+        )  # fmt: skip
 
     @property
     def again(self) -> bool:
@@ -84,6 +90,7 @@ class KeptAttention:
         sink: ``[n]``, a parameter or a constant; None for an attention without.
         dropout: with the generator's state that forward's mask was drawn from; None for none.
         once: where several read it in a backward pass, what one has rebuilt waits here for the next.
+        gate: of the output, or None. The output itself is kept before it.
     """
 
     query: KeptTensor
@@ -98,21 +105,23 @@ class KeptAttention:
     sink: Tensor | None = None
     dropout: Dropout | None = None
     once: dict | None = None
+    gate: KeptGate | None = None
 
     def stored(self) -> tuple[Tensor | None, ...]:
         parts = self.query, self.key, self.value, self.output
-        return *(x for part in parts for x in part.stored()), self.lse, self.sink, *self.parameters
+        of_gate = () if self.gate is None else self.gate.stored()
+        return *(x for part in parts for x in part.stored()), *of_gate, self.lse, self.sink, *self.parameters
 
     def over(self, tensors: Iterable[Tensor | None]) -> KeptAttention:
         own, parts = list(tensors), {}
-        for name in ("query", "key", "value", "output"):
+        for name in ("query", "key", "value", "output", *(() if self.gate is None else ("gate",))):
             count = len(getattr(self, name).stored())
             parts[name] = getattr(self, name).over(own[:count])
             own = own[count:]
         return replace(self, **parts, lse=own[0], sink=own[1], parameters=tuple(own[2:]))
 
     def tensors(self, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
-        """Q, K, V and output ``[s, b, heads, d]`` as they were kept, and the output's log-sum-exp."""
+        """Q, K, V and output ``[s, b, heads, d]`` (before a gate) as they were kept, and its log-sum-exp."""
         kept = self.query, self.key, self.value
         layout = self.spec.layout(self.angles, self.packing)
         q, k, v = self.spec.heads.rebuild(kept, layout, self.parameters, dtype)
@@ -127,9 +136,13 @@ class KeptAttention:
     def rebuild(self, dtype: torch.dtype) -> Tensor:
         """The output ``[s, b, n d]``, for its reader; the attention's own backward pass follows."""
         if not self.spec.again:
-            return self.output.rebuild(dtype)
+            return self.read(self.output.rebuild(dtype).unflatten(2, (-1, self.spec.head_dim)))
         self.once["tensors"] = found = self.tensors(dtype)
-        return found[0][3].flatten(2)
+        return self.read(found[0][3])
+
+    def read(self, out: Tensor) -> Tensor:
+        """What the output's reader sees ``[s, b, n d]`` of ``out`` ``[s, b, n, d]``."""
+        return out.flatten(2) if self.gate is None else self.gate.product(out)
 
     def _workspace(self, heads: int) -> int:
         """Numbers beyond those of Q that FlashAttention sums gradients of: 128 rows a document."""
@@ -140,6 +153,20 @@ class KeptAttention:
     def gather(self, group) -> tuple[KeptAttention, list]:
         raise NotImplementedError("an attention's output is split over heads, not over the sequence")
 
+    def through_gate(self, tensors: list[Tensor]) -> Tensor | None:
+        """Replace the first of ``tensors``, the gradient of what was read, by that of the output.
+
+        Args:
+            tensors: as of :meth:`gradients`, which goes after it.
+
+        Returns:
+            The projection's gradient with the gates' in it; None without a gate.
+        """
+        if self.gate is None:
+            return None
+        tensors[0] = tensors[0].contiguous()
+        return self.gate.gradients(tensors[0], tensors[4])
+
     def sink_gradient(self, tensors: list[Tensor], lse: Tensor) -> Tensor | None:
         """Of the sink ``[n]``; arguments as of :meth:`gradients`, which goes after it."""
         if self.sink is None or not self.sink.requires_grad:
@@ -148,19 +175,25 @@ class KeptAttention:
         found = self.spec.backend.sink_gradient(grad, out, lse, self.sink, documents_of(self.packing))
         return found.to(self.sink.dtype)
 
-    def gradients(self, tensors: list[Tensor], lse: Tensor) -> tuple[Tensor, Parameters]:
-        """Of the projection ``[s, b, (n + 2g) d]``, and of the norms' parameters.
+    def gradients(
+        self, tensors: list[Tensor], lse: Tensor, grad_qkv: Tensor | None = None
+    ) -> tuple[Tensor, Parameters]:
+        """Of the projection ``[s, b, (n + 2g) d]`` (``[s, b, (2n + 2g) d]`` with gates), and of the norms'
+        parameters.
 
         Args:
             tensors: gradient of the output ``[s, b, n, d]``, then those of :meth:`tensors`. Emptied once they
                 are not needed: they are three and a half hidden states, and the result is one and a half.
+            grad_qkv: what :meth:`through_gate` returned.
         """
         spec, backend = self.spec, self.spec.backend
         (s, b, heads, _), dtype = tensors[0].shape, tensors[0].dtype
         heads_a_group = heads // spec.groups
         numel = tensors[0].numel() + self._workspace(heads)
         at_a_time = backend.groups_at_a_time(numel, spec.groups, self.dropout)
-        kept, grad_qkv, of_parameters = (self.query, self.key, self.value), None, []
+        kept, of_parameters = (self.query, self.key, self.value), []
+        if grad_qkv is not None:
+            grad_qkv = grad_qkv.unflatten(2, (spec.groups, -1))
         for start in range(0, spec.groups, at_a_time):
             groups = slice(start, start + at_a_time)
             queries = slice(start * heads_a_group, (start + at_a_time) * heads_a_group)
@@ -196,7 +229,7 @@ def attend(
     """``attention(rotate(split(qkv)))``, and what is kept for its backward pass.
 
     Args:
-        qkv: ``[s, b, (n + 2g) d]``.
+        qkv: ``[s, b, (n + 2g) d]``; with gates, if ``spec`` has them, ``[s, b, (2n + 2g) d]``.
         angles: ``[s, 1, 1, rot]``, or None for no rotation. Where ``packing`` has positions, of a document.
         keeps: a backward pass can follow.
         parameters: of the norms of queries and keys, if ``spec.heads`` has them.
@@ -218,7 +251,7 @@ def attend(
     out, lse = spec.backend.forward(*parts, documents_of(packing), sink, dropped)
     flat = out.view(s, b, -1)
     if not keeps:
-        return flat, None
+        return (flat if spec.gate is None else apply_gate(flat, qkv, layout, spec.gate, False, True)[0]), None
     shifts = [None, None, None]
     if common is not None:
         shared, shifts = heads.shared(common, out.shape[2], spec.groups)
@@ -233,7 +266,12 @@ def attend(
     else:
         output = keep(spec.output, flat)
         spec.output.announce_beside("log_sum_exp", lse)
-    return flat, KeptAttention(*kept, output, lse, angles, spec, parameters, packing, sink, dropped)
+    gate = None
+    if spec.gate is not None:
+        # The output itself is wanted again only where that very tensor is kept.
+        is_kept = any(t is flat for t in output.tensors)
+        flat, gate = apply_gate(flat, qkv, layout, spec.gate, True, not is_kept)
+    return flat, KeptAttention(*kept, output, lse, angles, spec, parameters, packing, sink, dropped, gate=gate)
 
 
 class Attention(Function):
@@ -268,8 +306,10 @@ class Attention(Function):
     def backward(ctx, grad: Tensor, _):
         (kept,), _ = restore(ctx)
         tensors, lse = kept.once.pop("tensors", None) or kept.tensors(ctx.dtype)
-        tensors.insert(0, grad.view_as(tensors[0]))
+        # A gate overwrites it, and it may be anybody's.
+        tensors.insert(0, (grad if kept.gate is None else grad.clone()).view_as(tensors[0]))
+        grad_qkv = kept.through_gate(tensors)
         grad_sink = kept.sink_gradient(tensors, lse)
-        grad_qkv, of_parameters = kept.gradients(tensors, lse)
+        grad_qkv, of_parameters = kept.gradients(tensors, lse, grad_qkv)
         named = dict(zip(NORM_PARAMETERS, of_parameters, strict=True))
         return in_order(Attention, qkv=grad_qkv, sink=grad_sink, **named)

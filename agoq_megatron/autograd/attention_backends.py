@@ -30,10 +30,10 @@ class AttentionBackend(Protocol):
 
     def statistics(
         self, qkv: Tensor, groups: int, head_dim: int, tables: Tables, interleaved: bool,
-        bounds: Tensor | None = None,
+        bounds: Tensor | None = None, gated: bool = False,
     ) -> Tensor:  # fmt: skip
         """FP32 ``[b, n + 2g, d]``: the vector that the tokens of a head of Q, K and V have in common; or of
-        the segments of sequences that are packed."""
+        the segments of sequences that are packed. ``gated``: ``qkv`` has gates, too."""
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None, sink: Tensor | None = None,
@@ -79,9 +79,9 @@ class LocalAttention:
 
     def statistics(
         self, qkv: Tensor, groups: int, head_dim: int, tables: Tables, interleaved: bool,
-        bounds: Tensor | None = None,
+        bounds: Tensor | None = None, gated: bool = False,
     ) -> Tensor:  # fmt: skip
-        return common_vectors(qkv, groups, head_dim, tables, interleaved, bounds)
+        return common_vectors(qkv, groups, head_dim, tables, interleaved, bounds, gated)
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None, sink: Tensor | None = None,

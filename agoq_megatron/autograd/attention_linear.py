@@ -76,10 +76,11 @@ class AttentionLinear(Function):
         tensors, lse = kept.tensors(ctx.dtype)
         grad_weight = None
         if ctx.needs_input_grad[2]:
-            grad_weight = products.weight_gradient(weight, grad, tensors[3].flatten(2))
+            grad_weight = products.weight_gradient(weight, grad, kept.read(tensors[3]))
         # Into the list, which gives all of them back: no name here may hold them longer.
         tensors.insert(0, products.input_gradient(grad, weight).view_as(tensors[0]))
+        grad_qkv = kept.through_gate(tensors)
         grad_sink = kept.sink_gradient(tensors, lse)
-        grad_qkv, of_parameters = kept.gradients(tensors, lse)
+        grad_qkv, of_parameters = kept.gradients(tensors, lse, grad_qkv)
         named = dict(zip(NORM_PARAMETERS, of_parameters, strict=True))
         return in_order(AttentionLinear, qkv=grad_qkv, weight=grad_weight, sink=grad_sink, **named)

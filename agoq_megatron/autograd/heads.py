@@ -41,7 +41,8 @@ Parts = tuple[Tensor, Tensor, Tensor]
 
 @dataclass
 class Layout:
-    """How a projection ``[s, b, (n + 2g) d]`` is laid out, and turned, in one pass.
+    """How a projection ``[s, b, (n + 2g) d]``, or ``[s, b, (2n + 2g) d]`` with gates, is laid out and turned,
+    in one pass.
 
     Attributes:
         groups: key/value heads on this rank.
@@ -50,6 +51,7 @@ class Layout:
         interleaved: rotary pairs are neighbours instead of halves.
         packing: the documents that the sequences are packed of, or None.
         factor: on what is turned (YaRN's).
+        gated: it has the gates of the attention's output, too, which are not read here (``gates.py``).
     """
 
     groups: int
@@ -58,6 +60,7 @@ class Layout:
     interleaved: bool
     packing: Packing | None = None
     factor: float = 1.0
+    gated: bool = False
 
     @cached_property
     def tables(self) -> Tables:
@@ -139,12 +142,14 @@ class Rotated:
     sinks: bool = False
 
     def statistics(self, backend, qkv, layout):
-        return backend.statistics(qkv, *layout.arguments, layout.bounds)
+        return backend.statistics(qkv, *layout.arguments, layout.bounds, layout.gated)
 
     def split(self, qkv, layout, parameters, formats, keys, common, again):
         # Where statistics of this pass are kept they must be those of the keys that backward sees.
         centre_key = common is not None and formats[1] is not None and not again and not self.sinks
-        return split_qkv(qkv, *layout.arguments, formats, keys, common, centre_key, layout.segments)
+        return split_qkv(
+            qkv, *layout.arguments, formats, keys, common, centre_key, layout.segments, layout.gated
+        )
 
     def unpacked(self, qkv, layout, parts, formats):
         return parts
@@ -176,18 +181,19 @@ class Normed:
 
     def statistics(self, backend, qkv, layout):
         return backend.statistics(
-            qkv, layout.groups, layout.head_dim, None, layout.interleaved, layout.bounds
+            qkv, layout.groups, layout.head_dim, None, layout.interleaved, layout.bounds, layout.gated
         )
 
     def split(self, qkv, layout, parameters, formats, keys, common, again):
         return split_normed_qkv(
-            qkv, *layout.arguments, self.norm, parameters, formats, keys, common, layout.segments
-        )
+            qkv, *layout.arguments, self.norm, parameters, formats, keys, common, layout.segments,
+            layout.gated,
+        )  # fmt: skip
 
     def unpacked(self, qkv, layout, parts, formats):
         if None not in formats[:2]:
             return parts
-        query, key, _ = unnormed_parts(qkv, layout.groups, layout.head_dim)
+        query, key, _ = unnormed_parts(qkv, layout.groups, layout.head_dim, layout.gated)
         return query, key, parts[2]
 
     def shared(self, common, heads, groups):

@@ -72,7 +72,6 @@ REFUSED: tuple[Check, ...] = (
     _no("--is-hybrid-model", "hybrid (Mamba) stacks are not carried yet"),
     _no("--experimental-attention-variant", "only causal softmax attention is carried"),
     _no("--linear-attention-freq", "only causal softmax attention is carried"),
-    _no("--attention-output-gate", "gated attention is not carried yet"),
     _no("--fp32-residual-connection", "the residual stream is kept in the compute dtype"),
     _no(
         "--apply-residual-connection-post-layernorm",
@@ -142,7 +141,8 @@ CARRIED = {
         num_attention_heads num_query_groups group_query_attention kv_channels rotary_interleaved no_rope_freq
         recompute_granularity recompute_modules gradient_accumulation_fusion apply_query_key_layer_scaling
         attention_softmax_in_fp32 masked_softmax_fusion apply_rope_fusion window_size window_attn_skip_freq
-        softmax_type rotary_scaling_factor mscale mscale_all_dim num_layers mtp_num_layers""",
+        softmax_type rotary_scaling_factor mscale mscale_all_dim num_layers mtp_num_layers
+        attention_output_gate""",
     "modules/latent_attention.py": """
         multi_latent_attention q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim rope_type
         rotary_scaling_factor mscale mscale_all_dim hidden_size num_attention_heads normalization
@@ -164,7 +164,7 @@ CARRIED = {
     "modules/sites.py": """
         hidden_size num_attention_heads num_query_groups kv_channels ffn_hidden_size swiglu
         quick_geglu tensor_model_parallel_size qk_layernorm qk_l2_norm softmax_type multi_latent_attention
-        q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim""",
+        q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim attention_output_gate""",
     "modules/layer.py": """
         num_layers hidden_dropout bias_dropout_fusion mlp_chunks_for_training recompute_method
         recompute_num_layers sequence_parallel""",

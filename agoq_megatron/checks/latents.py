@@ -27,6 +27,7 @@ _REFUSED: tuple[Check, ...] = (
     ("mtp_num_layers", is_set, "--mtp-num-layers", "not carried together yet"),
     ("window_size", is_set, "--window-size", "not carried together yet"),
     ("softmax_type", lambda kind: kind != "vanilla", "--softmax-type", "its softmax has no sinks yet"),
+    ("attention_output_gate", is_set, "--attention-output-gate", "Megatron has no gate for its output"),
     ("layernorm_zero_centered_gamma", is_set, "--apply-layernorm-1p", "its norms are not zero-centred yet"),
     ("pipeline_model_parallel_layout", is_set, "--pipeline-model-parallel-layout", "not tried together yet"),
     (

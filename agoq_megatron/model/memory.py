@@ -72,13 +72,13 @@ class Plan:
     def digest(self) -> str:
         """A short name of how every tensor is kept, before any width was raised."""
         policy = self.config.agoq.base if isinstance(self.config.agoq, RaisedPolicy) else self.config.agoq
-        sites = [site for site in SITES if not site.entry]
-        return digest_of(
-            f"{s.path(n)} {policy.rule(s, n)}"
-            for n in self.layers
-            for s in sites
-            if s.present(self.config, n)
+        named = (
+            (site, number)
+            for number in self.layers
+            for site in SITES
+            if not site.entry and (site.present(self.config, number) or not site.newer)
         )
+        return digest_of(f"{site.path(number)} {policy.rule(site, number)}" for site, number in named)
 
     def with_policy(self, policy) -> Plan:
         """A plan for another policy; this one stays."""

@@ -24,7 +24,16 @@ from agoq_megatron.modules.dropout import attention_dropout
 from agoq_megatron.modules.norm import head_norm
 from agoq_megatron.modules.packing import packing_from
 from agoq_megatron.modules.residual import ResidualStream
-from agoq_megatron.modules.sites import ATTENTION_OUTPUT, KEY, NORM1_INPUT, NORM1_OUTPUT, QUERY, VALUE
+from agoq_megatron.modules.sites import (
+    ATTENTION_OUTPUT,
+    GATE,
+    KEY,
+    NORM1_INPUT,
+    NORM1_OUTPUT,
+    QUERY,
+    VALUE,
+    has_gate,
+)
 from agoq_megatron.policy.policy import ActivationPolicy
 
 
@@ -100,6 +109,7 @@ class CoreAttention(MegatronModule):
             key=saved_tensor(policy, KEY, number, self.config),
             value=saved_tensor(policy, VALUE, number, self.config),
             output=saved_tensor(policy, ATTENTION_OUTPUT, number, self.config),
+            gate=saved_tensor(policy, GATE, number, config) if has_gate(config) else None,
             groups=self.groups,
             head_dim=config.kv_channels,
             backend=LocalAttention(self.scale, window_of(config, number)),

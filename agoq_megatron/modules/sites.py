@@ -37,6 +37,19 @@ def _output(config) -> int:
     return config.num_attention_heads * width // config.tensor_model_parallel_size
 
 
+def has_gate(config) -> bool:
+    """Whether the attention's output has a gate."""
+    return getattr(config, "attention_output_gate", False)
+
+
+def _gate(config) -> int:
+    return _output(config) if has_gate(config) else 0
+
+
+def _has_gate(config, number: int) -> bool:
+    return has_gate(config)
+
+
 def _key(config) -> int:
     return config.num_query_groups * config.kv_channels // config.tensor_model_parallel_size
 
@@ -92,6 +105,7 @@ VALUE = Site(f"{ATTENTION}.value", _key, function=ATTENTION, present=_has_heads)
 ATTENTION_OUTPUT = Site(
     f"{ATTENTION}.output", _output, recomputable=True, function=ATTENTION, again_with="core_attn"
 )
+GATE = Site(f"{ATTENTION}.gate", _gate, function=ATTENTION, present=_has_gate, newer=True)
 NORM2_INPUT = Site(f"{FC1}.norm_input", _hidden, hidden=True, function=FC1, present=is_dense)
 NORM2_OUTPUT = Site(
     f"{FC1}.norm_output", _hidden, hidden=True, free=True, recomputable=True, again_with="mlp",
@@ -144,7 +158,7 @@ def _common_vectors(config, rule, kept):
 
 contribute(
     (
-        NORM1_INPUT, NORM1_OUTPUT, *LATENT_SITES, *ATTENTION_SITES, *MLP_SITES, *MOE_SITES,
+        NORM1_INPUT, NORM1_OUTPUT, *LATENT_SITES, *ATTENTION_SITES, GATE, *MLP_SITES, *MOE_SITES,
         LAYER_INPUT,
     ),
     (Companion(LSE, _log_sum_exp), Companion(COMMON, _common_vectors), *MOE_COMPANIONS),

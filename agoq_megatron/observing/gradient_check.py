@@ -17,7 +17,7 @@ from agoq_kernels.formats import Format
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 
 from agoq_megatron.autograd.probing import TOKENS, columns, functions
-from agoq_megatron.modules.sites import ATTENTION, ATTENTION_OUTPUT, LAYER_INPUT
+from agoq_megatron.modules.sites import ATTENTION, ATTENTION_OUTPUT, GATE, LAYER_INPUT
 from agoq_megatron.policy.policy import KEEP_BITS
 from agoq_megatron.policy.raised import RECOMPUTED, WIDER, next_width, widened
 from agoq_megatron.policy.sites import Site
@@ -147,8 +147,9 @@ def over(
             if alone.get(LAYER_INPUT, 0) > 0.9 * alone[tensor]:
                 tensor = LAYER_INPUT  # of which the other is made
             again = attention_again or policy.rule(ATTENTION_OUTPUT, number).recompute
-            if name == ATTENTION and not again:
-                # With statistics of other scores than those of what is kept, more bits help little.
+            if name == ATTENTION and tensor is not GATE and not again:
+                # With statistics of other scores than those of what is kept, more bits help little. (The
+                # gate has none.)
                 rule = policy.rule(ATTENTION_OUTPUT, number)
                 old = KEEP_BITS if rule.keep else rule.format.bits
                 yield Finding(number, tensor, error, ATTENTION_OUTPUT, old, RECOMPUTED)

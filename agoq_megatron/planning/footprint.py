@@ -27,6 +27,7 @@ from agoq_megatron.modules.sites import (
     ATTENTION_SITES,
     FC1_OUTPUT,
     FC2_INPUT,
+    GATE,
     MLP_SITES,
     NORM2_INPUT,
     QUERY,
@@ -297,6 +298,8 @@ def _attention_moment(config, plan: Plan, number: int, tokens: int) -> float:
     some = groups_at_a_time(int(q * tokens), groups, dropout) / groups  # of the heads
     inputs = o + sum(n for n, kept in zip((q, k, v, o), held, strict=True) if not kept)
     outputs = q + k + v if some == 1 else (1 + some) * (q + k + v)
+    if gate := GATE.axis(config):  # whose gradient goes first, into the projection's
+        outputs = (1 + some) * (q + k + v) + gate
     if getattr(config, "agoq_documents", False) and tokens > config.agoq_sequence:
         inputs += some * (q + k + v + 2 * o)  # sequences one behind the other, as documents lie
     return (inputs + outputs) * here + some * workspace_of_attention(config, q * tokens) - gone

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from agoq_megatron.model.stages import layers_of
 from agoq_megatron.modules.expert_sites import has_experts
 from agoq_megatron.planning.experts import expert_counts
+from agoq_megatron.modules.sites import has_gate
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,15 @@ def _attention(config) -> tuple[list[int], int]:
     h, tp = config.hidden_size, config.tensor_model_parallel_size
     query = config.num_attention_heads * config.kv_channels
     key = config.num_query_groups * config.kv_channels
+    rows = query + 2 * key + (query if has_gate(config) else 0)
     vectors = 0
     if config.qk_layernorm and not config.qk_l2_norm:  # of which those have no weights
         vectors += (4 if config.normalization == "LayerNorm" else 2) * config.kv_channels
     if config.softmax_type == "learnable":
         vectors += config.num_attention_heads // tp
     if config.add_bias_linear or config.add_qkv_bias:
-        vectors += (query + 2 * key) // tp
-    return [h * (query + 2 * key) // tp, h * query // tp], vectors
+        vectors += rows // tp
+    return [h * rows // tp, h * query // tp], vectors
 
 
 def _latent_attention(config) -> tuple[list[int], int]:

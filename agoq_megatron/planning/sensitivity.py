@@ -20,7 +20,15 @@ from pathlib import Path
 from agoq_kernels.formats import BIT_WIDTHS, CODES, GROUP_SIZES, OUTLIERS, SCALE_BITS, Format
 
 from agoq_megatron.model.transformer_config import AGoQTransformerConfig
-from agoq_megatron.modules.sites import ATTENTION_SITES, FC1_OUTPUT, LAYER_INPUT, NORM1_INPUT, NORM2_INPUT
+from agoq_megatron.modules.sites import (
+    ATTENTION_SITES,
+    FC1_OUTPUT,
+    GATE,
+    LAYER_INPUT,
+    NORM1_INPUT,
+    NORM2_INPUT,
+    has_gate,
+)
 from agoq_megatron.planning.replay import OneTensor
 from agoq_megatron.policy.fitting import axes_of
 from agoq_megatron.policy.sites import SITES, Site
@@ -79,9 +87,11 @@ def format_for(site: Site, width: int, features: int) -> Format | None:
 
 
 def variants(config: AGoQTransformerConfig) -> list[OneTensor]:
-    """Every tensor in every width; the layers' inputs too if the run recomputes whole layers."""
+    """Every tensor in every width; gates if the attention has them, and the layers' inputs too if the run
+    recomputes whole layers."""
     features = axes_of(config)
-    sites = (*SOLVED, LAYER_INPUT) if config.recompute_granularity == "full" else SOLVED
+    sites = (*SOLVED, GATE) if has_gate(config) else SOLVED
+    sites = (*sites, LAYER_INPUT) if config.recompute_granularity == "full" else sites
     formats = ((site, format_for(site, width, features[site])) for site in sites for width in BEST_FORMATS)
     return [OneTensor(site, fmt) for site, fmt in formats if fmt is not None]
 
@@ -142,11 +152,13 @@ class Sensitivities:
         path: the file.
         data: what is in it.
         least: widths by tensor below which a solver must not go, whatever was measured.
+        stand_ins: by tensor another one, whose errors are taken for its own where it was not measured.
     """
 
     def __init__(self, path: Path, data: dict):
         self.path, self.data = path, data
         self.least: dict[Site, int] = {}
+        self.stand_ins: dict[Site, Site] = {}
 
     def require(self, **model: int) -> None:
         """Refuse another model than the measured one: ``require(layers=32, hidden_size=4096)``.
@@ -173,7 +185,7 @@ class Sensitivities:
 
     def has(self, layer_number: int, site: Site | str) -> bool:
         """Whether the tensor was measured."""
-        return _name(site) in self.data["layers"].get(str(layer_number), {})
+        return self._measured(layer_number, site) in self.data["layers"].get(str(layer_number), {})
 
     def relative_layer(self, layer_number: int, layers: int) -> int:
         """The measured layer that stands where layer ``layer_number`` (from 1) of ``layers`` does: the same
@@ -203,8 +215,14 @@ class Sensitivities:
         entry = self._entry(layer_number, site, width)
         return _FORMATS[entry.get("format", self.data["formats"][str(width)])]
 
+    def _measured(self, layer_number: int, site: Site | str) -> str:
+        """Name of the tensor whose errors are taken: its own where it was measured."""
+        names = {its.value: other.value for its, other in self.stand_ins.items()}
+        name = _name(site)
+        return name if name in self.data["layers"].get(str(layer_number), {}) else names.get(name, name)
+
     def _site(self, layer_number: int, site: Site | str) -> dict:
-        layers, name = self.data["layers"], _name(site)
+        layers, name = self.data["layers"], self._measured(layer_number, site)
         if str(layer_number) not in layers:
             raise ValueError(f"{self.path}: it has layers 1 to {len(layers)}, and no layer {layer_number}.")
         if name not in layers[str(layer_number)]:

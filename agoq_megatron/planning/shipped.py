@@ -9,15 +9,20 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from agoq_megatron.modules.sites import KEY, QUERY, gated
+from agoq_megatron.modules.sites import GATE, KEY, QUERY, VALUE, gated
 from agoq_megatron.planning.sensitivity import Sensitivities, load_sensitivities
 from agoq_megatron.policy.sites import SITES
 from agoq_megatron.seams.refusals import UsageError
 
-LEAST = dict.fromkeys(SITES, 3) | {QUERY: 6, KEY: 8}
+LEAST = dict.fromkeys(SITES, 3) | {QUERY: 6, KEY: 8, GATE: 5}
 """Widths below which a stand-in is not believed. Errors of Q and K go through the softmax and grow with the
 scores, and those of keys meet whatever the queries have in common, of which small models have next to nothing
-and pretrained ones a lot (the default policy gives both more)."""
+and pretrained ones a lot (the default policy gives both more). Gates of small models stand near zero, where a
+sigmoid forgives most; further from it 4 bits cost thrice as much as there (docs/format-study.md)."""
+
+STAND_INS = {GATE: VALUE}
+"""None of these models has gates. Of one that has, measured in the same way, their errors are a third of
+those of values, which are the nearest (docs/format-study.md)."""
 
 FOLDER = Path(__file__).parent / "sensitivities"
 
@@ -48,7 +53,7 @@ def nearest(args) -> Sensitivities:
     if not files:
         raise UsageError("--agoq-sensitivities: this installation has no measured ones; name a file.")
     found = min(files, key=lambda file: distance(file.data))
-    found.least = LEAST
+    found.least, found.stand_ins = LEAST, STAND_INS
     return found
 
 

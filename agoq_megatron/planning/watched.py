@@ -20,6 +20,7 @@ from agoq_megatron.modules.sites import (
     FC1_OUTPUT,
     FC2,
     FC2_INPUT,
+    GATE,
     KEY,
     KV_LATENT,
     LATENT_SITES,
@@ -72,13 +73,14 @@ class Watched:
         h, f, fc1 = NORM1_INPUT.axis(config), FC2_INPUT.axis(config), FC1_OUTPUT.axis(config)
         self._query = query = QUERY.axis(config)
         self._attention = KV_LATENT if config.multi_latent_attention else QUERY
-        qkv = sum(site.axis(config) for site in QKV_SITES)
+        gate = GATE.axis(config)
+        qkv = sum(site.axis(config) for site in QKV_SITES) + gate
         # Of each function: features of its input and output, numbers of its weight, and features of all that
         # lives at the worst moment of its second run: exact input gradient, output's gradient and its own.
         gathered = 2 * h / split + 2 * h if split > 1 else 3 * h
         self._sizes = {
             QKV: (h / split, qkv, qkv * h, gathered + qkv),
-            ATTENTION: (qkv, h, query * h, 3 * qkv + h + 2 * query),
+            ATTENTION: (qkv, h, query * h, 3 * qkv + h + 2 * query + 2 * gate),
             FC1: (h / split, fc1, fc1 * h, gathered + fc1),
             FC2: (fc1, h, f * h, 2 * fc1 + h + f),
         }
@@ -143,12 +145,13 @@ class Watched:
         for site in functions()[name]:
             fmt = self._rule(site, number).format
             if fmt is not None and site is not LAYER_INPUT:
-                width = {QUERY: self._query, ATTENTION_OUTPUT: self._query}.get(site, i)
+                gate = GATE.axis(self._config)
+                width = {QUERY: self._query, ATTENTION_OUTPUT: self._query, GATE: gate}.get(site, i)
                 if site in LATENT_SITES or (self._attention is KV_LATENT and name == ATTENTION):
                     present = site.present(self._config, number)
                     width = site.axis(self._config) if present else 0
                 elif site in (KEY, VALUE):
-                    width = (i - self._query) / 2
+                    width = (i - self._query - gate) / 2
                 codes += width * fmt.bits_per_element / 8
         running = self._tokens * (run * self._itemsize + codes) + 2 * weight * self._itemsize
         if name == ATTENTION:

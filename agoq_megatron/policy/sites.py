@@ -35,6 +35,8 @@ class Site:
         entry: it is the layer's input, which is kept where the whole layer runs again, and only there.
         present: of a transformer config and a layer's number (from 1): whether that layer has it.
         copies: of a transformer config: how many of it a rank has for each token of its part of the sequence.
+        newer: it was contributed after digests of plans were first compared. They name it only where a layer
+            has it, so that models without keep theirs.
     """
 
     value: str
@@ -47,6 +49,7 @@ class Site:
     entry: bool = field(default=False, compare=False, repr=False)
     present: Callable[[object, int], bool] = field(default=in_every_layer, compare=False, repr=False)
     copies: Callable[[object], float] = field(default=once, compare=False, repr=False)
+    newer: bool = field(default=False, compare=False, repr=False)
 
     def path(self, layer_number: int) -> str:
         """Full path in layer ``layer_number`` (from 1, as Megatron counts)."""

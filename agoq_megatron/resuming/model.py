@@ -19,6 +19,7 @@ NEVER_MEANT = {
     "swiglu": ("--swiglu", "MLPs"),
     "squared_relu": ("--squared-relu", "MLPs"),
     "quick_geglu": ("--quick-geglu", "MLPs"),
+    "attention_output_gate": ("--attention-output-gate", "gates of the attention's output"),
 }
 """Switches without which the same weights are of no use: argument -> flag, what a model then has of it."""
 _OLDER = {"layernorm_zero_centered_gamma": "apply_layernorm_1p"}

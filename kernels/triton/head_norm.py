@@ -18,6 +18,7 @@ import triton.language as tl
 from agoq_kernels.formats import Format
 from agoq_kernels.head_norm import HeadNorm, KeptHeads, Parameters, Tables
 from agoq_kernels.norm import is_layer_norm, is_zero_centred
+from agoq_kernels.rotary import query_heads
 from agoq_kernels.triton.codec import quantize_store
 from agoq_kernels.triton.constants import constants
 from agoq_kernels.triton.heads import (
@@ -199,19 +200,21 @@ def _parameters(norm: HeadNorm, weight: Tensor | None, bias: Tensor | None, unre
 def split_normed_qkv(
     qkv: Tensor, tables: Tables, groups: int, head_dim: int, interleaved: bool, norm: HeadNorm,
     parameters: Parameters, formats: tuple[Format | None, ...], keys: tuple[int, ...],
-    common: Tensor | None = None, segments: Tensor | None = None,
+    common: Tensor | None = None, segments: Tensor | None = None, gated: bool = False,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Packed, Packed, Packed]]:  # fmt: skip
     """See head_norm.split_normed_qkv(); groups of a format lie within a head."""
     qkv = qkv.contiguous()
     s, b, width = qkv.shape
-    per_group = width // groups  # elements of [q ... q k v]
-    queries = per_group // head_dim - 2
+    per_group = width // groups  # elements of [q ... q k v], with gates before k
+    queries = query_heads(width, groups, head_dim, gated)
+    key = per_group // head_dim - 2
     cos, sin = _tables(tables, qkv)
     common = None if common is None else common.contiguous().view(-1)
+    common_row = groups * (queries + 2) * head_dim
     parts, packed = [], []
     for i, heads_a_group in enumerate((queries, 1, 1)):
         heads, fmt = groups * heads_a_group, formats[i]
-        source = qkv.view(-1)[(0, queries, queries + 1)[i] * head_dim :]
+        source = qkv.view(-1)[(0, key, key + 1)[i] * head_dim :]
         shift = None if common is None else common[(0, queries, queries + 1)[i] * groups * head_dim :]
         part = torch.empty((s, b, heads, head_dim), dtype=qkv.dtype, device=qkv.device)
         parts.append(part)
@@ -220,7 +223,7 @@ def split_normed_qkv(
             packed.append(
                 _rotate(
                     source, part, None, heads, 1, head_dim, strides, s * b, b, interleaved, False, fmt,
-                    keys[i], shift, groups * per_group, segments=segments,
+                    keys[i], shift, common_row, segments=segments,
                 )
             )  # fmt: skip
             continue
@@ -231,7 +234,7 @@ def split_normed_qkv(
             _forward_kernel[(cdiv(s * b * heads, shape["R"]),)](
                 source, part, cos, sin, *tensors, qkv if shift is None else shift,
                 qkv if segments is None else segments.contiguous(),
-                *packed_arguments(packed[i], fmt), s * b * heads, b, width, per_group, groups * per_group,
+                *packed_arguments(packed[i], fmt), s * b * heads, b, width, per_group, common_row,
                 norm.eps, *signed_key(keys[i]), HEADS=heads, HEADS_A_GROUP=heads_a_group, **constant,
                 QUANTIZE=fmt is not None, CENTRE=shift is not None, SEGMENTS=segments is not None, **shape,
             )  # fmt: skip
@@ -276,7 +279,8 @@ def merge_normed_qkv(
     """See head_norm.merge_normed_qkv(); groups of a format lie within a head."""
     s, b, groups, head_dim = grad_k.shape
     queries = grad_q.shape[2] // groups
-    per_group = (queries + 2) * head_dim
+    per_group = out.shape[2] // groups  # with gates before the key, if there is place for them
+    first_key = per_group - 2 * head_dim
     token = token_stride(out)
     found = []
     cos, sin = _tables(tables, grad_k)
@@ -295,7 +299,7 @@ def merge_normed_qkv(
             _backward_kernel[(programs,)](
                 part, *packed_arguments(kept.kept, fmt), part if shift is None else shift.contiguous(),
                 part if kept.segments is None else kept.segments.contiguous(), cos, sin, tensors[0],
-                out[..., i * queries * head_dim :], *(part if t is None else t for t in sums),
+                out[..., i * first_key :], *(part if t is None else t for t in sums),
                 s * b * heads, first_group * heads_a_group,
                 kept.width // head_dim, b, token, per_group, norm.eps, HEADS=heads,
                 HEADS_A_GROUP=heads_a_group, **constant, QUANTIZED=fmt is not None,
@@ -304,7 +308,7 @@ def merge_normed_qkv(
         found += [None if t is None else t.sum(0) for t in sums]
     strides = groups * head_dim, head_dim, token, per_group
     _rotate(
-        grad_v.contiguous(), out[..., (queries + 1) * head_dim :], None, groups, 1, head_dim, strides, s * b,
+        grad_v.contiguous(), out[..., first_key + head_dim :], None, groups, 1, head_dim, strides, s * b,
         b, interleaved, True,
     )  # fmt: skip
     return tuple(found)

@@ -6,9 +6,11 @@ from __future__ import annotations
 import torch
 from agoq_kernels.activation import parse, read_part
 from agoq_kernels.formats import Format
+from agoq_kernels.gate import gates_of
 from agoq_kernels.head_norm import HeadNorm, KeptHeads, Parameters, Tables, unnormed_parts
 from agoq_kernels.segments import by_token
-from agoq_kernels.triton import activation, head_norm, rotary
+from agoq_kernels.triton import activation, gate, head_norm, rotary
+from agoq_kernels.triton.gate import gate_from_kept
 from agoq_kernels.triton.norm import norm_backward, norm_forward, norm_from_kept
 from agoq_kernels.triton.quantize import Packed, dequantize, empty_packed, quantize
 from agoq_kernels.triton.rotary import common_vectors, merge_qkv
@@ -19,6 +21,9 @@ __all__ = [
     "activation_forward",
     "common_vectors",
     "dequantize",
+    "gate_backward",
+    "gate_forward",
+    "gate_from_kept",
     "merge_normed_qkv",
     "merge_qkv",
     "norm_backward",
@@ -57,13 +62,14 @@ def split_qkv(
     qkv: Tensor, tables: tuple[Tensor, Tensor] | None, groups: int, head_dim: int,
     interleaved: bool, formats: tuple[Format | None, ...], keys: tuple[int, ...],
     common: Tensor | None = None, centre_key: bool = False, segments: Tensor | None = None,
+    gated: bool = False,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Packed, Packed, Packed]]:  # fmt: skip
     """See fused.split_qkv()."""
     fused = [f if f is None or head_dim % f.group == 0 else None for f in formats]
     centre_later = centre_key and formats[1] is not fused[1]
     parts, packed = rotary.split_qkv(
         qkv, tables, groups, head_dim, interleaved, fused, keys, common, centre_key and not centre_later,
-        segments,
+        segments, gated,
     )  # fmt: skip
     parts, packed, before = list(parts), list(packed), 0
     for i, fmt in enumerate(formats):
@@ -82,18 +88,18 @@ def split_qkv(
 def split_normed_qkv(
     qkv: Tensor, tables: Tables, groups: int, head_dim: int, interleaved: bool, norm: HeadNorm,
     parameters: Parameters, formats: tuple[Format | None, ...], keys: tuple[int, ...],
-    common: Tensor | None = None, segments: Tensor | None = None,
+    common: Tensor | None = None, segments: Tensor | None = None, gated: bool = False,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Packed, Packed, Packed]]:  # fmt: skip
     """See head_norm.split_normed_qkv()."""
     fused = tuple(f if f is None or head_dim % f.group == 0 else None for f in formats)
     parts, packed = head_norm.split_normed_qkv(
-        qkv, tables, groups, head_dim, interleaved, norm, parameters, fused, keys, common, segments
+        qkv, tables, groups, head_dim, interleaved, norm, parameters, fused, keys, common, segments, gated
     )
     if fused == formats:
         return parts, packed
     packed, before = list(packed), 0
     shifts = None if common is None else common.flatten(1)
-    for i, part in enumerate(unnormed_parts(qkv, groups, head_dim)):
+    for i, part in enumerate(unnormed_parts(qkv, groups, head_dim, gated)):
         n = part.shape[2]
         if fused[i] != formats[i]:
             rest = part
@@ -126,3 +132,23 @@ def merge_normed_qkv(
     return head_norm.merge_normed_qkv(
         grad_q, grad_k, grad_v, tables, interleaved, norm, parameters, query, key, first_group, out
     )
+
+
+def gate_forward(
+    out: Tensor, qkv: Tensor, groups: int, head_dim: int, fmt: Format | None, key: int, into_out: bool
+) -> tuple[Tensor, Packed]:
+    """See gate.gate_forward()."""
+    if fmt is None or head_dim % fmt.group == 0:
+        return gate.gate_forward(out, qkv, groups, head_dim, fmt, key, into_out)
+    packed = quantize(gates_of(qkv, groups, head_dim), fmt, key)
+    return gate.gate_forward(out, qkv, groups, head_dim, None, key, into_out)[0], packed
+
+
+def gate_backward(
+    grad: Tensor, out: Tensor, kept: Packed, fmt: Format | None, groups: int, head_dim: int, grad_qkv: Tensor
+) -> None:
+    """See gate.gate_backward()."""
+    if fmt is not None and head_dim % fmt.group:
+        x = dequantize(kept, fmt, torch.float32)
+        kept, fmt = (x, *empty_packed((), 0, None, x.device)[1:]), None
+    gate.gate_backward(grad, out, kept, fmt, groups, head_dim, grad_qkv)

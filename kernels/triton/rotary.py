@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from agoq_kernels.formats import Format
-from agoq_kernels.rotary import SAMPLED, sampled_tokens
+from agoq_kernels.rotary import SAMPLED, query_heads, sampled_tokens
 from agoq_kernels.triton.codec import quantize_store
 from agoq_kernels.triton.constants import constants
 from agoq_kernels.triton.launch import Kernel, cdiv
@@ -107,16 +107,17 @@ def _rotate_kernel(
 @triton.jit
 def _common_kernel(
     source_ptr, cos_ptr, sin_ptr, bounds_ptr, out_ptr, n, first, stride, batch, width, count, places,
-    PER_GROUP: tl.constexpr, QUERIES: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    ROT: tl.constexpr, INTERLEAVED: tl.constexpr, SEGMENTS: tl.constexpr, SAMPLED: tl.constexpr,
-    T: tl.constexpr, D: tl.constexpr,
+    PER_GROUP: tl.constexpr, QUERIES: tl.constexpr, KEY: tl.constexpr, HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, ROT: tl.constexpr, INTERLEAVED: tl.constexpr, SEGMENTS: tl.constexpr,
+    SAMPLED: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Mean of one head of one sequence, after the rotation, over n tokens from the first on, stride apart.
 
     SEGMENTS: of one of its segments, of the tokens that sampled_tokens() takes of it; bounds_ptr is
     [batch, places + 1].
 
-    Heads of the output are those of queries, keys, values; HEADS: queries in all; QUERIES: of a group.
+    Heads of the output are those of queries, keys, values; HEADS: queries in all; QUERIES: of a group, of
+    which KEY is the head of keys.
     """
     HALF: tl.constexpr = ROT // 2
     head = tl.program_id(0) % count
@@ -132,9 +133,9 @@ def _common_kernel(
         n = (end - first + stride - 1) // stride
     groups = (count - HEADS) // 2
     key = head - HEADS
-    # Of a group's [q ... q k v]: where this head begins.
+    # Of a group's [q ... q k v], maybe with gates before k: where this head begins.
     group = tl.where(head < HEADS, head // QUERIES, key % groups)
-    place = tl.where(head < HEADS, head % QUERIES, QUERIES + key // groups)
+    place = tl.where(head < HEADS, head % QUERIES, KEY + key // groups)
     source = source_ptr + b * width + group * PER_GROUP + place * HEAD_DIM
     turns = head < HEADS + groups
     feature = tl.arange(0, D)[None, :]
@@ -169,13 +170,13 @@ def _common_kernel(
 
 def common_vectors(
     qkv: Tensor, tables: tuple[Tensor, Tensor] | None, groups: int, head_dim: int, interleaved: bool,
-    bounds: Tensor | None = None,
+    bounds: Tensor | None = None, gated: bool = False,
 ) -> Tensor:  # fmt: skip
     """See rotary.common_vectors()."""
     qkv = qkv.contiguous()
     s, b, width = qkv.shape
     per_group = width // groups
-    queries = per_group // head_dim - 2
+    queries = query_heads(width, groups, head_dim, gated)
     count = groups * (queries + 2)
     rot = 0 if tables is None else tables[0].shape[-1]
     cos, sin = _tables(tables, qkv)
@@ -187,7 +188,8 @@ def common_vectors(
         _common_kernel[(b * places * count,)](
             qkv, cos, sin, qkv if bounds is None else bounds.contiguous(), out,
             cdiv(s - sampled.start, sampled.step), sampled.start, sampled.step, b, width, count, places,
-            PER_GROUP=per_group, QUERIES=queries, HEADS=groups * queries, HEAD_DIM=head_dim, ROT=rot,
+            PER_GROUP=per_group, QUERIES=queries, KEY=per_group // head_dim - 2, HEADS=groups * queries,
+            HEAD_DIM=head_dim, ROT=rot,
             INTERLEAVED=interleaved, SEGMENTS=bounds is not None, SAMPLED=SAMPLED,
             T=max(4096 // padded, 1), D=padded, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
@@ -237,16 +239,18 @@ def split_qkv(
     qkv: Tensor, tables: tuple[Tensor, Tensor] | None, groups: int, head_dim: int,
     interleaved: bool, formats: tuple[Format | None, ...], keys: tuple[int, ...],
     common: Tensor | None = None, centre_key: bool = False, segments: Tensor | None = None,
+    gated: bool = False,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Packed, Packed, Packed]]:  # fmt: skip
     """See fused.split_qkv(); groups of a format lie within a head."""
     qkv = qkv.contiguous()
     s, b, width = qkv.shape
-    per_group = width // groups  # elements of [q ... q k v]
-    queries = per_group // head_dim - 2
+    per_group = width // groups  # elements of [q ... q k v], with gates before k
+    queries = query_heads(width, groups, head_dim, gated)
+    key = per_group // head_dim - 2
     parts, packed = [], []
     for i, heads_a_group in enumerate((queries, 1, 1)):
         heads = groups * heads_a_group
-        offset = (0, queries, queries + 1)[i] * head_dim
+        offset = (0, key, key + 1)[i] * head_dim
         part = torch.empty((s, b, heads, head_dim), dtype=qkv.dtype, device=qkv.device)
         strides = width, per_group, heads * head_dim, heads_a_group * head_dim
         parts.append(part)
@@ -256,7 +260,7 @@ def split_qkv(
             _rotate(
                 qkv.view(-1)[offset:], part, tables if i < 2 else None, heads, heads_a_group,
                 head_dim, strides, s * b, b, interleaved, False, formats[i], keys[i], shift,
-                groups * per_group, centre_key and i == 1, segments,
+                groups * (queries + 2) * head_dim, centre_key and i == 1, segments,
             )
         )  # fmt: skip
     return tuple(parts), tuple(packed)
@@ -286,12 +290,13 @@ def merge_qkv(
     """See fused.merge_qkv()."""
     s, b, groups, head_dim = grad_k.shape
     queries = grad_q.shape[2] // groups
-    per_group = (queries + 2) * head_dim
+    per_group = out.shape[2] // groups  # with gates before the key, if there is place for them
+    key = per_group // head_dim - 2
     token = token_stride(out)
     for i, part in enumerate((grad_q, grad_k, grad_v)):
         heads_a_group = (queries, 1, 1)[i]
         heads = groups * heads_a_group
-        offset = (0, queries, queries + 1)[i] * head_dim
+        offset = (0, key, key + 1)[i] * head_dim
         strides = heads * head_dim, heads_a_group * head_dim, token, per_group
         _rotate(
             part.contiguous(), out[..., offset:], tables if i < 2 else None, heads, heads_a_group,

@@ -78,6 +78,13 @@ ARCHITECTURES = {
     "llama, YaRN": (LLAMA, "yarn"),
     "llama, two tokens more": (LLAMA | {"mtp_num_layers": 2, "mtp_loss_scaling_factor": 0.7}, "rope"),
     "gpt, a token more, no positions": (GPT | {"mtp_num_layers": 1}, "none"),
+    "qwen3, gates": (LLAMA | {"qk_layernorm": True, "attention_output_gate": True}, "rope"),
+    "gpt, gates, sinks in windows, a token more": (
+        GPT
+        | {"attention_output_gate": True, "softmax_type": "learnable", "window_size": (4, 0)}
+        | {"num_query_groups": 3, "mtp_num_layers": 1},
+        "rope",
+    ),
     "qwen3, YaRN": (LLAMA | {"qk_layernorm": True}, "yarn"),
     "deepseek": (DEEPSEEK, "rope"),
     "deepseek, q-LoRA, yarn": (DEEPSEEK | {"q_lora_rank": 40} | YARN_OF_LATENTS, "rope"),

@@ -15,7 +15,7 @@ ARCHITECTURES = (
     "llama", "gpt", "qwen3", "gpt, norms of heads", "llama, norms without weights", "squared ReLU", "GEGLU",
     "gpt-oss", "zero-centred LayerNorm", "zero-centred RMSNorm", "llama, windows", "llama, sinks",
     "gpt, off by one in windows", "llama, YaRN", "qwen3, YaRN", "llama, two tokens more",
-    "gpt, a token more, no positions",
+    "gpt, a token more, no positions", "qwen3, gates", "gpt, gates, sinks in windows, a token more",
     "deepseek", "deepseek, q-LoRA, yarn", "latents, GPT", "latents without norms, q-LoRA",
 )  # fmt: skip
 
@@ -35,7 +35,7 @@ def results():
 @pytest.mark.supports("norms on queries and keys", "squared ReLU", "quick GEGLU")
 @pytest.mark.supports("clamped and offset gates", "zero-centred norms", "YaRN", "multi-token prediction")
 @pytest.mark.supports("windows in some of the layers", "attention sinks")
-@pytest.mark.supports("multi-latent attention")
+@pytest.mark.supports("multi-latent attention", "gated attention")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_first_gradients_equal(results, architecture):
     errors = results[architecture]["gradient_errors"]

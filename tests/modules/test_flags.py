@@ -49,6 +49,8 @@ CASES = (
     "LLaMA --softmax-type learnable",
     "LLaMA --softmax-type off-by-one --qk-layernorm",
     "LLaMA --window-size 0,0 --window-attn-skip-freq [1,0]",
+    "LLaMA --attention-output-gate --qk-layernorm --softmax-type learnable",
+    "GPT --attention-output-gate --bf16 --normalization RMSNorm --position-embedding-type rope",
 )
 
 SAME_CONFIG = {

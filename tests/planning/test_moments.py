@@ -65,6 +65,8 @@ RUNS = {
     "off, two layers, GELU": f"--agoq-activations off --num-layers 2 {GELU}",
     "off, norms of heads": "--agoq-activations off --qk-layernorm",
     "agoq, norms of heads": "--qk-layernorm",
+    "off, gates": "--agoq-activations off --attention-output-gate",
+    "agoq, gates": "--attention-output-gate",
     "off, latents": f"--agoq-activations off {LATENTS}",
     "agoq, latents": LATENTS,
     "agoq, latents, q-LoRA": f"{LATENTS} --q-lora-rank 64",
@@ -85,6 +87,7 @@ RUNS = {
     "agoq, checked, MLP run again": f"{CHECKED} {SELECTIVE} mlp",
     "agoq, checked, attention run again": f"{CHECKED} {SELECTIVE} core_attn",
     "agoq, checked, latents": f"{CHECKED} {LATENTS}",
+    "agoq, checked, gates": f"{CHECKED} --attention-output-gate",
     "agoq, checked, GELU": f"{CHECKED} {GELU}",
 }
 ALWAYS = {

@@ -14,6 +14,7 @@ from agoq_megatron.modules.sites import (
     ATTENTION,
     ATTENTION_OUTPUT,
     FC1_OUTPUT,
+    GATE,
     KEY,
     LAYER_INPUT,
     NORM1_INPUT,
@@ -129,6 +130,8 @@ def test_an_output_that_is_kept_is_computed_again_first(output, old):
     errors = {1: {ATTENTION: 1e9, Q.value: 10.0, K.value: 1e9, V.value: 0.1}}
     assert list(over(errors, 0.25, Kept(), False)) == [Finding(1, K, 1e9, OUT, old, RECOMPUTED)]
     assert list(over(errors, 0.25, Kept(), True)) == [Finding(1, K, 1e9, K, 8, 12)]
+    of_gate = {1: {ATTENTION: 0.5, Q.value: 0.1, GATE.value: 0.5}}  # which has nothing to do with scores
+    assert list(over(of_gate, 0.25, Kept(), False)) == [Finding(1, GATE, 0.5, GATE, 8, 12)]
 
 
 def test_a_paragraph_a_tensor_and_remedy():
