@@ -271,7 +271,8 @@ def attend(
         # The output itself is wanted again only where that very tensor is kept.
         is_kept = any(t is flat for t in output.tensors)
         flat, gate = apply_gate(flat, qkv, layout, spec.gate, True, not is_kept)
-    return flat, KeptAttention(*kept, output, lse, angles, spec, parameters, packing, sink, dropped, gate=gate)
+    others = angles, spec, parameters, packing, sink, dropped
+    return flat, KeptAttention(*kept, output, lse, *others, gate=gate)
 
 
 class Attention(Function):

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from agoq_megatron.model.stages import layers_of
 from agoq_megatron.modules.expert_sites import has_experts
-from agoq_megatron.planning.experts import expert_counts
 from agoq_megatron.modules.sites import has_gate
+from agoq_megatron.planning.experts import expert_counts
 
 
 @dataclass(frozen=True)
