@@ -8,18 +8,24 @@ probabilities' gradients come from its input (``weighting.py``).
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from agoq_megatron.autograd import probing
 from agoq_megatron.autograd.activation import ActivationSpec, activation
 from agoq_megatron.autograd.function import Function, in_order
 from agoq_megatron.autograd.grouped import GroupedProducts, Groups
 from agoq_megatron.autograd.kept import Kept, keep, restore, save
 from agoq_megatron.autograd.saving import SavedTensor
 from agoq_megatron.autograd.weighting import weighted, weighted_backward
+from agoq_megatron.policy.policy import Rule
+
+COMPARED = 4
+"""Experts, at most, of which gradients are compared: of all, those of weights would take as much memory as
+the weights."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,47 @@ class ExpertsSpec(ActivationSpec):
     products: GroupedProducts = GroupedProducts()
 
 
+@dataclass(frozen=True)
+class Some:
+    """Neighbouring experts that are compared (``probing.py``), those with the most rows, and some of these.
+
+    Attributes:
+        experts: so many of them, at most :data:`COMPARED`.
+        rows: of each of theirs that are taken, one after the other.
+    """
+
+    experts: slice
+    rows: tuple[slice, ...]
+
+    @classmethod
+    def most(cls, groups: Groups) -> Some:
+        counts, many = groups.counts, min(COMPARED, len(groups.counts))
+        first = max(range(len(counts) - many + 1), key=lambda i: sum(counts[i : i + many]))
+        at, rows = sum(counts[:first]), []
+        for count in counts[first : first + many]:
+            rows.append(slice(at, at + min(count, probing.TOKENS // many)))
+            at += count
+        return cls(slice(first, first + many), tuple(rows))
+
+    def of(self, x: Tensor) -> Tensor:
+        """Their rows of ``[t, ...]``, a copy."""
+        return torch.cat([x[its] for its in self.rows])
+
+
+def _captured(ctx, x: Tensor, others, groups: Groups, kept: Kept | None, spec: ExpertsSpec):
+    """The call's probe and which rows it takes, or None. Rows of what the norm keeps are compared there."""
+    if spec.pre_activation.run.tally is None:
+        return None
+    some, (probabilities, weight1, weight2) = Some.most(groups), others
+    if kept is not None:
+        spec = replace(spec, input=replace(spec.input, rule=Rule(keep=True)))
+    its = Groups(tuple(rows.stop - rows.start for rows in some.rows), groups.device)
+    inputs = some.of(x), some.of(probabilities), weight1[some.experts], weight2[some.experts], its, None
+    run, needs = spec.pre_activation.run, ctx.needs_input_grad
+    probe = probing.capture(run, Experts, spec, needs, *inputs, cut=False)
+    return None if probe is None else (probe, some)
+
+
 class Experts(Function):
     """``FC2(activation(FC1(x)) * probability)`` by each row's expert; gradients of ``x``, probabilities and
     weights."""
@@ -89,6 +136,7 @@ class Experts(Function):
         """
         ctx.groups, ctx.spec, ctx.dtype, ctx.width = groups, spec, x.dtype, x.shape[-1]
         others, products = (probabilities, weight1, weight2), spec.products
+        ctx.probe = _captured(ctx, x, others, groups, kept, spec) if keeps and groups.rows else None
         if not groups.rows:  # no token came to this rank
             if keeps:
                 save(ctx, others=others)
@@ -112,6 +160,8 @@ class Experts(Function):
                 Experts, x=grad.new_zeros(0, ctx.width), probabilities=torch.zeros_like(probabilities),
                 weight1=torch.zeros_like(weight1), weight2=torch.zeros_like(weight2),
             )  # fmt: skip
+        if ctx.probe is not None:
+            ctx.probe[0].measure(ctx.probe[1].of(grad))
         (x, made, *output), products = kept, ctx.spec.products
         grad = grad.contiguous()
         grad_y = products.input_gradient(grad, weight2, groups)

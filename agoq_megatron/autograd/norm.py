@@ -10,6 +10,7 @@ from agoq_kernels.fused import norm_backward, norm_forward, norm_from_kept
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from agoq_megatron.autograd import probing
 from agoq_megatron.autograd.function import Function, in_order
 from agoq_megatron.autograd.kept import Kept, KeptTensor, keep, restore, save
 from agoq_megatron.autograd.saving import SavedTensor
@@ -121,6 +122,8 @@ class Norm(Function):
         y, total, made, output = norm(x, residual, weight, bias, spec, keeps)
         if keeps:
             ctx.set_materialize_grads(False)  # no gradient of the sum: nothing to add, rather than zeros
+            run, needs = spec.norm_input.run, ctx.needs_input_grad
+            ctx.probe = probing.capture(run, Norm, spec, needs, total, None, weight, bias)
             save(ctx, made)
             ctx.has_residual = residual is not None
         return y, total, output
@@ -128,6 +131,8 @@ class Norm(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor | None, sum_grad: Tensor | None, _):
+        if ctx.probe is not None:
+            ctx.probe.measure(grad)
         (made,), _ = restore(ctx)
         if grad is None:
             return in_order(Norm, x=sum_grad, residual=sum_grad if ctx.has_residual else None)

@@ -34,6 +34,8 @@ from agoq_megatron.policy.sites import SITES, Site
 
 TOKENS = 2048
 """Of a sequence, at most, that are compared."""
+WEIGHTS = ("weight", "weight1", "weight2")
+"""Arguments of functions whose gradients are compared, beside the first one's."""
 PIECE = 1 << 22
 """Numbers compared at a time: what lives meanwhile, 48 MiB, is two copies in FP32 and one in FP64."""
 
@@ -62,8 +64,9 @@ class GradientTally:
         key: of the draws of stochastic rounding; another one in every iteration.
 
     Attributes:
-        squares: FP64 ``[layers, len(columns()), 2, 2]``: of the input's and the weight's gradient the squared
-            error, and the square of the exact one. Zero for what this rank has not measured.
+        squares: FP64 ``[layers, len(columns()), 3, 2]``: of the input's and the weight's gradient (and of
+            another weight's, where there is one) the squared error, and the square of the exact one. Zero for
+            what this rank has not measured.
     """
 
     def __init__(self, layers: Mapping[int, bool], device: torch.device, key: int = 0):
@@ -74,7 +77,7 @@ class GradientTally:
         self._entries: dict[int, tuple[Site, Tensor]] = {}
         self._noted: set[int] = set()
         self._functions, self._columns = functions(), columns()
-        shape = len(self._rows), len(self._columns), 2, 2
+        shape = len(self._rows), len(self._columns), 3, 2
         self.squares = torch.zeros(shape, dtype=torch.float64, device=device)
 
     def note_entry(self, saved: SavedTensor, x: Tensor) -> None:
@@ -86,7 +89,7 @@ class GradientTally:
             self._entries[number] = saved.site, x.detach()[:TOKENS, :1].clone()
 
     def capture(
-        self, function: type, spec, needs: tuple[bool, ...], *inputs, after: tuple = ()
+        self, function: type, spec, needs: tuple[bool, ...], *inputs, after: tuple = (), cut: bool = True
     ) -> Probe | None:
         """Remember a call ``function.forward(ctx, *inputs, spec, True, *after)``, if it is to be measured.
 
@@ -94,6 +97,7 @@ class GradientTally:
             needs: ``ctx.needs_input_grad``.
             inputs: the first ``[s, b, n]``; the function may write into it afterwards.
             after: parameters, and documents that sequences are packed of.
+            cut: take the first tokens of ``inputs``, as of the gradient later; else the caller has done it.
         """
         sites = {getattr(spec, f.name).site: f.name for f in _tensors(spec)}
         number = getattr(spec, next(iter(sites.values()))).layer_number
@@ -111,14 +115,14 @@ class GradientTally:
         self._entries.pop(number, None) if entry else None
         parts = spec.group.size() if getattr(spec, "sequence_parallel", False) else 1
         rows = inputs[0].shape[0]
-        mine = [_cut_as(x, parts, rows) for x in inputs]
+        mine = [_cut_as(x, parts, rows) for x in inputs] if cut else list(inputs)
         mine[0] = mine[0].clone()
         exact = mine[0] if entry is None else _cut(entry[1], TOKENS // parts)
         sums = dict(zip(self._columns, self.squares[row], strict=True))
         return Probe(
             function, spec, needs, mine, exact, rounded, entry and entry[0], name, parts, rows, sums,
             self._detailed[number], self._key + number, GeneratorState.now(mine[0].device),
-            tuple(_cut(x, TOKENS) for x in after),
+            tuple(_cut(x, TOKENS) for x in after), cut,
         )  # fmt: skip
 
 
@@ -138,6 +142,7 @@ class Probe:
         detail: each tensor by itself, too.
         key: of stochastic rounding.
         generator: where the call's mask of dropout begins.
+        cut: gradients are cut here.
     """
 
     function: type
@@ -155,13 +160,15 @@ class Probe:
     key: int
     generator: GeneratorState
     after: tuple = ()
+    cut: bool = True
 
     @torch.no_grad()
     def measure(self, *grads: Tensor | None) -> None:
         """Compare, at the gradients ``[s, b, o]`` of the call's first outputs; others count as zero."""
         if grads[0] is None or not self.inputs:
             return  # nothing to compare with, or backward runs a second time
-        grads = [_cut_as(grad, self.parts, self.rows) for grad in grads]
+        if self.cut:
+            grads = [_cut_as(grad, self.parts, self.rows) for grad in grads]
         sites = {*self.rounded, *([self.entry] if self.entry else [])}
         column = sites.copy().pop().value if len(sites) == 1 else self.name
         exact = self._gradients(grads, set())
@@ -174,8 +181,10 @@ class Probe:
         self.exact = None
 
     def _gradients(self, grads: list[Tensor | None], sites: set[Site]) -> list[Tensor | None]:
-        """Of input and weight, with these tensors rounded as the policy says and all others exact."""
-        changed = {"products": replace(self.spec.products, into_buffer=False)}
+        """Of input and weights, with these tensors rounded as the policy says and all others exact."""
+        changed = {}
+        if hasattr(getattr(self.spec, "products", None), "into_buffer"):
+            changed["products"] = replace(self.spec.products, into_buffer=False)
         for its in _tensors(self.spec):
             saved = getattr(self.spec, its.name)
             rule = saved.rule
@@ -192,10 +201,11 @@ class Probe:
         del out
         copies = (None if grad is None else grad.clone() for grad in grads)
         found = self.function.backward(call, *copies, *others)
-        return [found[0], found[arguments_of(self.function).index("weight")]]
+        names = arguments_of(self.function)
+        return [found[0], *(found[names.index(it)] for it in WEIGHTS if it in names)]
 
     def _add(self, column: str, held: list[Tensor | None], exact: list[Tensor | None]) -> None:
-        for sums, a, b in zip(self.sums[column], held, exact, strict=True):
+        for sums, a, b in zip(self.sums[column], held, exact, strict=False):  # one weight or two
             if a is not None:
                 add_squares(sums, a, b)
 
@@ -264,10 +274,12 @@ def _cut(x, tokens: int, parts: int = 1):
 
 
 def capture(
-    run: Run, function: type, spec, needs: tuple[bool, ...], *inputs, after: tuple = ()
+    run: Run, function: type, spec, needs: tuple[bool, ...], *inputs, after: tuple = (), cut: bool = True
 ) -> Probe | None:
     """Report a call in which gradients will flow; see :meth:`GradientTally.capture`."""
-    return None if run.tally is None else run.tally.capture(function, spec, needs, *inputs, after=after)
+    if run.tally is None:
+        return None
+    return run.tally.capture(function, spec, needs, *inputs, after=after, cut=cut)
 
 
 def note_entry(saved: SavedTensor, x: Tensor) -> None:

@@ -64,36 +64,31 @@ def _shared_inner(config) -> int:
     return (config.moe_shared_expert_intermediate_size or 0) // config.tensor_model_parallel_size
 
 
-MOE_NORM_INPUT = Site(f"{NORM}.norm_input", _hidden, hidden=True, present=has_experts, newer=True)
+MOE_NORM_INPUT = Site(
+    f"{NORM}.norm_input", _hidden, hidden=True, function=NORM, present=has_experts, newer=True
+)
 MOE_NORM_OUTPUT = Site(
     f"{NORM}.norm_output", _hidden, hidden=True, free=True, recomputable=True, present=has_experts, newer=True
 )
-EXPERT_INPUT = Site(f"{EXPERTS}.linear_fc1.input", _hidden, copies=copies, present=_dispatched, newer=True)
-EXPERT_FC1_OUTPUT = Site(
-    f"{EXPERTS}.linear_fc1.output",
-    lambda c: _fc1_states(c) * _inner(c),
-    copies=copies,
-    present=has_experts,
-    newer=True,
+EXPERT_INPUT = Site(
+    f"{EXPERTS}.linear_fc1.input", _hidden, function=EXPERTS, copies=copies, present=_dispatched, newer=True
 )
+EXPERT_FC1_OUTPUT = Site(
+    f"{EXPERTS}.linear_fc1.output", lambda c: _fc1_states(c) * _inner(c), function=EXPERTS, copies=copies,
+    present=has_experts, newer=True,
+)  # fmt: skip
 EXPERT_FC2_INPUT = Site(
     f"{EXPERTS}.linear_fc2.input", _inner, free=True, recomputable=True, copies=copies, again_with="moe_act",
     present=has_experts, newer=True,
 )  # fmt: skip
 SHARED_FC1_OUTPUT = Site(
-    f"{SHARED}.linear_fc1.output",
-    lambda c: _fc1_states(c) * _shared_inner(c),
-    present=has_shared_experts,
-    newer=True,
-)
+    f"{SHARED}.linear_fc1.output", lambda c: _fc1_states(c) * _shared_inner(c), function=SHARED,
+    present=has_shared_experts, newer=True,
+)  # fmt: skip
 SHARED_FC2_INPUT = Site(
-    f"{SHARED}.linear_fc2.input",
-    _shared_inner,
-    free=True,
-    recomputable=True,
-    present=has_shared_experts,
+    f"{SHARED}.linear_fc2.input", _shared_inner, free=True, recomputable=True, present=has_shared_experts,
     newer=True,
-)
+)  # fmt: skip
 
 EXPERT_SITES = (EXPERT_INPUT, EXPERT_FC1_OUTPUT, EXPERT_FC2_INPUT)
 SHARED_SITES = (SHARED_FC1_OUTPUT, SHARED_FC2_INPUT)

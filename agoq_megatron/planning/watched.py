@@ -10,8 +10,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
+from agoq_megatron.autograd.experts import COMPARED
 from agoq_megatron.autograd.probing import PIECE, TOKENS, functions
 from agoq_megatron.model.memory import Plan
+from agoq_megatron.modules.expert_sites import (
+    EXPERT_FC1_OUTPUT,
+    EXPERT_FC2_INPUT,
+    EXPERTS,
+    MOE_NORM_INPUT,
+    MOE_SITES,
+    NORM,
+    SHARED,
+    SHARED_FC1_OUTPUT,
+    SHARED_FC2_INPUT,
+    copies,
+)
 from agoq_megatron.modules.sites import (
     ATTENTION,
     ATTENTION_OUTPUT,
@@ -37,6 +50,12 @@ from agoq_megatron.observing.gradient_check import FIRST_ITERATIONS
 from agoq_megatron.observing.watching import probed_layers, quantizes
 from agoq_megatron.planning.latents import features
 from agoq_megatron.policy.sites import Site
+
+KEPT_WITH = {
+    FC1: FC1_OUTPUT, FC2: FC1_OUTPUT, NORM: MOE_NORM_INPUT, EXPERTS: EXPERT_FC1_OUTPUT,
+    SHARED: SHARED_FC1_OUTPUT,
+}  # fmt: skip
+"""By function (else it is attention): what its layer keeps unless it runs again."""
 
 
 def looked_at(args, plan: Plan) -> Iterator[set[int]]:
@@ -84,6 +103,10 @@ class Watched:
             FC1: (h / split, fc1, fc1 * h, gathered + fc1),
             FC2: (fc1, h, f * h, 2 * fc1 + h + f),
         }
+        if config.num_moe_experts is not None:
+            self._sizes |= self._of_experts(config, h, split)
+            rows = args.micro_batch_size * args.seq_length * copies(config)
+            self._rows = min(TOKENS, math.ceil(rows))
         if config.multi_latent_attention:
             self._sizes |= self._of_latents(config, h, split, gathered)
         self._workspace = workspace(config, query * self._tokens)
@@ -102,6 +125,20 @@ class Watched:
             ATTENTION: (made, h, weight, run),
         }
 
+    @staticmethod
+    def _of_experts(config, h: int, split: int) -> dict[str, tuple[float, ...]]:
+        fc1, f = EXPERT_FC1_OUTPUT.axis(config), EXPERT_FC2_INPUT.axis(config)
+        shared, inner = SHARED_FC1_OUTPUT.axis(config), SHARED_FC2_INPUT.axis(config)
+        some = min(COMPARED, config.num_moe_experts // config.expert_model_parallel_size)
+        return {
+            NORM: (h / split, h / split, h, 4 * h / split),
+            EXPERTS: (h, h, some * h * (fc1 + f), 3 * h + 2 * fc1 + 2 * f),
+            SHARED: (shared, h, inner * h, 2 * shared + h + 2 * inner),
+        }
+
+    def _tokens_of(self, name: str) -> int:
+        return self._rows if name == EXPERTS else self._tokens
+
     def held(self, layers: list[int]) -> float:
         """The most that layers (numbers from 1) of a stage hold from forward to backward in an iteration."""
         mine = set(layers)
@@ -112,7 +149,7 @@ class Watched:
         return entry + sum(self._input(name) for name in self.measured(number, again=False))
 
     def _input(self, name: str) -> float:
-        return self._sizes[name][0] * self._tokens * self._itemsize
+        return self._sizes[name][0] * self._tokens_of(name) * self._itemsize
 
     def _entry_site(self, number: int) -> Site | None:
         """What a recomputed region of the layer starts from, if that is rounded."""
@@ -132,8 +169,9 @@ class Watched:
         for name, sites in functions().items():
             if not any(s.present(self._config, number) for s in sites):
                 continue
-            rounded = [s for s in sites if s is not LAYER_INPUT and self._rule(s, number).format]
-            first = FC1_OUTPUT if name in (FC1, FC2) else self._attention
+            its = [s for s in sites if s is not LAYER_INPUT and s.present(self._config, number)]
+            rounded = [s for s in its if self._rule(s, number).format]
+            first = KEPT_WITH.get(name, self._attention)
             if (rounded or entry in sites) and (first.value in names) != again:
                 found.append(name)
         return found
@@ -141,23 +179,25 @@ class Watched:
     def comparison(self, number: int, name: str) -> float:
         """While a function is compared, beside its input and the real gradients."""
         i, _, weight, run = self._sizes[name]
-        codes = 0.0
+        codes, tokens = 0.0, self._tokens_of(name)
         for site in functions()[name]:
             fmt = self._rule(site, number).format
             if fmt is not None and site is not LAYER_INPUT:
                 gate = GATE.axis(self._config)
                 width = {QUERY: self._query, ATTENTION_OUTPUT: self._query, GATE: gate}.get(site, i)
-                if site in LATENT_SITES or (self._attention is KV_LATENT and name == ATTENTION):
+                if site in MOE_SITES:
+                    width = site.axis(self._config)
+                elif site in LATENT_SITES or (self._attention is KV_LATENT and name == ATTENTION):
                     present = site.present(self._config, number)
                     width = site.axis(self._config) if present else 0
                 elif site in (KEY, VALUE):
                     width = (i - self._query - gate) / 2
                 codes += width * fmt.bits_per_element / 8
-        running = self._tokens * (run * self._itemsize + codes) + 2 * weight * self._itemsize
+        running = tokens * (run * self._itemsize + codes) + 2 * weight * self._itemsize
         if name == ATTENTION:
             running += self._workspace
-        piece = min(PIECE, max(self._tokens * i, weight)) * (8 if self._itemsize < 4 else 4)
-        return max(running, 2 * (self._tokens * i + weight) * self._itemsize + piece)
+        piece = min(PIECE, max(tokens * i, weight)) * (8 if self._itemsize < 4 else 4)
+        return max(running, 2 * (tokens * i + weight) * self._itemsize + piece)
 
     def moment(self, number: int, tokens: int, u: float, f: float, beside: float) -> float:
         """Bytes beside what is kept, at the worst moment of a layer where it is looked at.
@@ -170,12 +210,14 @@ class Watched:
         if not any(number in some for some in self._looked_at):
             return 0.0
         mlp, heads, latents = (
-            self._kept(sites, number) * tokens for sites in (MLP_SITES, ATTENTION_SITES, LATENT_SITES)
+            self._kept(sites, number) * tokens
+            for sites in ((*MLP_SITES, *MOE_SITES), ATTENTION_SITES, LATENT_SITES)
         )
         attention = heads + latents
         fc1 = self._plan.bytes_of(FC1_OUTPUT, number) * tokens
         # The gradients that flow, less what the layer has given back by then.
         live = {FC2: u, FC1: f + u - fc1, ATTENTION: 2 * u - mlp, QKV: 2.5 * u - mlp - attention}
+        live |= {NORM: 2 * u, EXPERTS: 2 * u, SHARED: 2 * u}
         worst = 0.0
         for again in (False, True):
             names = self.measured(number, again)

@@ -78,7 +78,7 @@ def sums(tally: probing.GradientTally, name: str, row: int = 0) -> list[float]:
     """Relative errors of the input's and the weight's gradient."""
     return [
         (error / square) ** 0.5
-        for error, square in tally.squares[row, probing.columns().index(name)].tolist()
+        for error, square in tally.squares[row, probing.columns().index(name), :2].tolist()
     ]
 
 
