@@ -208,7 +208,7 @@ def test_a_probe_compares_under_one_mask(rng):
     for name, own in (("rounded", rules), ("exact", {ATTENTION_OUTPUT: AGAIN})):
         torch.set_rng_state(state)
         found[name] = gradients(own, Run(), slice(0, 1))
-    measured = tally.squares[0, probing.columns().index(ATTENTION)]
+    measured = tally.squares[0, probing.columns().index(ATTENTION), :2]
     for (error, square), a, b in zip(measured.tolist(), found["rounded"], found["exact"], strict=True):
         expected = ((a - b).norm() / b.norm()).item()
         assert math.sqrt(error / square) == pytest.approx(expected, rel=1e-3)
