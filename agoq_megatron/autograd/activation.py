@@ -66,7 +66,7 @@ class ActivationOutput:
 
 
 def activation(
-    x: Tensor, spec: ActivationSpec, keeps: bool
+    x: Tensor, spec: ActivationSpec, keeps: bool, read: bool = True
 ) -> tuple[Tensor, ActivationOutput | None, Kept | None]:
     """``activation(x)``, and what is kept for its backward pass. ``x``, if contiguous, is overwritten where
     it is kept in codes, or not at all.
@@ -74,12 +74,13 @@ def activation(
     Args:
         x: ``[s, b, 2f]`` of a gated activation, else ``[s, b, f]``.
         keeps: a backward pass can follow.
+        read: backward will need the output: not for the product with a weight that is frozen.
 
     Returns:
         Output ``[s, b, f]``; what the activation's backward reads, and who needs the output (the same where
         the output is not kept): both None unless ``keeps``.
     """
-    saved, again = spec.pre_activation, spec.output.rule.recompute
+    saved, again = spec.pre_activation, spec.output.rule.recompute or not read
     fmt, key = (saved.rule.format, saved.next_key()) if keeps else (None, 0)
     # Nobody reads x again but who keeps it, or the output, as they are.
     free = x.is_contiguous() and (not keeps or (fmt is not None and again))

@@ -53,7 +53,7 @@ class ActivationLinear(Function):
         if keeps:
             run, needs = spec.pre_activation.run, ctx.needs_input_grad
             ctx.probe = probing.capture(run, ActivationLinear, spec, needs, x, weight, None, False)
-        y, made, output = activation(x, spec, keeps)
+        y, made, output = activation(x, spec, keeps, read=ctx.needs_input_grad[1])
         if keeps:
             save(ctx, *((made,) if output is made else (made, output)), others=(weight,))
             ctx.spec, ctx.dtype, ctx.has_total = spec, x.dtype, total is not None
@@ -75,10 +75,11 @@ class ActivationLinear(Function):
             ctx.probe.measure(grad)
         (made, *kept), (weight,) = restore(ctx)
         products: Products = ctx.spec.products
+        need_weight = ctx.needs_input_grad[1]
         y = grad_y = products.input_gradient(grad, weight)
-        grad_x = made.gradient(grad_y, output_into_grad=not kept)
+        grad_x = made.gradient(grad_y, output_into_grad=need_weight and not kept)
         if kept:
             y = kept[0].rebuild(ctx.dtype)
         del grad_y
-        grad_weight = products.weight_gradient(weight, grad, y) if ctx.needs_input_grad[1] else None
+        grad_weight = products.weight_gradient(weight, grad, y) if need_weight else None
         return in_order(ActivationLinear, x=grad_x, weight=grad_weight, total=grad if ctx.has_total else None)

@@ -38,11 +38,12 @@ class Linear(Function):
         """``x`` ``[s, b, i]`` (``[s / t, b, i]`` with sequence parallelism) -> ``[s, b, o / t]``.
 
         Args:
-            kept: ``x`` for the backward pass; None where none can follow.
+            kept: ``x`` for the backward pass; None where none can follow. A weight that is frozen has no need
+                of it.
         """
         total, handle = gather_sequence(x, spec.group) if spec.sequence_parallel else (x, Done())
         if kept is not None:
-            save(ctx, kept, others=(weight,))
+            save(ctx, *((kept,) if ctx.needs_input_grad[1] else ()), others=(weight,))
             ctx.spec, ctx.dtype = spec, x.dtype
         handle.wait()
         return spec.products.output(total, weight, bias)
@@ -50,10 +51,11 @@ class Linear(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        (kept,), (weight,) = restore(ctx)
+        its, (weight,) = restore(ctx)
         spec: LinearSpec = ctx.spec
         _, need_weight, need_bias, *_ = ctx.needs_input_grad
         handles = []
+        kept = its[0] if need_weight else None
         if spec.sequence_parallel and need_weight:
             kept, handles = kept.gather(spec.group)
         grad_x = spec.products.input_gradient(grad, weight)

@@ -84,12 +84,14 @@ def norm(
     bias: Tensor | None,
     spec: NormSpec,
     keeps: bool,
+    read: bool = True,
 ) -> tuple[Tensor, Tensor, NormOutput | None, Kept | None]:
     """``norm(x + residual)``, and what is kept for its backward pass.
 
     Args:
         x, residual: ``[s, b, h]``.
         keeps: a backward pass can follow.
+        read: backward will need the output: not for the product with a weight that is frozen.
 
     Returns:
         Output and sum (``x`` itself without a residual); what the norm's backward reads, and who needs the
@@ -101,7 +103,7 @@ def norm(
     if not keeps:
         return y, x, None, None
     made = NormOutput(keep(saved, x, packed), weight, bias, spec.kind, spec.eps)
-    again = spec.norm_output.rule.recompute
+    again = spec.norm_output.rule.recompute or not read
     return y, x, made, made if again else keep(spec.norm_output, y)
 
 

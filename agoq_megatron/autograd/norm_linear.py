@@ -59,7 +59,9 @@ class NormLinear(Function):
         ``keeps`` is False where no backward pass can follow (evaluation, or the first pass of a
         recomputed region): nothing is quantized then.
         """
-        y, total, made, output = norm(x, residual, norm_weight, norm_bias, spec, keeps)
+        y, total, made, output = norm(
+            x, residual, norm_weight, norm_bias, spec, keeps, read=ctx.needs_input_grad[4]
+        )
         whole, handle = gather_sequence(y, spec.group) if spec.sequence_parallel else (y, Done())
         if keeps:
             inputs = total, None, norm_weight, norm_bias, weight, bias

@@ -166,8 +166,8 @@ CARRIED = {
         quick_geglu tensor_model_parallel_size qk_layernorm qk_l2_norm softmax_type multi_latent_attention
         q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim attention_output_gate""",
     "modules/layer.py": """
-        num_layers hidden_dropout bias_dropout_fusion mlp_chunks_for_training recompute_method
-        recompute_num_layers sequence_parallel""",
+        num_layers hidden_dropout bias_dropout_fusion mlp_chunks_for_training recompute_granularity
+        recompute_method recompute_num_layers sequence_parallel""",
     **CARRIED_OF_EXPERTS,
     "entries/training.py, around the layers": """
         transformer_impl bf16 seq_length max_position_embeddings position_embedding_type rotary_base

@@ -278,3 +278,40 @@ def _check_data(args: Namespace) -> None:
                 f"{' and '.join(prefix + end for end in missing)} not found. Write a corpus with "
                 "scripts/prepare_corpus.py, or use --mock-data to try the model without one."
             )
+
+
+def check_policy_and_watch(args: Namespace) -> None:
+    """Refuse what is wrong with our flags whatever the model is.
+
+    Raises:
+        UsageError: the first problem found (``PolicyError``, also a ValueError, for a policy).
+    """
+    load_policy(args.agoq_activations, args.agoq_rounding)
+    _check_watching(args)
+    if args.agoq_measure_interval < 0:
+        raise UsageError(f"--agoq-measure-interval {args.agoq_measure_interval}: give 0 or more iterations.")
+    if args.agoq_seed is not None and args.agoq_seed < 0:
+        raise UsageError(f"--agoq-seed {args.agoq_seed}: give a number that is not negative.")
+
+
+def check_model(args: Namespace, on_cpu: bool) -> None:
+    """Refuse a model that the layers here cannot be, where a program has no more flags than a model's.
+
+    Args:
+        args: its config as Megatron's arguments, and ours.
+        on_cpu: there is no GPU.
+
+    Raises:
+        UsageError: the first problem found.
+    """
+    check_register(args)
+    check_latents(args, on_cpu)
+    check_shapes(args, on_cpu)
+    check_numbers(args)
+    check_activation(args)
+    policy = load_policy(args.agoq_activations, args.agoq_rounding)
+    policy.check_patterns(args.num_layers + (args.mtp_num_layers or 0))
+    _check_recompute(args)
+    _check_prediction(args)
+    if on_cpu and args.fp16:
+        raise UsageError("--fp16: on the CPU only --bf16 and FP32 are supported.")

@@ -23,7 +23,7 @@ from agoq_megatron.optimizer.resumable import (
     ResumableFloat16Optimizer,
     ResumableFP32Optimizer,
 )
-from agoq_megatron.optimizer.settings import optimizer_settings_from_args
+from agoq_megatron.optimizer.settings import OptimizerSettings, optimizer_settings_from_args
 from agoq_megatron.optimizer.shard import wrap_clipping, wrap_counting_zeros
 from agoq_megatron.planning.auto import check_same_widths
 from agoq_megatron.policy.policy import SOLVED
@@ -48,16 +48,14 @@ def bind_around_layers(args: argparse.Namespace, on_cpu: bool) -> None:
         compat.bind_cross_entropy(vocab_parallel_cross_entropy)
 
 
-def bind_gradients_and_optimizer(args: argparse.Namespace) -> None:
-    """Let Megatron wrap and step the model with gradients and optimizer states as the flags say."""
+def optimizer_classes(grad_bits: int, states: OptimizerSettings | None) -> dict[str, type]:
+    """What takes the place of Megatron's three optimizers, by its name of each."""
     distributed, float16, fp32 = (
         ResumableDistributedOptimizer,
         ResumableFloat16Optimizer,
         ResumableFP32Optimizer,
     )
-    states = optimizer_settings_from_args(args)
-    if args.agoq_grad_bits == 8:
-        compat.bind_data_parallel(QuantizedGradientDDP)
+    if grad_bits == 8:
         distributed, float16, fp32 = (
             QuantizedDistributedOptimizer,
             QuantizedFloat16Optimizer,
@@ -65,11 +63,19 @@ def bind_gradients_and_optimizer(args: argparse.Namespace) -> None:
         )
     if states is not None:
         distributed = optimizer_of(states)
-    compat.bind_optimizers(
-        DistributedOptimizer=distributed,
-        Float16OptimizerWithFloat16Params=float16,
-        FP32Optimizer=fp32,
-    )
+    return {
+        "DistributedOptimizer": distributed,
+        "Float16OptimizerWithFloat16Params": float16,
+        "FP32Optimizer": fp32,
+    }
+
+
+def bind_gradients_and_optimizer(args: argparse.Namespace) -> None:
+    """Let Megatron wrap and step the model with gradients and optimizer states as the flags say."""
+    states = optimizer_settings_from_args(args)
+    if args.agoq_grad_bits == 8:
+        compat.bind_data_parallel(QuantizedGradientDDP)
+    compat.bind_optimizers(**optimizer_classes(args.agoq_grad_bits, states))
     compat.bind_gradient_clipping()
     if args.agoq_grad_bits == 8 or states is not None:
         compat.bind_gradient_statistics(wrap_clipping, wrap_counting_zeros, wrap_embedding_reduction)

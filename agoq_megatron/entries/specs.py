@@ -1,5 +1,4 @@
-"""How the layers enter Megatron: a backend's spec provider and a layer spec, for our entry point and, by
-``--spec agoq_megatron.specs agoq_layer_spec``, for Megatron-LM's own."""
+"""How the layers enter Megatron: a backend's spec provider and a layer spec."""
 
 from __future__ import annotations
 
@@ -28,7 +27,6 @@ from megatron.core.transformer.transformer_layer import (
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models import GPTModelConfig
 
-from agoq_megatron.entries.stock import prepare_stock
 from agoq_megatron.model.transformer_config import complete_model_config, transformer_config_from_args
 from agoq_megatron.modules.attention import CoreAttention, SelfAttention
 from agoq_megatron.modules.expert_sites import has_experts
@@ -148,21 +146,19 @@ def layer_spec(
     )
 
 
-def agoq_layer_spec(config, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+def agoq_layer_spec(
+    config, vp_stage: int | None = None, pp_rank: int | None = None
+) -> TransformerBlockSubmodules:
     """The decoder's layers on this pipeline stage, for ``GPTModelConfig.transformer_layer_spec``.
 
     Args:
-        config: Megatron's ``GPTModelConfig``. Around an :class:`AGoQTransformerConfig`, whose policy is in
-            force; around any other, the run is stock Megatron's and the policy comes from its environment.
+        config: Megatron's ``GPTModelConfig`` around an :class:`AGoQTransformerConfig`, or what has its
+            attributes.
         vp_stage: virtual pipeline stage, or None.
-
-    Raises:
-        SystemExit: in a stock run, flags that cannot work.
+        pp_rank: pipeline stage; None asks Megatron's process groups.
     """
-    if getattr(config.transformer, "agoq", None) is None:
-        prepare_stock(config)
     provider = AGoQSpecProvider()
-    layers = get_num_layers_to_build(config.transformer, vp_stage=vp_stage)
+    layers = get_num_layers_to_build(config.transformer, vp_stage=vp_stage, pp_rank=pp_rank)
     latent = config.transformer.multi_latent_attention
     normed = not latent and head_norm(config.transformer) is not None
     first = get_transformer_layer_offset(config.transformer, vp_stage=vp_stage) + 1

@@ -7,7 +7,7 @@ state, ``2 h`` bytes a token.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -58,7 +58,13 @@ class Plan:
         self._sequence_ranks = config.tensor_model_parallel_size if config.sequence_parallel else 1
         self._positions = list(_positions(config))
         self.config = config
+        self._unkept: Mapping[int, Collection[Site]] = {}
         self.set_policy(config.agoq)
+
+    def set_unkept(self, sites: Mapping[int, Collection[Site]]) -> None:
+        """Plan without these tensors of layers (from 1), which would serve weights that are frozen."""
+        self._unkept = sites
+        self.set_policy(self.config.agoq)
 
     def set_policy(self, policy) -> None:
         """Plan for another policy from now on.
@@ -104,6 +110,7 @@ class Plan:
                 sites = [site for site in SITES if site.entry and starts]
         elif config.recompute_granularity == "selective":
             sites = [site for site in whole if site.again_with not in config.recompute_modules]
+        sites = [site for site in sites if site not in self._unkept.get(number, ())]
         rows = [self._row(site, number) for site in sites]
         if predicts:
             rows += self._beside_prediction(again=not any(not site.entry for site in sites))

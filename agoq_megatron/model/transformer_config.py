@@ -49,6 +49,16 @@ def transformer_config_from_args(args) -> AGoQTransformerConfig:
         fields = vars(config)
         config = object.__new__(AGoQLatentConfig)
         config.__dict__.update({"agoq_run": Run()} | fields)
+    keep_as_flags_say(config, args)
+    return config
+
+
+def keep_as_flags_say(config: TransformerConfig, args) -> None:
+    """Give a transformer config what :class:`AGoQTransformerConfig` adds, as our flags say, but for its run.
+
+    Raises:
+        PolicyError: the policy cannot be used.
+    """
     config.agoq_sequence, config.agoq_documents = args.seq_length, packs_documents(args)
     config.agoq = policy_for(config, args.agoq_activations, args.agoq_rounding)
     raised = getattr(args, "agoq_raised_widths", None)  # of the run so far: see observing/watching.py
@@ -62,7 +72,6 @@ def transformer_config_from_args(args) -> AGoQTransformerConfig:
     if not torch.cuda.is_available():
         # A CPU has no product of 16-bit factors into an FP32 buffer: DDP adds the gradients there.
         config.gradient_accumulation_fusion = False
-    return config
 
 
 def complete_model_config(config: GPTModelConfig, args) -> None:

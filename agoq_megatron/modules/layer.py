@@ -8,8 +8,9 @@ from torch import Tensor
 from agoq_megatron.autograd.recompute import note_entry
 from agoq_megatron.autograd.saving import saved_tensor
 from agoq_megatron.modules.residual import ResidualStream
-from agoq_megatron.modules.sites import LAYER_INPUT
+from agoq_megatron.modules.sites import FC1_OUTPUT, FC2_INPUT, LAYER_INPUT, NORM1_OUTPUT, NORM2_OUTPUT
 from agoq_megatron.policy.policy import ActivationPolicy
+from agoq_megatron.policy.sites import Site
 
 
 class TransformerLayer(MegatronTransformerLayer):
@@ -23,6 +24,7 @@ class TransformerLayer(MegatronTransformerLayer):
         number = config.num_layers + layer_number if is_mtp_layer else layer_number
         super().__init__(config, submodules, number, *args, is_mtp_layer=is_mtp_layer, **kwargs)
         self.recompute_pre_mlp_layernorm = False  # a norm's output is never kept, whatever the flag says
+        self._recompute_mlp = self.recompute_mlp  # as the flags say
         self.set_policy(config.agoq)
 
     def set_policy(self, policy: ActivationPolicy) -> None:
@@ -32,6 +34,27 @@ class TransformerLayer(MegatronTransformerLayer):
         if self.is_moe_layer:
             self.pre_mlp_layernorm.set_policy(policy, self.layer_number)
         self.mlp.set_policy(policy)
+
+    def recomputes_frozen_mlp(self, reached: bool = True) -> bool:
+        """Whether the MLP runs again in backward because its weights are frozen; see ``MLP.is_frozen``.
+
+        Args:
+            reached: gradients flow to what comes in (Megatron's way would lose those of adapters else).
+        """
+        full = self.config.recompute_granularity == "full"  # then the whole layer does
+        pieces = self.config.mlp_chunks_for_training > 1
+        other = full or pieces or self.is_mtp_layer or self.is_moe_layer
+        return self.training and reached and not other and self.mlp.is_frozen
+
+    def unkept(self) -> set[Site]:
+        """Tensors that are not kept whatever the policy says: they would serve frozen weights alone."""
+        readers = {
+            NORM1_OUTPUT: getattr(self.self_attention, "linear_qkv", None),
+            NORM2_OUTPUT: getattr(self.mlp, "linear_fc1", None),
+            FC2_INPUT: getattr(self.mlp, "linear_fc2", None),
+        }
+        found = {site for site, it in readers.items() if it is not None and not it.reads_input}
+        return found | {NORM2_OUTPUT, FC1_OUTPUT, FC2_INPUT} if self.recomputes_frozen_mlp() else found
 
     def forward(
         self,
@@ -57,6 +80,7 @@ class TransformerLayer(MegatronTransformerLayer):
         note_entry(self._input)
         stream = ResidualStream(hidden_states, plain=not (self.training and self.hidden_dropout > 0))
         output, bias = self.self_attention(stream, attention_mask, **attention_arguments)
+        self.recompute_mlp = self._recompute_mlp or self.recomputes_frozen_mlp(output.requires_grad)
         # Megatron's ways of running the MLP again or in pieces take the sum as one tensor.
         in_pieces = self.training and self.config.mlp_chunks_for_training > 1
         whole = not self.recompute_mlp and not in_pieces

@@ -16,9 +16,12 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 
 from agoq_megatron.autograd.function import Function
+from agoq_megatron.autograd.linear import LinearSpec
+from agoq_megatron.autograd.norm import Norm
 from agoq_megatron.autograd.norm_linear import NormLinear, NormLinearSpec
 from agoq_megatron.autograd.products import Products, gradient_without_memory
 from agoq_megatron.autograd.saving import SavedTensor
+from agoq_megatron.modules.adapters import LowRank
 from agoq_megatron.modules.norm import kind_of, norm_parameters
 from agoq_megatron.modules.residual import ResidualStream
 
@@ -39,8 +42,14 @@ class LayerNormColumnParallelLinear(ColumnParallelLinear):
         self.layer_norm_weight, bias = norm_parameters(config, input_size)
         self.register_parameter("layer_norm_bias", bias)
         self.spec: NormLinearSpec | None = None
+        self.adapter: LowRank | None = None
         if config.gradient_accumulation_fusion:
             gradient_without_memory(self.weight.shape, self.weight.dtype, self.weight.device)
+
+    @property
+    def reads_input(self) -> bool:
+        """Whether backward has a product with the input: the gradient of the weight, or of an adapter."""
+        return self.weight.requires_grad or self.adapter is not None
 
     def set_saved(self, norm_input: SavedTensor, norm_output: SavedTensor) -> None:
         """Say how the norm's input and output are kept."""
@@ -64,6 +73,12 @@ class LayerNormColumnParallelLinear(ColumnParallelLinear):
         stream.writable = is_new and not (keeps and self.spec.norm_input.rule.format is None)
         x, residual = stream.addends()
         spec = self.spec if reports else silent(self.spec)
+        if self.adapter is not None:
+            y, stream.total, kept = Norm.call(
+                x=x, residual=residual, weight=self.layer_norm_weight, bias=self.layer_norm_bias, spec=spec,
+                keeps=keeps,
+            )  # fmt: skip
+            return self.adapter.add_to(y, kept, self.weight, self.bias, spec), None
         y, stream.total = NormLinear.call(
             x=x,
             residual=residual,
@@ -82,8 +97,14 @@ class FusedRowParallelLinear(RowParallelLinear):
 
     def __init__(self, input_size: int, output_size: int, *, config, **kwargs):
         super().__init__(input_size, output_size, config=config, **kwargs)
+        self.adapter: LowRank | None = None
         if config.gradient_accumulation_fusion:
             gradient_without_memory(self.weight.shape, self.weight.dtype, self.weight.device)
+
+    @property
+    def reads_input(self) -> bool:
+        """As of the other one."""
+        return self.weight.requires_grad or self.adapter is not None
 
     def forward(
         self, function: type[Function], stream: ResidualStream | None = None, **inputs
@@ -101,6 +122,10 @@ class FusedRowParallelLinear(RowParallelLinear):
             function: takes "weight", and with a stream "total" and "overwrite".
             inputs: its other arguments, by name.
         """
+        if self.adapter is not None:
+            y, kept = self.adapter.before(function).call(**inputs)
+            spec = LinearSpec(self.tp_group, False, inputs["spec"].products)
+            return self.adapter.add_to(y, kept, self.weight, None, spec), self.bias
         if stream is not None and stream.plain and self.tp_group.size() == 1 and self.bias is None:
             overwrite = stream.writable
             total = stream.take_total()

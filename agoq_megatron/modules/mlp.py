@@ -87,6 +87,15 @@ class MLP(MegatronMLP):
             products=Products(self.config.gradient_accumulation_fusion),
         )
 
+    @property
+    def is_frozen(self) -> bool:
+        """Whether what is kept here serves no weight's gradient, and is rounded: made again from the norm's
+        input, gate and up cost the products that the weights' gradients would have cost."""
+        weights = self.linear_fc1.weight, self.linear_fc2.weight
+        rounded = self.spec.pre_activation.rule.format is not None
+        biased = self.linear_fc1.bias is not None  # Megatron cannot run these again
+        return rounded and not biased and not any(weight.requires_grad for weight in weights)
+
     def forward(self, hidden_states: Tensor | ResidualStream, **_) -> tuple[Tensor, Tensor | None]:
         """``[s, b, h]`` (``[s / t, b, h]``), not yet normalized -> the same shape, and the bias.
 

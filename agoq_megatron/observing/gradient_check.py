@@ -33,12 +33,14 @@ LEAST_INTERVAL = 20
 
 
 def interval_of(args: Namespace) -> int:
-    """Iterations between two looks at one layer, once all have been seen.
+    """Iterations between two looks at one layer, once all have been seen."""
+    return interval_for(args, get_num_microbatches())
 
-    A step takes a stage as many passes of each of its layers as there are micro-batches.
-    """
+
+def interval_for(args: Namespace, micro_batches: int) -> int:
+    """The same for so many micro-batches: a step takes a stage as many passes of each of its layers."""
     layers = math.ceil(args.num_layers / args.pipeline_model_parallel_size)
-    tokens = get_num_microbatches() * args.micro_batch_size * args.seq_length
+    tokens = micro_batches * args.micro_batch_size * args.seq_length
     looked_at = PASSES * min(TOKENS, args.seq_length)
     return max(LEAST_INTERVAL, math.ceil(looked_at / (SHARE * layers * tokens)))
 

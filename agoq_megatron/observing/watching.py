@@ -40,6 +40,10 @@ MIB = 2**20
 ERROR = "agoq/gradient-error"
 
 
+def say_at_once(line: str) -> None:
+    print(line, flush=True)
+
+
 def probed_layers(layers: int, at_a_time: int, turn: int) -> list[int]:
     """Numbers (from 1) of the layers of the ``turn``-th probe: at most ``at_a_time``, evenly spaced through
     the model. Every ``ceil(layers / at_a_time)`` turns all have been seen once."""
@@ -76,6 +80,8 @@ class Watcher:
     Args:
         args: Megatron's validated arguments; ``agoq_raised_widths`` is replaced as widths are raised.
         plan: of this run; follows the widths.
+        say: takes a line for the user.
+        interval: iterations between two looks at one layer; None takes it from the run's batches.
 
     Attributes:
         errors: of every iteration in which something was measured ``{"iteration", "errors": {tensor or
@@ -85,8 +91,12 @@ class Watcher:
         findings: of the check, since the start: ``(iteration, Finding)``.
     """
 
-    def __init__(self, args: Namespace, plan: Plan):
+    def __init__(
+        self, args: Namespace, plan: Plan, say: Callable[[str], object] = say_at_once,
+        interval: int | None = None,
+    ):  # fmt: skip
         self._args, self._plan = args, plan
+        self._say, self._look_every = say, interval
         self._interval = args.agoq_probe_interval
         self._layers: list[nn.Module] = []
         self._device: torch.device | None = None
@@ -125,7 +135,7 @@ class Watcher:
             for layer in self._layers:
                 layer.set_policy(changed)
         if not self._begun and self._args.agoq_check_gradients and quantizes(self._plan):
-            self._schedule = Schedule(self._args.num_layers, interval_of(self._args))
+            self._schedule = Schedule(self._args.num_layers, self._look_every or interval_of(self._args))
         self._begun = True
         self._looked_at = self._schedule.take() if self._schedule is not None else {}
         self._probed = []
@@ -173,8 +183,10 @@ class Watcher:
         self._schedule.look_closer(sorted(closer))
         self.findings += [(iteration, it) for it in new]
         if self._args.rank == self._args.world_size - 1:  # which prints Megatron's lines as well
-            for text in paragraphs(iteration, new, bound, self._args.agoq_max_error is not None):
-                print(text, flush=True)
+            # Where the interval is given, a program of its own has no probes to be told of.
+            told = self._args.agoq_max_error is not None or self._look_every is not None
+            for text in paragraphs(iteration, new, bound, told):
+                self._say(text)
 
     def _raise(self, iteration: int, found: dict[int, dict[str, float]]) -> None:
         raised = self._over(found, self._args.agoq_max_error)  # all in detail
@@ -189,7 +201,7 @@ class Watcher:
             tensor, new = it.remedy.value, it.new
             self.raises.append(Raise(iteration, tensor, it.layer, it.error, it.old, new, more))
             if self._args.rank == self._args.world_size - 1:
-                print(self._line(self.raises[-1]), flush=True)
+                self._say(self._line(self.raises[-1]))
         if self._schedule is not None:
             changed = {it.layer for it in raised}
             self._schedule.look_at(changed)

@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.managers import SyncManager
 from types import SimpleNamespace
+from typing import Literal
 
 from agoq_megatron.seams import register
 
@@ -31,9 +32,9 @@ class CompatibilityError(RuntimeError):
     """The installed megatron-core cannot be used; the message names the command that helps."""
 
 
-def check_megatron(layers_alone: bool = False) -> None:
+def check_megatron(part: Literal["all", "core", "layers"] = "all") -> None:
     """Raise :class:`CompatibilityError` unless a supported megatron-core is installed whose internals are
-    those that we reach for, or that our layers do alone. Megatron must be imported, as at a run's start.
+    those that we reach for, or that a part of us does. Megatron must be imported, as at a run's start.
     """
     try:
         installed = version("megatron-core")
@@ -44,7 +45,7 @@ def check_megatron(layers_alone: bool = False) -> None:
         raise CompatibilityError(
             f"megatron-core {installed} is installed, and 0.19 is needed: internals differ. Run: {_REMEDY}"
         )
-    if found := broken_seams(layers_alone):
+    if found := broken_seams(part):
         raise CompatibilityError(
             f"megatron-core {installed} differs in what this project reaches for, and a run could train "
             f"wrongly: {'; '.join(found)}. Run: {_TESTED}"
@@ -52,9 +53,9 @@ def check_megatron(layers_alone: bool = False) -> None:
 
 
 @functools.cache
-def broken_seams(layers_alone: bool = False) -> tuple[str, ...]:
+def broken_seams(part: str = "all") -> tuple[str, ...]:
     """What of ``register.toml`` is not as it was. Once a process: what is bound here later is ours."""
-    left = register.OF_ITS_LOOP if layers_alone else ()
+    left = {"all": (), "core": register.OF_TRAINING, "layers": register.OF_ITS_LOOP}[part]
     return tuple(register.problems(seam for seam in register.all_seams() if not seam.module.startswith(left)))
 
 

@@ -156,6 +156,13 @@ OF_ITS_LOOP = (
 """Beginnings of modules that stay as they are where Megatron's own loop trains with our layers (--spec)."""
 
 
+OF_TRAINING = (
+    "megatron.training.", "megatron.core.datasets", "megatron.core.dist_checkpointing",
+    "megatron.core.rerun_state_machine",
+)  # fmt: skip
+"""Those of Megatron's loop, of which ``agoq_megatron.enable`` reads nothing."""
+
+
 def all_seams() -> list[Seam]:
     """Those of the file."""
     modules = tomllib.loads(FILE.read_text())

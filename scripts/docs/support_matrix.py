@@ -130,6 +130,7 @@ SECTIONS: dict[str, list[Feature]] = {
         Feature("W&B", {"wandb_project": "p"}),
         Feature("fused cross entropy", {"cross_entropy_loss_fusion": True}),
         Feature("stock pretrain_gpt.py by --spec"),
+        Feature("agoq_megatron.enable()"),
         Feature("packed sequences, fine-tuning", {"sft": True}),
         Feature("attention mask by document", {"reset_attention_mask": True}),
         Feature("packed sequences by document", {"dataloader_inter_document_masking": True}),

@@ -2,6 +2,8 @@
 the reference of the tests. Only the batches come from here, and the facade that lets it run on a
 CPU. (And the layers, if ``--spec`` says so: everything else then follows Megatron-LM's pretrain_gpt.py.)
 
+With AGOQ_ENABLE, keywords of ``agoq_megatron.enable`` as JSON, it is called first.
+
 Writes ``{"iteration": [loss, gradient norm]}`` to the file that STOCK_REPORT names.
 """
 
@@ -90,6 +92,11 @@ def main():
     import torch
 
     args = parse_and_validate_args(flags)
+    if "AGOQ_ENABLE" in os.environ:
+        import agoq_megatron
+
+        now = {"iteration": lambda: args.curr_iteration, "seed": args.seed}
+        agoq_megatron.enable(**now | json.loads(os.environ["AGOQ_ENABLE"]))
     model = gpt_config_from_args(args)
     model.rope_scaling_factor = args.rope_scaling_factor  # which Megatron parses and leaves out
     if args.qk_l2_norm:  # of which it tells Transformer Engine's layers only

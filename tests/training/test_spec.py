@@ -21,6 +21,8 @@ PP = "--pipeline-model-parallel-size 2 --num-layers 4"
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 LATENTS = """--multi-latent-attention --qk-layernorm --kv-lora-rank 64 --qk-head-dim 32
     --qk-pos-emb-head-dim 32 --v-head-dim 32 --q-lora-rank 64"""
+SHARDED = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 40000"
+ALL = "--agoq-grad-bits 8 --agoq-optimizer-bits 8 --agoq-rounding stochastic"
 # what is run: (ranks, Megatron's flags, ours)
 RUNS = {
     "one rank": (1, "", "--agoq-activations agoq"),
@@ -37,6 +39,13 @@ RUNS = {
     ),
     "latents": (1, LATENTS, "--agoq-rounding stochastic"),
     "PP2, widths by the solver": (2, PP, "--agoq-activations auto --agoq-activation-memory 640KiB"),
+    "all three parts": (2, SHARDED, ALL),
+    "TP2 SP, all three parts": (2, f"{SP} {SHARDED}", ALL),
+    "PP2 interleaved, all three parts": (
+        2, f"{PP} --num-layers-per-virtual-pipeline-stage 1 {SHARDED}", ALL,
+    ),
+    "a token more": (1, "--mtp-num-layers 1", ""),
+    "Megatron's loss": (1, "", "--agoq-loss megatron"),
 }  # fmt: skip
 
 
@@ -63,7 +72,7 @@ def stock(launcher, tmp_path):
 
 
 @pytest.mark.supports("stock pretrain_gpt.py by --spec", "checkpoint exchanged with stock Megatron")
-@pytest.mark.parametrize("case", covering(RUNS, {"one rank, rounded stochastically", "TP2 SP, normed heads"}))
+@pytest.mark.parametrize("case", covering(RUNS, {"TP2 SP, normed heads", "all three parts", "a token more"}))
 def test_trains_as_our_entry_point_does(launcher, stock, tmp_path, seed, case):
     """Losses, gradient norms, and in the end weights, masters and moments."""
     ranks, flags, ours = RUNS[case]
@@ -72,8 +81,7 @@ def test_trains_as_our_entry_point_does(launcher, stock, tmp_path, seed, case):
     run, history = stock(*flags, "--save", theirs, ours=ours, ranks=ranks)
     assert run.ok, run.log[-4000:]
     reference = launcher.run(
-        *tiny(flags), "--train-iters", STEPS, *flags, *ours.split(), "--agoq-loss", "megatron",
-        *("--save", here), tiny=False, ranks=ranks,
+        *tiny(flags), "--train-iters", STEPS, *flags, *ours.split(), "--save", here, tiny=False, ranks=ranks,
     )  # fmt: skip
     assert reference.ok, reference.log[-4000:]
     assert {i: loss for i, (loss, _) in history.items()} == reference.losses()
@@ -96,9 +104,27 @@ def test_a_policy_is_in_force(stock, seed):
     assert len(set(map(str, losses.values()))) == len(losses)
 
 
-def test_a_resumed_run_draws_what_the_uninterrupted_one_drew(stock, tmp_path, seed):
+def test_it_reports_what_our_entry_point_does(launcher, stock, tmp_path, seed):
+    """Losses, and bytes as they were planned and measured."""
+    flags, path = ["--seed", seed % 10000 + 1, *SHARDED.split()], tmp_path / "report.json"
+    run, _ = stock(*flags, ours=f"{ALL} --agoq-report {path}")
+    assert run.ok, run.log[-4000:]
+    reference = launcher.run(*tiny(flags), "--train-iters", STEPS, *flags, *ALL.split(), tiny=False)
+    assert reference.ok, reference.log[-4000:]
+    found, expected = json.loads(path.read_text()), reference.report
+    assert found.keys() == expected.keys() and len(found["train"]) == STEPS
+    timed = {"step_ms", "train", "validation"}
+    assert {k: v for k, v in found.items() if k not in timed} == {
+        k: v for k, v in expected.items() if k not in timed
+    }
+    assert [h["lm loss"] for h in found["train"]] == [h["lm loss"] for h in expected["train"]]
+    assert "bytes kept a token and layer, planned and measured" in run.log
+
+
+@pytest.mark.parametrize("ours", ["--agoq-rounding stochastic", ALL])
+def test_a_resumed_run_draws_what_the_uninterrupted_one_drew(stock, tmp_path, seed, ours):
     flags = ["--seed", seed % 10000 + 1, "--save", tmp_path, "--save-interval", MIDDLE]
-    ours = "--agoq-rounding stochastic"
+    flags += SHARDED.split() if ours == ALL else []
     run, whole = stock(*flags, ours=ours)
     assert run.ok, run.log[-4000:]
     run, rest = stock(*flags, "--load", tmp_path, "--ckpt-step", MIDDLE, ours=ours)
@@ -108,10 +134,12 @@ def test_a_resumed_run_draws_what_the_uninterrupted_one_drew(stock, tmp_path, se
 
 # what is wrong: (Megatron's flags, ours, words that the error must hold)
 REFUSED = {
-    "a flag of gradients": (
-        "", "--agoq-grad-bits 8", ["AGOQ_FLAGS", "--agoq-grad-bits", "pretrain_gpt_agoq.py"],
+    "a loss in parts": (
+        "", "--agoq-loss-chunks 2", ["AGOQ_FLAGS", "--agoq-loss-chunks", "pretrain_gpt_agoq.py"],
     ),
-    "a report": ("", "--agoq-report r.json", ["--agoq-report", "pretrain_gpt_agoq.py"]),
+    "gradients in 16 bits": ("", "--agoq-grad-bits 16", ["--agoq-grad-bits", "--grad-reduce-in-bf16"]),
+    "states alone": ("", "--agoq-optimizer-bits 8", ["--agoq-optimizer-bits", "--use-distributed-optimizer"]),
+    "a format without 8 bits": ("", "--agoq-grad-code e4m3", ["--agoq-grad-code", "--agoq-grad-bits 8"]),
     "an unknown flag": ("", "--agoq-activatoins off", ["AGOQ_FLAGS", "--agoq-activatoins"]),
     "an unknown value": ("", "--agoq-rounding up", ["AGOQ_FLAGS", "--agoq-rounding"]),
     "an open quote": ("", "--agoq-activations 'off", ["AGOQ_FLAGS", "quotation"]),
@@ -121,7 +149,6 @@ REFUSED = {
     "documents as a mask": (
         "--reset-attention-mask", "", ["--reset-attention-mask", "--dataloader-inter-document-masking"],
     ),
-    "a token more": ("--mtp-num-layers 1", "", ["--mtp-num-layers", "pretrain_gpt_agoq.py"]),
     "an FP32 stream": ("--fp32-residual-connection", "", ["--fp32-residual-connection"]),
 }  # fmt: skip
 
