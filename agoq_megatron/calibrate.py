@@ -265,6 +265,11 @@ def main() -> None:
         args = command_line.parse_arguments(on_cpu, UNUSED)
         if args.multi_latent_attention:
             raise UsageError("--multi-latent-attention: calibrating its tensors is not carried yet.")
+        if args.context_parallel_size > 1:
+            raise UsageError(
+                f"--context-parallel-size {args.context_parallel_size}: errors are measured on whole "
+                "sequences; leave it out."
+            )
         compare_devices(args, training.refuse)
         if args.mtp_num_layers:
             raise UsageError(

@@ -87,6 +87,12 @@ class AGoQConfig:
     arrives of all micro-batches but the first (less than 1 where what is small beside the sum gets lost). It
     takes 32 KiB a parameter in these iterations. 0: never."""
 
+    agoq_context_grad_bits: Literal[16, 8] = 16
+    """Of context parallelism block by block (--cp-comm-type p2p, all_gather, a2a+p2p): bits in which
+    gradients of keys and values go to the ranks that hold these. 16: in the compute dtype. 8: as codes, each
+    number rounded once whatever the number of ranks, summed in FP32; with keys and values, which travel as
+    they are kept, a little over half of the bytes of 16 bits."""
+
     agoq_optimizer_bits: Literal[32, 8] = 32
     """Bits of each of Adam's two moments. 8: one byte a number in blocks of 64, 2.06 bytes a parameter for
     both; those of embeddings, norms, biases and parameters of less than 4096 numbers stay in FP32. Needs

@@ -117,7 +117,9 @@ class Planner:
         return [self._as_coat(row) for row in rows] if coat else rows
 
     def _as_coat(self, row):
-        shards = self._args.data_parallel_size if self._args.use_distributed_optimizer else 1
+        from agoq_megatron.planning.footprint import sharing_ranks
+
+        shards = sharing_ranks(self._args) if self._args.use_distributed_optimizer else 1
         saved = row.parts["saved activations"] * COAT_SAVED
         states = COAT_STATES * row.parameters / shards
         return replace(row, parts=row.parts | {"saved activations": saved, "optimizer": states})
@@ -138,7 +140,7 @@ class Planner:
         def fits(**more: int) -> bool:
             return max(row.needed for row in self.footprints(**changes, **more)) <= memory
 
-        unit = 256 * args.tensor_model_parallel_size
+        unit = 256 * args.tensor_model_parallel_size * args.context_parallel_size
         return {
             "micro_batch": largest(lambda n: fits(micro_batch_size=n), 1, 4096),
             "sequence": largest(lambda n: fits(seq_length=n), unit),

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from agoq_megatron.autograd import probing
-from agoq_megatron.autograd.attention import AttentionSpec, attend
+from agoq_megatron.autograd.attention import attend
+from agoq_megatron.autograd.attention_spec import AttentionSpec
 from agoq_megatron.autograd.function import Function, in_order
 from agoq_megatron.autograd.heads import NORM_PARAMETERS
 from agoq_megatron.autograd.kept import restore, save
@@ -58,8 +59,12 @@ class AttentionLinear(Function):
         """
         parameters = query_norm_weight, query_norm_bias, key_norm_weight, key_norm_bias
         if keeps:
-            run, needs, after = spec.query.run, ctx.needs_input_grad, (*parameters, packing, sink, dropout)
-            ctx.probe = probing.capture(run, AttentionLinear, spec, needs, qkv, angles, weight, after=after)
+            run, needs = spec.query.run, ctx.needs_input_grad
+            its_angles, its_packing = spec.of_rows(len(qkv), angles, packing)
+            after = *parameters, its_packing, sink, dropout
+            ctx.probe = probing.capture(
+                run, AttentionLinear, spec, needs, qkv, its_angles, weight, after=after
+            )
         out, kept = attend(qkv, angles, spec, keeps, parameters, packing, sink, dropout)
         if keeps:
             save(ctx, kept, others=(weight,))
@@ -73,14 +78,14 @@ class AttentionLinear(Function):
             ctx.probe.measure(grad)
         (kept,), (weight,) = restore(ctx)
         products: Products = ctx.products
-        tensors, lse = kept.tensors(ctx.dtype)
+        tensors, statistics = kept.tensors(ctx.dtype)
         grad_weight = None
         if ctx.needs_input_grad[2]:
-            grad_weight = products.weight_gradient(weight, grad, kept.read(tensors[3]))
+            grad_weight = products.weight_gradient(weight, grad, kept.flat_output(tensors))
         # Into the list, which gives all of them back: no name here may hold them longer.
-        tensors.insert(0, products.input_gradient(grad, weight).view_as(tensors[0]))
+        kept.take_gradient(tensors, products.input_gradient(grad, weight))
         grad_qkv = kept.through_gate(tensors)
-        grad_sink = kept.sink_gradient(tensors, lse)
-        grad_qkv, of_parameters = kept.gradients(tensors, lse, grad_qkv)
+        grad_sink = kept.sink_gradient(tensors, statistics)
+        grad_qkv, of_parameters = kept.gradients(tensors, statistics, grad_qkv)
         named = dict(zip(NORM_PARAMETERS, of_parameters, strict=True))
         return in_order(AttentionLinear, qkv=grad_qkv, weight=grad_weight, sink=grad_sink, **named)

@@ -120,6 +120,15 @@ class Heads(Protocol):
     ) -> list[Tensor]:
         """Query, key and value for the attention, from what is kept."""
 
+    def rebuild_keys(
+        self, key: KeptTensor, value: KeptTensor, layout: Layout, parameters: Parameters, dtype: torch.dtype
+    ) -> list[Tensor]:
+        """Key and value alone, of these or other tokens: those of ``layout``."""
+
+    @property
+    def turns_again(self) -> bool:
+        """Whether keys are kept before the rotation, so that who rebuilds them needs their angles."""
+
     def merge(
         self, grads: Parts, layout: Layout, parameters: Parameters, kept: tuple[KeptTensor, ...],
         first_group: int, out: Tensor,
@@ -164,6 +173,11 @@ class Rotated:
     def rebuild(self, kept, layout, parameters, dtype):
         return [x.rebuild(dtype).unflatten(-1, (-1, layout.head_dim)) for x in kept]
 
+    def rebuild_keys(self, key, value, layout, parameters, dtype):
+        return self.rebuild((key, value), layout, parameters, dtype)
+
+    turns_again = False
+
     def merge(self, grads, layout, parameters, kept, first_group, out):
         merge_qkv(*grads, layout.tables, layout.interleaved, out)
         return (None,) * len(parameters)
@@ -200,13 +214,22 @@ class Normed:
         return _all_shared(common, heads, groups)
 
     def rebuild(self, kept, layout, parameters, dtype):
-        made = [
-            normed_from_kept(
-                _heads(x), layout.head_dim, layout.tables, layout.interleaved, self.norm, weight, bias, dtype
-            )
-            for x, weight, bias in zip(kept, parameters[::2], parameters[1::2], strict=False)
+        query, key, value = kept
+        return [
+            self._turned(query, layout, *parameters[:2], dtype),
+            *self.rebuild_keys(key, value, layout, parameters, dtype),
         ]
-        return [*made, kept[2].rebuild(dtype).unflatten(-1, (-1, layout.head_dim))]
+
+    def rebuild_keys(self, key, value, layout, parameters, dtype):
+        turned = self._turned(key, layout, *parameters[2:], dtype)
+        return [turned, value.rebuild(dtype).unflatten(-1, (-1, layout.head_dim))]
+
+    turns_again = True
+
+    def _turned(self, kept, layout, weight, bias, dtype):
+        return normed_from_kept(
+            _heads(kept), layout.head_dim, layout.tables, layout.interleaved, self.norm, weight, bias, dtype
+        )
 
     def merge(self, grads, layout, parameters, kept, first_group, out):
         query, key, _ = kept

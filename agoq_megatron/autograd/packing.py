@@ -14,6 +14,8 @@ from agoq_kernels.attention import Documents
 from agoq_kernels.segments import Segments, segments_of
 from torch import Tensor
 
+from agoq_megatron.autograd.context.documents import PackedSequences
+
 
 @dataclass(frozen=True)
 class Packing:
@@ -25,11 +27,13 @@ class Packing:
         positions: int64 ``[s]``: rows of the rotary angles; None for one after the other. Only what two
             tokens of a document are apart matters to an attention, so no document need begin at 0, but where
             the table is of the longest document alone.
+        sequences: the same for ranks that share sequences; None for parts of one.
     """
 
     documents: Documents
     segments: Segments
     positions: Tensor | None = None
+    sequences: PackedSequences | None = None
 
     def angles(self, table: Tensor) -> Tensor:
         """Rotary angles ``[s, 1, 1, rot]`` of the tokens, from those of a document's."""
@@ -73,4 +77,10 @@ def packing_of(
             raise ValueError(f"a document of {max(lengths)} tokens, and rotary angles of {angles} positions")
         positions = torch.cat([torch.arange(length) for length in lengths]).to(device, non_blocking=True)
     cu_seqlens = torch.tensor([0, *ends], dtype=torch.int32).to(device, non_blocking=True)
-    return Packing(Documents(cu_seqlens, max(lengths)), segments_of(ends, s, device), positions)
+    sequences = tuple(
+        tuple(end - first for end in ends if first < end <= first + s) for first in range(0, ends[-1], s)
+    )
+    return Packing(
+        Documents(cu_seqlens, max(lengths)), segments_of(ends, s, device), positions,
+        PackedSequences(sequences, cu_seqlens.device),
+    )  # fmt: skip

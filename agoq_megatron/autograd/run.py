@@ -22,6 +22,7 @@ class Run:
         tally: of :mod:`probing`, sees the calls of layers' functions while it is set.
         lanes: for reductions of gradients, by device.
         hops: groups for reductions in two hops, by the ranks of the data-parallel group.
+        wires: of context parallelism, by process group.
     """
 
     def __init__(self) -> None:
@@ -31,6 +32,7 @@ class Run:
         self.rotary = None
         self.lanes: dict = {}
         self.hops: dict = {}
+        self.wires: dict = {}
 
     def announce(self, layer_number: int, name: str, tensors: Iterable[Tensor]) -> None:
         """Report that ``tensors`` are kept for the backward pass under ``name``."""

@@ -40,13 +40,7 @@ REFUSED: tuple[Check, ...] = (
     _no("--cache-mla-latents", "it is for inference; this is a training entry point"),
     _no("--mla-down-proj-fusion", "the projections to latents are separate here; leave it out"),
     *REFUSED_OF_EXPERTS,
-    _no(
-        "--context-parallel-size",
-        "context parallelism is not carried yet; shorten the sequence a rank holds by tensor and "
-        "sequence parallelism instead",
-        refused=lambda n: n > 1,
-    ),
-    _no("--hybrid-context-parallel", "context parallelism is not carried yet"),
+    _no("--hybrid-context-parallel", "sequences over ranks of changing number are not carried yet"),
     _no("--cuda-graph-impl", "CUDA graphs are not carried yet", refused=lambda v: v != "none"),
     _no("--enable-cuda-graph", "CUDA graphs are not carried yet"),
     _no("--external-cuda-graph", "CUDA graphs are not carried yet"),
@@ -143,6 +137,7 @@ CARRIED = {
         attention_softmax_in_fp32 masked_softmax_fusion apply_rope_fusion window_size window_attn_skip_freq
         softmax_type rotary_scaling_factor mscale mscale_all_dim num_layers mtp_num_layers
         attention_output_gate""",
+    "modules/context.py": "context_parallel_size cp_comm_type hierarchical_context_parallel_sizes",
     "modules/latent_attention.py": """
         multi_latent_attention q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim rope_type
         rotary_scaling_factor mscale mscale_all_dim hidden_size num_attention_heads normalization
@@ -224,7 +219,7 @@ IDLE = {
         delay_offload_until_cuda_graph delta_offload_bytes_across_pp_ranks activation_offload_fraction
         fine_grained_offloading_max_inflight_offloads cpu_offloading_retain_pinned_cpu_buffers""",
     "other parallelism": """
-        hierarchical_context_parallel_sizes max_seqlen_per_dp_cp_rank cp_comm_type tp_comm_* cuda_graph_*
+        max_seqlen_per_dp_cp_rank tp_comm_* cuda_graph_*
         fsdp_* megatron_fsdp_* torch_fsdp2_* data_parallel_sharding_strategy outer_dp_sharding_strategy
         enable_full_sharding_in_hsdp suggested_communication_unit_size""",
     "inference": "inference_* flash_decode nccl_all_reduce_for_prefill mlp_chunks_for_prefill",

@@ -8,6 +8,7 @@ from argparse import Namespace
 from importlib.util import find_spec
 from pathlib import Path
 
+from agoq_megatron.modules.context import context_ranks
 from agoq_megatron.seams.refusals import UsageError
 
 _POSITIVE = (
@@ -103,11 +104,14 @@ def check_saving(args: Namespace) -> None:
 def _check_batches(args: Namespace) -> None:
     if args.micro_batch_size is None:
         raise UsageError("--micro-batch-size: give the number of sequences of a micro-batch.")
-    model = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
+    shared = context_ranks(args)
+    model = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * shared
     if args.world_size % model:
+        more = f", --context-parallel-size {shared}" if shared > 1 else ""
         raise UsageError(
             f"--tensor-model-parallel-size {args.tensor_model_parallel_size}, --pipeline-model-parallel-size "
-            f"{args.pipeline_model_parallel_size}: their product must divide the {args.world_size} ranks."
+            f"{args.pipeline_model_parallel_size}{more}: their product must divide the {args.world_size} "
+            "ranks."
         )
     ranks = args.world_size // model
     if args.global_batch_size is not None and args.global_batch_size % (args.micro_batch_size * ranks):

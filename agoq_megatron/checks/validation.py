@@ -14,6 +14,7 @@ from pathlib import Path
 import agoq_megatron.modules.sites  # noqa: F401  (contributes what policies name)
 from agoq_megatron.checks.activations import check_activation
 from agoq_megatron.checks.budgets import check_budget
+from agoq_megatron.checks.context import check_context
 from agoq_megatron.checks.dropout import check_dropout
 from agoq_megatron.checks.experts import check_experts
 from agoq_megatron.checks.flag_register import check_register
@@ -53,6 +54,7 @@ def check(args: Namespace, on_cpu: bool = False) -> None:
     check_budget(args)
     check_latents(args, on_cpu)
     check_shapes(args, on_cpu)
+    check_context(args)
     check_numbers(args)
     check_dropout(args, on_cpu)
     check_activation(args)

@@ -40,6 +40,8 @@ from agoq_megatron.seams.refusals import refuse
 def bind_around_layers(args: argparse.Namespace, on_cpu: bool) -> None:
     """What runs around the layers: recomputation, the loss, the output layer's weight gradient."""
     compat.skip_compiling_helpers()
+    if args.hierarchical_context_parallel_sizes:
+        compat.lay_out_hierarchical_groups()
     compat.bind_checkpoint(quantized_checkpoint)
     compat.bind_multi_token_prediction(predicting_spec)
     if not on_cpu:

@@ -17,7 +17,7 @@ from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.utils import get_batch_on_this_tp_rank
+from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
 from megatron.training import get_args, get_tokenizer
 from megatron.training.datasets.sft_dataset import SFTDataset
 from megatron.training.utils import (
@@ -40,7 +40,8 @@ tokens of the longest."""
 def get_batch(data_iterator, vp_stage: int | None) -> tuple:
     """Draw the next micro-batch on this rank.
 
-    Tensor-parallel rank 0 reads, the others receive. The first pipeline stage gets tokens and
+    Tensor-parallel rank 0 reads, the others receive. Of ranks that share sequences (context parallelism)
+    each reads whole ones and keeps its own chunks. The first pipeline stage gets tokens and
     positions, the last one labels and loss mask (with multi-token prediction all), those between get nothing
     and read nothing. Where sequences are packed of documents that do not see each other, every stage reads,
     and gets their bounds.
@@ -86,6 +87,11 @@ def get_batch(data_iterator, vp_stage: int | None) -> tuple:
     params = None
     if packed:
         params = packed_params((batch if sample is None else sample)["cu_seqlens"].cpu())
+    if args.context_parallel_size > 1:  # documents stay those of the whole sequence
+        batch = get_batch_on_this_cp_rank(
+            {key: batch[key] for key in BATCH_KEYS}, is_hybrid_cp=False,
+            cp_group=mpu.get_context_parallel_group(),
+        )  # fmt: skip
     return *(batch[key] for key in BATCH_KEYS), params
 
 

@@ -33,6 +33,7 @@ from agoq_megatron.config import AGoQConfig
 from agoq_megatron.entries.bindings import bind_around_layers, bind_gradients_and_optimizer
 from agoq_megatron.model.memory import Plan
 from agoq_megatron.model.transformer_config import complete_model_config, keep_as_flags_say
+from agoq_megatron.modules.packing import packs_documents
 from agoq_megatron.observing.report import RunObserver
 from agoq_megatron.observing.watching import check_watched, restore_widths, wrap_checking_loaded
 from agoq_megatron.planning.policies import compute_policy
@@ -108,6 +109,11 @@ def prepare_stock(model: GPTModelConfig) -> None:
                 "--reset-attention-mask: Megatron's script hands documents to its layers as a mask, which "
                 "those here do not read; use --dataloader-inter-document-masking, or start "
                 "pretrain_gpt_agoq.py."
+            )
+        if args.context_parallel_size > 1 and packs_documents(args):
+            raise UsageError(
+                "--context-parallel-size with --dataloader-inter-document-masking: Megatron's script cuts "
+                "each document over the ranks, ours the sequence; start pretrain_gpt_agoq.py."
             )
         compute_policy(flags)
         restore_widths(args, partial(guarded_arguments, compat.checkpoint_arguments))

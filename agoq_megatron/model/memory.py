@@ -144,7 +144,8 @@ class Plan:
     def _row(self, site: Site, number: int) -> Row:
         rule: Rule = self.config.agoq.rule(site, number)
         # Elements a token on one rank.
-        width = self._axes[site] * site.copies(self.config) / (self._sequence_ranks if site.hidden else 1)
+        width = site.axis(self.config) * site.copies(self.config)
+        width /= self._sequence_ranks if site.hidden else 1
         if rule.recompute:
             return Row(site.value, "recomputed", width, 0)
         if rule.keep:

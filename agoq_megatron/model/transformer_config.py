@@ -12,6 +12,7 @@ from megatron.training.models import GPTModelConfig
 import agoq_megatron.modules.sites  # noqa: F401  (contributes what the layers may keep)
 from agoq_megatron.autograd.run import Run
 from agoq_megatron.gradients.settings import GradientSettings, settings_from_args
+from agoq_megatron.modules.context import context_ranks
 from agoq_megatron.modules.packing import packs_documents
 from agoq_megatron.optimizer.settings import OptimizerSettings, optimizer_settings_from_args
 from agoq_megatron.policy.fitting import policy_for
@@ -22,14 +23,16 @@ from agoq_megatron.policy.raised import RaisedPolicy
 @dataclass
 class AGoQTransformerConfig(TransformerConfig):
     """Megatron's transformer config, the policy of saved activations, how gradients and the optimizer's
-    states are kept (None: as Megatron does), a sequence's tokens, whether it is packed of documents that do
-    not see each other, and what its training has of its own."""
+    states are kept (None: as Megatron does), a sequence's tokens on a rank, whether it is packed of documents
+    that do not see each other, bits of gradients between ranks that share a sequence, and what its training
+    has of its own."""
 
     agoq: ActivationPolicy | None = None
     agoq_gradients: GradientSettings | None = None
     agoq_optimizer: OptimizerSettings | None = None
     agoq_sequence: int = 0
     agoq_documents: bool = False
+    agoq_context_grad_bits: int = 16
     agoq_run: Run = field(default_factory=Run, compare=False, repr=False)
 
 
@@ -59,7 +62,9 @@ def keep_as_flags_say(config: TransformerConfig, args) -> None:
     Raises:
         PolicyError: the policy cannot be used.
     """
-    config.agoq_sequence, config.agoq_documents = args.seq_length, packs_documents(args)
+    config.agoq_sequence = args.seq_length // context_ranks(args)
+    config.agoq_documents = packs_documents(args)
+    config.agoq_context_grad_bits = args.agoq_context_grad_bits
     config.agoq = policy_for(config, args.agoq_activations, args.agoq_rounding)
     raised = getattr(args, "agoq_raised_widths", None)  # of the run so far: see observing/watching.py
     if raised:

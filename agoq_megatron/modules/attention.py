@@ -20,6 +20,7 @@ from agoq_megatron.autograd.attention_linear import AttentionLinear, AttentionLi
 from agoq_megatron.autograd.heads import NORM_PARAMETERS, Normed, Rotated
 from agoq_megatron.autograd.products import Products
 from agoq_megatron.autograd.saving import saved_tensor
+from agoq_megatron.modules.context import context_of
 from agoq_megatron.modules.dropout import attention_dropout
 from agoq_megatron.modules.norm import head_norm
 from agoq_megatron.modules.packing import packing_from
@@ -68,6 +69,8 @@ class CoreAttention(MegatronModule):
         # the fused kernels accumulate in FP32 and need neither.
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         self.tp_group = pg_collection.tp
+        window = window_of(config, layer_number)
+        self.context = context_of(config, pg_collection, cp_comm_type, self.scale, window)
         self._make_sink()
         self.set_policy(config.agoq)
 
@@ -118,6 +121,7 @@ class CoreAttention(MegatronModule):
             recompute=selective and "core_attn" in config.recompute_modules,
             heads=Rotated(sinks=config.softmax_type != "vanilla") if norm is None else Normed(norm),
             products=Products(config.gradient_accumulation_fusion),
+            context=self.context,
         )
 
 
@@ -178,7 +182,9 @@ class SelfAttention(MegatronSelfAttention):
         packing = None
         if packed_seq_params is not None:
             rows = None if rotary_pos_emb is None else rotary_pos_emb.shape[0]
-            packing = packing_from(packed_seq_params, *qkv.shape[:2], qkv.device, rows)
+            s, b, _ = qkv.shape
+            ranks = 1 if self.core_attention.context is None else self.core_attention.context.ranks
+            packing = packing_from(packed_seq_params, s * ranks, b, qkv.device, rows)
         no_rope = self.config.no_rope_freq
         # As Megatron has it, those of multi-token prediction begin again with the first layer's.
         if no_rope and no_rope[(self.layer_number - 1) % self.config.num_layers]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from agoq_kernels.segments import most_segments
 
+from agoq_megatron.modules.context import block_ranks, head_ranks
 from agoq_megatron.modules.expert_sites import MOE_COMPANIONS, MOE_SITES, is_dense
 from agoq_megatron.policy.sites import Companion, Site, contribute
 
@@ -99,12 +100,13 @@ QUERY_LATENT = Site(
     f"{ATTENTION}.query_latent", _rank("q_lora_rank"), hidden=True, function=ATTENTION,
     present=_has_query_latent,
 )  # fmt: skip
-QUERY = Site(f"{ATTENTION}.query", _query, function=ATTENTION, present=_has_query)
-KEY = Site(f"{ATTENTION}.key", _key, function=ATTENTION, present=_has_heads)
-VALUE = Site(f"{ATTENTION}.value", _key, function=ATTENTION, present=_has_heads)
+QUERY = Site(f"{ATTENTION}.query", _query, function=ATTENTION, present=_has_query, parts=head_ranks)
+KEY = Site(f"{ATTENTION}.key", _key, function=ATTENTION, present=_has_heads, parts=head_ranks)
+VALUE = Site(f"{ATTENTION}.value", _key, function=ATTENTION, present=_has_heads, parts=head_ranks)
 ATTENTION_OUTPUT = Site(
-    f"{ATTENTION}.output", _output, recomputable=True, function=ATTENTION, again_with="core_attn"
-)
+    f"{ATTENTION}.output", _output, recomputable=True, function=ATTENTION, again_with="core_attn",
+    parts=head_ranks,
+)  # fmt: skip
 GATE = Site(f"{ATTENTION}.gate", _gate, function=ATTENTION, present=_has_gate, newer=True)
 NORM2_INPUT = Site(f"{FC1}.norm_input", _hidden, hidden=True, function=FC1, present=is_dense)
 NORM2_OUTPUT = Site(
@@ -140,7 +142,8 @@ def _log_sum_exp(config, rule, kept):
 def _common_vectors(config, rule, kept):
     """Of Q and V (also of K, where that is kept before a norm or the softmax has a sink), once a
     sequence, where anything beside them is rounded; of sequences packed of documents, once a segment; of
-    latents, of those that are rounded."""
+    latents, of those that are rounded. (``agoq_sequence`` counts tokens on this rank; where heads are divided
+    over ranks for tokens, those of more tokens are found of fewer heads.)"""
     if not config.agoq_sequence:
         return None
     if latent(config):
@@ -149,9 +152,10 @@ def _common_vectors(config, rule, kept):
     if QUERY not in kept or not any(rule(site).format for site in QKV_SITES):
         return None
     of_keys = config.qk_layernorm or config.qk_l2_norm or config.softmax_type != "vanilla"
-    width = _query(config) + (2 if of_keys else 1) * _key(config)
-    if getattr(config, "agoq_documents", False):
-        segments = most_segments(config.agoq_sequence)
+    parts = head_ranks(config)
+    width = (_query(config) + (2 if of_keys else 1) * _key(config)) / parts
+    if getattr(config, "agoq_documents", False) and block_ranks(config) == 1:
+        segments = most_segments(config.agoq_sequence * parts)
         return f"FP32, {segments} a sequence", width, 4 * width * segments / config.agoq_sequence
     return "FP32, once a sequence", width, 4 * width / config.agoq_sequence
 

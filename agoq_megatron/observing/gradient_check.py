@@ -17,6 +17,7 @@ from agoq_kernels.formats import Format
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 
 from agoq_megatron.autograd.probing import TOKENS, columns, functions
+from agoq_megatron.modules.context import context_ranks, tokens_of_rank
 from agoq_megatron.modules.sites import ATTENTION, ATTENTION_OUTPUT, GATE, LAYER_INPUT
 from agoq_megatron.policy.policy import KEEP_BITS
 from agoq_megatron.policy.raised import RECOMPUTED, WIDER, next_width, widened
@@ -40,8 +41,8 @@ def interval_of(args: Namespace) -> int:
 def interval_for(args: Namespace, micro_batches: int) -> int:
     """The same for so many micro-batches: a step takes a stage as many passes of each of its layers."""
     layers = math.ceil(args.num_layers / args.pipeline_model_parallel_size)
-    tokens = micro_batches * args.micro_batch_size * args.seq_length
-    looked_at = PASSES * min(TOKENS, args.seq_length)
+    tokens = micro_batches * tokens_of_rank(args)
+    looked_at = PASSES * min(TOKENS, args.seq_length // context_ranks(args))
     return max(LEAST_INTERVAL, math.ceil(looked_at / (SHARE * layers * tokens)))
 
 

@@ -30,6 +30,7 @@ from torch import nn
 from agoq_megatron.autograd import probing
 from agoq_megatron.autograd.run import Run
 from agoq_megatron.model.memory import Plan
+from agoq_megatron.modules.context import tokens_of_rank
 from agoq_megatron.observing.gradient_check import Finding, Schedule, errors_of, interval_of, over, paragraphs
 from agoq_megatron.policy.policy import KEEP_BITS, SOLVED
 from agoq_megatron.policy.raised import RECOMPUTED, RaisedPolicy
@@ -219,7 +220,7 @@ class Watcher:
         return RaisedPolicy(base, widths) if widths else base
 
     def _line(self, it: Raise) -> str:
-        tokens = self._args.micro_batch_size * self._args.seq_length
+        tokens = tokens_of_rank(self._args)
         new = "16 bits, not quantized," if it.new == KEEP_BITS else f"{it.new} bits"
         new = "recomputed in backward" if it.new == RECOMPUTED else new
         return (

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from agoq_kernels.gradients import BLOCK, segment_bytes
 
 from agoq_megatron.model.stages import layers_of
+from agoq_megatron.modules.context import context_kind, context_ranks, tokens_of_rank
 from agoq_megatron.modules.expert_sites import copies, has_experts
+from agoq_megatron.planning.context import context_traffic
 from agoq_megatron.planning.experts import expert_ranks, is_apart
 from agoq_megatron.planning.footprint import micro_batches
 from agoq_megatron.planning.parameters import parameters
@@ -53,12 +55,13 @@ def collectives(args, config, network: Network) -> list[Collective]:
     group that fits into a node is taken to be within one.
     """
     tp, pp = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
-    dp, steps = args.data_parallel_size, micro_batches(args)
+    cp, steps = context_ranks(args), micro_batches(args)
+    dp = args.data_parallel_size * cp  # which share gradients and the optimizer's states
     stages = [parameters(args, config, stage) for stage in range(pp)]
     apart = config.num_moe_experts is not None and is_apart(args)
     experts = max(count.experts for count in stages) if apart else 0
     most = max(count.total for count in stages) - experts
-    hidden = args.micro_batch_size * args.seq_length * config.hidden_size * config.params_dtype.itemsize
+    hidden = tokens_of_rank(args) * config.hidden_size * config.params_dtype.itemsize
     found = []
 
     def add(name: str, ranks: int, span: int, calls: int, sent: float) -> None:
@@ -100,6 +103,10 @@ def collectives(args, config, network: Network) -> list[Collective]:
             (2 * calls + 2 * layers * steps) * hidden * cut)  # fmt: skip
     else:
         add("all-reduces of hidden states", tp, tp, calls, 2 * calls * hidden * cut)
+    if cp > 1:
+        forward, backward = context_traffic(config, 1, tokens_of_rank(args))
+        add(f"context parallelism, {context_kind(args)}", cp, tp * cp, 2 * layers * steps,
+            (forward + backward) * layers * steps)  # fmt: skip
     boundary = hidden / tp if config.sequence_parallel else hidden
     chunks = args.virtual_pipeline_model_parallel_size or 1
     sends = 2 * steps * chunks if pp > 1 else 0

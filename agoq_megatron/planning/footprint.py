@@ -22,6 +22,7 @@ from agoq_kernels.gradients import BLOCK, segment_bytes
 from agoq_megatron.gradients.settings import format_from_args
 from agoq_megatron.model.memory import Plan
 from agoq_megatron.model.stages import layers_of, predicting_layers
+from agoq_megatron.modules.context import context_ranks, tokens_of_rank
 from agoq_megatron.modules.expert_sites import MOE_SITES, has_experts
 from agoq_megatron.modules.sites import (
     ATTENTION_SITES,
@@ -34,6 +35,7 @@ from agoq_megatron.modules.sites import (
 )
 from agoq_megatron.optimizer.settings import OptimizerSettings, optimizer_settings_from_args
 from agoq_megatron.planning.batches import schedule_from_args
+from agoq_megatron.planning.context import context_moment, tables_of_tokens
 from agoq_megatron.planning.experts import expert_ranks, is_apart, mixture_moment
 from agoq_megatron.planning.in_flight import Schedule
 from agoq_megatron.planning.latents import at_a_time, latent_moment
@@ -84,6 +86,11 @@ def micro_batches(args) -> int:
     return batch // (args.micro_batch_size * args.data_parallel_size)
 
 
+def sharing_ranks(args) -> int:
+    """Ranks that hold the same parameters, over which gradients are reduced and states distributed."""
+    return args.data_parallel_size * context_ranks(args)
+
+
 def schedule_of(args, count: int | None = None) -> Schedule:
     """Of ``count`` micro-batches, else of a run's largest step."""
     return Schedule(
@@ -107,7 +114,7 @@ def gradient_bytes(args, count: Parameters) -> float:
 def optimizer_bytes(args, count: Parameters) -> float:
     """Moments and master weights (or remainders) on a rank."""
     distributed = args.use_distributed_optimizer
-    shards = args.data_parallel_size if distributed else 1
+    shards = sharing_ranks(args) if distributed else 1
     of_experts = expert_ranks(args) if distributed and count.experts and is_apart(args) else shards
     rest = count.embeddings + count.vectors
     if args.optimizer != "adam":
@@ -141,7 +148,7 @@ class _Sizes:
 
 def _sizes(args, config) -> _Sizes:
     itemsize, tp = config.params_dtype.itemsize, config.tensor_model_parallel_size
-    tokens = args.micro_batch_size * args.seq_length
+    tokens = tokens_of_rank(args)
     u = tokens * config.hidden_size * itemsize
     logits = tokens * args.padded_vocab_size / tp * itemsize / args.agoq_loss_chunks
     if args.agoq_loss == "megatron":
@@ -302,7 +309,8 @@ def _attention_moment(config, plan: Plan, number: int, tokens: int) -> float:
         outputs = (1 + some) * (q + k + v) + gate
     if getattr(config, "agoq_documents", False) and tokens > config.agoq_sequence:
         inputs += some * (q + k + v + 2 * o)  # sequences one behind the other, as documents lie
-    return (inputs + outputs) * here + some * workspace_of_attention(config, q * tokens) - gone
+    apart = context_moment(config, number, tokens)
+    return (inputs + outputs) * here + some * workspace_of_attention(config, q * tokens) + apart - gone
 
 
 def workspace_of_attention(config, numel: int) -> float:
@@ -322,10 +330,12 @@ def _angles_bytes(args, config) -> float:
         return 4 * args.seq_length * config.qk_pos_emb_head_dim
     if args.position_embedding_type == "yarn":
         first = config.yarn_original_max_position_embeddings
-        return config.kv_channels * (4 * args.seq_length + 2 * config.params_dtype.itemsize * first)
+        return config.kv_channels * (
+            4 * tables_of_tokens(args, config) + 2 * config.params_dtype.itemsize * first
+        )
     if args.position_embedding_type != "rope":
         return 0.0
-    return 4 * args.seq_length * config.kv_channels * args.rotary_percent
+    return 4 * tables_of_tokens(args, config) * config.kv_channels * args.rotary_percent
 
 
 def _watched_bytes(

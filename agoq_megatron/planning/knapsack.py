@@ -18,6 +18,7 @@ from agoq_kernels.formats import Format
 from agoq_megatron.model.memory import Plan, Row
 from agoq_megatron.model.stages import layers_of
 from agoq_megatron.model.transformer_config import AGoQTransformerConfig, transformer_config_from_args
+from agoq_megatron.modules.context import tokens_of_rank
 from agoq_megatron.modules.sites import LAYER_INPUT
 from agoq_megatron.planning.footprint import schedule_of
 from agoq_megatron.planning.replay import EXACT
@@ -83,7 +84,7 @@ class Knapsack:
         plain.agoq_activations = "off"
         self.config = with_policy(transformer_config_from_args(plain), EXACT)
         self.sensitivities, self.schedule = sensitivities, schedule_of(args)
-        self.tokens = args.micro_batch_size * args.seq_length
+        self.tokens = tokens_of_rank(args)
         self._stages = [layers_of(self.config, stage) for stage in range(self.schedule.stages)]
         self._features = axes_of(self.config)
         self.quantized = with_policy(self.config, self._one_width(max(BEST_FORMATS)))

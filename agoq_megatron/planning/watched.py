@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from agoq_megatron.autograd.experts import COMPARED
 from agoq_megatron.autograd.probing import PIECE, TOKENS, functions
 from agoq_megatron.model.memory import Plan
+from agoq_megatron.modules.context import context_ranks
 from agoq_megatron.modules.expert_sites import (
     EXPERT_FC1_OUTPUT,
     EXPERT_FC2_INPUT,
@@ -88,7 +89,8 @@ class Watched:
         self._looked_at, self._itemsize = list(looked_at(args, plan)), config.params_dtype.itemsize
         tp = config.tensor_model_parallel_size
         split = tp if config.sequence_parallel else 1
-        self._tokens = min(TOKENS, args.seq_length)
+        here = args.seq_length // context_ranks(args)
+        self._tokens = min(TOKENS, here)
         h, f, fc1 = NORM1_INPUT.axis(config), FC2_INPUT.axis(config), FC1_OUTPUT.axis(config)
         self._query = query = QUERY.axis(config)
         self._attention = KV_LATENT if config.multi_latent_attention else QUERY
@@ -110,7 +112,7 @@ class Watched:
         if config.multi_latent_attention:
             self._sizes |= self._of_latents(config, h, split, gathered)
         self._workspace = workspace(config, query * self._tokens)
-        self._entry = min(TOKENS, args.seq_length // split) * h * self._itemsize
+        self._entry = min(TOKENS, here // split) * h * self._itemsize
 
     @staticmethod
     def _of_latents(config, h: int, split: int, gathered: float) -> dict[str, tuple[float, ...]]:

@@ -18,12 +18,13 @@ from agoq_megatron.policy.sites import SITES, Site
 
 
 def axes_of(config) -> dict[Site, int]:
-    """Length of each tensor's last axis on a rank. Sequence parallelism cuts hidden states elsewhere.
+    """Length of each tensor's last axis on a rank, as it is kept. Sequence parallelism cuts hidden states
+    elsewhere.
 
     Args:
         config: Megatron's transformer config.
     """
-    return {site: site.axis(config) for site in SITES}
+    return {site: site.axis(config) // site.parts(config) for site in SITES}
 
 
 def groups_that_divide(axis: int) -> list[int]:

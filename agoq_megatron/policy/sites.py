@@ -18,6 +18,10 @@ def once(config) -> float:
     return 1.0
 
 
+def in_one_part(config) -> int:
+    return 1
+
+
 @dataclass(frozen=True)
 class Site:
     """A tensor that a transformer layer may keep.
@@ -37,6 +41,8 @@ class Site:
         copies: of a transformer config: how many of it a rank has for each token of its part of the sequence.
         newer: it was contributed after digests of plans were first compared. They name it only where a layer
             has it, so that models without keep theirs.
+        parts: of a transformer config: over so many more ranks its last axis is divided where it is kept, of
+            as many times the tokens.
     """
 
     value: str
@@ -50,6 +56,7 @@ class Site:
     present: Callable[[object, int], bool] = field(default=in_every_layer, compare=False, repr=False)
     copies: Callable[[object], float] = field(default=once, compare=False, repr=False)
     newer: bool = field(default=False, compare=False, repr=False)
+    parts: Callable[[object], int] = field(default=in_one_part, compare=False, repr=False)
 
     def path(self, layer_number: int) -> str:
         """Full path in layer ``layer_number`` (from 1, as Megatron counts)."""

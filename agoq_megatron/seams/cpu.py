@@ -179,6 +179,7 @@ class _CpuForCuda(TorchFunctionMode):
             return func(*args)
         if "device" in kwargs:
             kwargs["device"] = _cpu_device(kwargs["device"])
+        kwargs.pop("pin_memory", None)  # of the rows of rotary angles of a context-parallel rank
         return func(*args, **kwargs)
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 GROUPS = {
     "Activations": ("agoq_activations", "agoq_rounding", "agoq_seed"),
     "Loss": ("agoq_loss",),
+    "Sequences over ranks": ("agoq_context",),
     "Gradients": ("agoq_grad",),
     "Optimizer states": ("agoq_optimizer", "agoq_master"),
 }
@@ -118,15 +119,20 @@ def layers_table(root: Path) -> str:
     for number, layer in enumerate(contract["layers"]):
         for name in re.findall(r"\w+", layer):
             path = root / "agoq_megatron" / name
-            modules = sorted(p for p in path.glob("*.py") if p.stem != "__init__") if path.is_dir() else []
+            modules = sorted(p for p in path.rglob("*.py") if p.stem != "__init__") if path.is_dir() else []
             if not modules:
                 modules = [path.with_suffix(".py")]
                 if not modules[0].is_file():  # the contract may name what is not there
                     continue
             single = not path.is_dir()
-            what = "<br>".join(("" if single else f"`{p.stem}`: ") + summary(p) for p in modules)
+            what = "<br>".join(("" if single else f"{_named(p, path)}: ") + summary(p) for p in modules)
             lines.append(f"| {number + 1} | `{name}` | {what.replace('|', chr(92) + '|')} |")
     return "\n".join(lines)
+
+
+def _named(module: Path, room: Path) -> str:
+    """A module of a room, behind its folder in there if it has one."""
+    return "".join(f"{folder}/" for folder in module.relative_to(room).parts[:-1]) + f"`{module.stem}`"
 
 
 def results_page(root: Path) -> str:

@@ -197,7 +197,7 @@ def not_together(rng: random.Random, folder: Path) -> Case:
 
 
 _NOT_CARRIED = (
-    "--num-experts 4", "--multi-latent-attention", "--context-parallel-size 2", "--cuda-graph-impl local",
+    "--num-experts 4", "--multi-latent-attention", "--cuda-graph-impl local",
     "--fp8-format hybrid", "--fp8-format e4m3", "--fp4-format e2m1", "--qk-clip",
     "--mtp-num-layers 1", "--hybrid-layer-pattern M*M*", "--window-size 16,0", "--softmax-type learnable",
     "--attention-output-gate",

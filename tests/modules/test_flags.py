@@ -66,7 +66,8 @@ SAME_CONFIG = {
 """Flags of the model that change no field of its config, and why that is right."""
 MORE_RANKS = {
     "tensor_model_parallel_size", "tensor_parallel_num_weight_shards", "pipeline_model_parallel_size",
-    "overlap_p2p_comm_warmup_flush", "defer_embedding_wgrad_compute",
+    "overlap_p2p_comm_warmup_flush", "defer_embedding_wgrad_compute", "context_parallel_size",
+    "hierarchical_context_parallel_sizes",
 }  # fmt: skip
 """Cannot be set on one rank."""
 WITH_OTHERS = {

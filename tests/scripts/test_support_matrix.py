@@ -63,7 +63,7 @@ def test_status():
     works = {("tensor parallelism", "activations"): ["t"], ("hybrid (Mamba) layers", "activations"): ["t"]}
     assert status(FEATURES["tensor parallelism"], "activations", works, tables) == ("works", "")
     assert status(FEATURES["tensor parallelism"], "states", works, tables) == ("untested", "")
-    assert status(FEATURES["context parallelism"], "activations", works, tables)[0] == "refused"
+    assert status(FEATURES["Megatron FSDP"], "activations", works, tables)[0] == "refused"
     assert status(FEATURES["SGD"], "gradients", works, tables)[0] == "untested"
     assert status(FEATURES["SGD"], "states", works, tables)[0] == "refused"
     assert "needs --bf16" in status(FEATURES["FP32"], "states", works, tables)[1]

@@ -45,7 +45,7 @@ PARTS = {"": REFUSED}
 PARTS["--agoq-grad-bits 8"] = states._NOT_WITH_8_BIT_GRADIENTS
 PARTS["--agoq-optimizer-bits 8 --use-distributed-optimizer"] = states._NOT_WITH_OUR_STATES
 VALUES = {
-    "--context-parallel-size": "2", "--cuda-graph-impl": "local",
+    "--cuda-graph-impl": "local",
     "--fp8-format": "hybrid", "--fp4-format": "e2m1", "--experimental-attention-variant": "dsa",
     "--linear-attention-freq": "2",
     "--attention-backend": "unfused", "--optimizer": "muon", "--rampup-batch-size": "1 1 8",
@@ -279,7 +279,7 @@ NOT_OF_THE_MODEL = """
     bias_dropout_fusion no_persist_layer_norm sequence_parallel tensor_model_parallel_size init_method_std
     use_cpu_initialization mlp_chunks_for_training transformer_impl bf16 seed make_vocab_size_divisible_by
     embedding_init_method_std clone_scatter_output_in_embedding cross_entropy_loss_fusion vocab_size
-    mtp_loss_scaling_factor
+    mtp_loss_scaling_factor context_parallel_size cp_comm_type hierarchical_context_parallel_sizes
     expert_model_parallel_size expert_tensor_parallel_size moe_token_dispatcher_type moe_aux_loss_coeff
     moe_z_loss_coeff moe_router_bias_update_rate moe_input_jitter_eps
 """.split()

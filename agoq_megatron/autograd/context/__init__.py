@@ -1,0 +1,1 @@
+"""Attention over a sequence whose tokens lie on several ranks (context parallelism)."""
