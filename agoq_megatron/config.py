@@ -50,6 +50,15 @@ class AGoQConfig:
     """Compute logits and losses in that many parts of the sequence, so that one part of the logits exists
     at a time. Backward computes them again: one more product of the output layer."""
 
+    agoq_fp8_scaling: Literal["row", "tensor"] = "row"
+    """Of --fp8-format with --fp8-recipe tensorwise: a scale for each row of a product's factor (a token, or a
+    feature), or one for all of it, as Megatron has it. By row less is too small for FP8, and the products are
+    as fast."""
+
+    agoq_fp8_weights: Literal["auto", "step", "use"] = "auto"
+    """Of --fp8-format: cast weights to FP8 once a step and hold them, 2 bytes a number for both layouts, or
+    at each use. 'auto': once a step where it has several micro-batches."""
+
     agoq_grad_bits: Literal[32, 16, 8] = 32
     """Bits in which gradients are accumulated and reduced. 32: Megatron's FP32. 16: the same as
     Megatron's --grad-reduce-in-bf16. 8: codes in blocks of 64 with scales, 1.09 bytes a parameter, which are

@@ -34,8 +34,8 @@ PLAIN = {
     "agoq_master_weights": None,
 }
 KINDS = {
-    "BF16": EXACT | PLAIN,
-    "BF16, full recomputation": EXACT | PLAIN | FULL,
+    "BF16": EXACT | PLAIN | {"fp8": None},
+    "BF16, full recomputation": EXACT | PLAIN | FULL | {"fp8": None},
     "A": EXACT | PLAIN | {"agoq_activations": "agoq"},
     "A + G": EXACT | PLAIN | {"agoq_activations": "agoq", "agoq_grad_bits": 8},
     "A + G + O": EXACT | PLAIN

@@ -15,7 +15,12 @@ The output layer is left out, of tied models too, whose embedding then has the g
 alone: the gradient at the output is exact under any policy, and so large that it would hide all others.
 
 FP32 by default, so that nothing but the quantizer differs; with --dtype bf16 its rounding is in the errors
-too. On a machine with a GPU it runs there, else on the CPU. Flags after -- are Megatron's, for all policies.
+too. With FP8 products all policies have them, and the reference has not:
+
+    python scripts/gradient_error.py --hf Qwen2.5-0.5B --dtype bf16 --policy off --policy agoq \\
+        -- --fp8-format hybrid --fp8-recipe tensorwise
+
+On a machine with a GPU it runs there, else on the CPU. Flags after -- are Megatron's, for all policies.
 """
 
 from __future__ import annotations
@@ -218,16 +223,20 @@ def measure(
     """
     args, plans, model = build(options, weights)
     meter = GradientMeter(model)
+    recipe = model.config.agoq_fp8
     reference, loss = meter.measure(sequences, plans[REFERENCE].config.agoq)
     if not torch.isfinite(torch.tensor(loss)):
         raise UsageError(f"the loss is {loss}: look at the weights and --dtype.")
     print(f"loss {loss:.4f} on {len(sequences)} sequences of {options.seq_length} tokens\n")
+    if recipe is not None:
+        print(f"{recipe}; the reference has none\n")
     print(head(list(plans)), flush=True)
     content = {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": command,
         "device": torch.cuda.get_device_name(),
         "dtype": options.dtype,
+        "products": "as the model" if recipe is None else str(recipe),
         "model": asdict(weights.model),
         "sequences": len(sequences),
         "seq_length": options.seq_length,
@@ -237,7 +246,7 @@ def measure(
     for name in options.policy:
         start = time.monotonic()
         plan = plans[name]
-        found, _ = meter.measure(sequences, plan.config.agoq)
+        found, _ = meter.measure(sequences, plan.config.agoq, recipe)
         try:
             errors = gradient_errors(reference, found)
         except UnusableGradients as problem:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from agoq_kernels.fp8 import Operand, activation_to_columns
 from agoq_kernels.fused import activation_backward, activation_forward
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -51,6 +52,9 @@ class ActivationOutput:
     def rebuild(self, dtype: torch.dtype) -> Tensor:
         y, _ = activation_forward(self.x.rebuild(dtype), self.kind)
         return y
+
+    def columns(self, dtype: torch.dtype, fp8: torch.dtype, per_tensor: bool) -> Operand:
+        return activation_to_columns(self.x.packed, self.kind, self.x.how.rule.format, fp8, per_tensor)
 
     def gather(self, group) -> tuple[ActivationOutput, list]:
         x, handles = self.x.gather(group)

@@ -76,10 +76,17 @@ class ActivationLinear(Function):
         (made, *kept), (weight,) = restore(ctx)
         products: Products = ctx.spec.products
         need_weight = ctx.needs_input_grad[1]
-        y = grad_y = products.input_gradient(grad, weight)
-        grad_x = made.gradient(grad_y, output_into_grad=need_weight and not kept)
-        if kept:
-            y = kept[0].rebuild(ctx.dtype)
-        del grad_y
-        grad_weight = products.weight_gradient(weight, grad, y) if need_weight else None
+        factor, grad_weight = products.cast_gradient(grad, need_weight), None
+        grad_y = products.input_gradient(factor, weight)
+        if need_weight and not products.exact:
+            # First, so that its factors are gone where the gradient of the activation's input is made.
+            y = products.factor(kept[0] if kept else made, ctx.dtype)
+            grad_weight = products.weight_gradient(weight, factor, y)
+            del y
+        del factor
+        grad_x = made.gradient(grad_y, output_into_grad=need_weight and not kept and products.exact)
+        if need_weight and products.exact:
+            y = kept[0].rebuild(ctx.dtype) if kept else grad_y
+            del grad_y
+            grad_weight = products.weight_gradient(weight, grad, y)
         return in_order(ActivationLinear, x=grad_x, weight=grad_weight, total=grad if ctx.has_total else None)

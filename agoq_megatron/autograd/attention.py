@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from agoq_kernels.attention import Documents, Dropout
 from agoq_kernels.dropout import again
+from agoq_kernels.fp8 import Operand, cast_columns
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -148,6 +149,9 @@ class KeptAttention:
         """What the output's reader sees ``[s, b, n d]`` of ``out`` ``[s, b, heads, d]``."""
         read, context = out.flatten(2) if self.gate is None else self.gate.product(out), self.spec.context
         return read if context is None else context.to_tokens(read)
+
+    def columns(self, dtype: torch.dtype, fp8: torch.dtype, per_tensor: bool) -> Operand:
+        return cast_columns(self.rebuild(dtype), fp8, per_tensor)
 
     def _workspace(self, heads: int) -> int:
         """Numbers beyond those of Q that FlashAttention sums gradients of: 128 rows a document."""

@@ -79,11 +79,12 @@ class AttentionLinear(Function):
         (kept,), (weight,) = restore(ctx)
         products: Products = ctx.products
         tensors, statistics = kept.tensors(ctx.dtype)
-        grad_weight = None
+        grad_weight, factor = None, products.cast_gradient(grad, ctx.needs_input_grad[2])
         if ctx.needs_input_grad[2]:
-            grad_weight = products.weight_gradient(weight, grad, kept.flat_output(tensors))
+            grad_weight = products.weight_gradient(weight, factor, kept.flat_output(tensors))
         # Into the list, which gives all of them back: no name here may hold them longer.
-        kept.take_gradient(tensors, products.input_gradient(grad, weight))
+        kept.take_gradient(tensors, products.input_gradient(factor, weight))
+        del factor
         grad_qkv = kept.through_gate(tensors)
         grad_sink = kept.sink_gradient(tensors, statistics)
         grad_qkv, of_parameters = kept.gradients(tensors, statistics, grad_qkv)

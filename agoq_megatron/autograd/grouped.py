@@ -59,6 +59,12 @@ class GroupedProducts:
     Sizes: ``t`` rows of all experts, ``e`` experts, weights ``[e, o, i]``.
     """
 
+    exact = True
+    """As :class:`Products` says it."""
+
+    def unrounded(self) -> GroupedProducts:
+        return self
+
     def output(self, x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
         """``x [t, i]``, each row times its expert's ``weight^T`` -> ``[t, o]``."""
         return self._rows(x, weight.transpose(1, 2), groups)

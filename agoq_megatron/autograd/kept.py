@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol, Self
 
 import torch
+from agoq_kernels.fp8 import Operand, cast_columns
 from agoq_kernels.fused import Kept as Packed
 from torch import Tensor
 
@@ -34,6 +35,10 @@ class Kept(Protocol):
 
     def rebuild(self, dtype: torch.dtype) -> Tensor:
         """The tensor, as close as it was kept."""
+
+    def columns(self, dtype: torch.dtype, fp8: torch.dtype, per_tensor: bool) -> Operand:
+        """The same transposed, in FP8, as ``agoq_kernels.fp8.cast_columns`` gives it; without a tensor in
+        ``dtype`` on the way where there is a kernel for that."""
 
     def gather(self, group) -> tuple[Self, list]:
         """The same of the whole sequence, of which every rank of ``group`` keeps a part; and handles: it may
@@ -71,6 +76,9 @@ class KeptTensor:
 
     def rebuild(self, dtype: torch.dtype) -> Tensor:
         return self.how.unpack(self.tensors, dtype, self.shift, self.segments)
+
+    def columns(self, dtype: torch.dtype, fp8: torch.dtype, per_tensor: bool) -> Operand:
+        return cast_columns(self.rebuild(dtype), fp8, per_tensor)
 
     def gather(self, group) -> tuple[KeptTensor, list]:
         gathered = [gather_sequence(part, group) for part in self.tensors]

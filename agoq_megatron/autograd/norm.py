@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from agoq_kernels.fp8 import Operand, norm_to_columns
 from agoq_kernels.fused import norm_backward, norm_forward, norm_from_kept
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -58,6 +59,12 @@ class NormOutput:
     def rebuild(self, dtype: torch.dtype) -> Tensor:
         fmt = self.x.how.rule.format
         return norm_from_kept(self.x.packed, self.weight, self.bias, self.eps, self.kind, fmt, dtype)
+
+    def columns(self, dtype: torch.dtype, fp8: torch.dtype, per_tensor: bool) -> Operand:
+        fmt = self.x.how.rule.format
+        return norm_to_columns(
+            self.x.packed, self.weight, self.bias, self.eps, self.kind, fmt, fp8, per_tensor
+        )
 
     def gather(self, group) -> tuple[NormOutput, list]:
         x, handles = self.x.gather(group)

@@ -23,7 +23,6 @@ from agoq_megatron.autograd import probing
 from agoq_megatron.autograd.collectives import (
     Done,
     all_reduce,
-    gather_sequence,
     reduce_scatter_sequence,
 )
 from agoq_megatron.autograd.function import Function, in_order
@@ -62,7 +61,7 @@ class NormLinear(Function):
         y, total, made, output = norm(
             x, residual, norm_weight, norm_bias, spec, keeps, read=ctx.needs_input_grad[4]
         )
-        whole, handle = gather_sequence(y, spec.group) if spec.sequence_parallel else (y, Done())
+        whole, handle = spec.products.gather(y, spec.group) if spec.sequence_parallel else (y, Done())
         if keeps:
             inputs = total, None, norm_weight, norm_bias, weight, bias
             run, needs = spec.norm_input.run, ctx.needs_input_grad
@@ -86,23 +85,26 @@ class NormLinear(Function):
         products = spec.products
         need_weight, need_bias = ctx.needs_input_grad[4:6]
 
-        handles, whole = [], output
+        handles, whole, factor = [], output, products.cast_gradient(grad, need_weight)
         if spec.sequence_parallel and need_weight:
             whole, handles = output.gather(spec.group)
-        grad_y = products.input_gradient(grad, weight)
+        grad_y = products.input_gradient(factor, weight)
         for handle in handles:
             handle.wait()
         reduce = reduce_scatter_sequence if spec.sequence_parallel else all_reduce
         grad_y, handle = reduce(grad_y, spec.group)
 
         grad_weight = None
-        if need_weight and output is made and spec.group.size() == 1:
+        if need_weight and output is made and spec.group.size() == 1 and products.exact:
             # Nothing is under way to be hidden behind a product: one pass gives the norm's output too.
             grads = made.gradients(grad_y, sum_grad, output_into_grad=True)
             grad_weight = products.weight_gradient(weight, grad, grad_y)
         else:
             if need_weight:
-                grad_weight = products.weight_gradient(weight, grad, whole.rebuild(ctx.dtype))
+                x = products.factor(whole, ctx.dtype)
+                grad_weight = products.weight_gradient(weight, factor, x)
+                del x
+            del factor
             handle.wait()
             grads = made.gradients(grad_y, sum_grad, output_into_grad=False)
         grad_x, grad_norm_weight, grad_norm_bias = grads

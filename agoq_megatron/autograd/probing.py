@@ -3,8 +3,9 @@
 The relative error of a saved tensor says little of what it does: keys that are off by .4% have made gradients
 that were noise, where attention's statistics were those of the exact ones. So gradients are compared. A call
 remembers its inputs; in backward, where the gradient of its output arrives, the same function runs on both
-again: once with every tensor kept as it is, once with the tensors rounded that the policy rounds. How far the
-second's input and weight gradients are off is added up here; in detail also with each tensor rounded alone.
+again: once with every tensor kept as it is and products of factors as they are, once with the tensors rounded
+that the policy rounds, and products as the run has them (in FP8, say). How far the second's input and weight
+gradients are off is added up here; in detail also with each tensor rounded alone, products as they are.
 
 The call itself stays what it is bit for bit: the others see copies, add to no gradient buffer and draw no key
 of stochastic rounding. Where an attention has dropout all of them have the same mask: they draw from where
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from agoq_megatron.autograd.function import arguments_of
 from agoq_megatron.autograd.packing import Packing
+from agoq_megatron.autograd.products import Products
 from agoq_megatron.autograd.run import Run
 from agoq_megatron.autograd.saving import SavedTensor
 from agoq_megatron.policy.policy import Rule
@@ -50,9 +52,9 @@ def functions() -> dict[str, tuple[Site, ...]]:
 
 
 def columns() -> tuple[str, ...]:
-    """Of a tally: tensors, each rounded alone, and functions that round several at once."""
-    several = (name for name, sites in functions().items() if len(sites) > 1)
-    return *(site.value for site in SITES), *several
+    """Of a tally: tensors, each rounded alone, and functions, where they round several or their products'
+    factors."""
+    return *(site.value for site in SITES), *functions()
 
 
 class GradientTally:
@@ -170,21 +172,27 @@ class Probe:
         if self.cut:
             grads = [_cut_as(grad, self.parts, self.rows) for grad in grads]
         sites = {*self.rounded, *([self.entry] if self.entry else [])}
-        column = sites.copy().pop().value if len(sites) == 1 else self.name
+        own = getattr(self.spec, "products", None)
+        own = own if own is None or own.exact else replace(own, into_buffer=False)
+        alone = len(sites) == 1 and (own is None or own.exact)
+        column = sites.copy().pop().value if alone else self.name
         exact = self._gradients(grads, set())
-        self._add(column, self._gradients(grads, sites), exact)
-        if self.detail and len(sites) > 1:
+        self._add(column, self._gradients(grads, sites, None if alone else own), exact)
+        if self.detail and not alone:
             for site in sorted(sites, key=SITES.index):
                 self._add(site.value, self._gradients(grads, {site}), exact)
         # The autograd node that holds this lives as long as anybody holds the loss.
         self.inputs.clear()
         self.exact = None
 
-    def _gradients(self, grads: list[Tensor | None], sites: set[Site]) -> list[Tensor | None]:
-        """Of input and weights, with these tensors rounded as the policy says and all others exact."""
+    def _gradients(
+        self, grads: list[Tensor | None], sites: set[Site], products: Products | None = None
+    ) -> list[Tensor | None]:
+        """Of input and weights, with these tensors rounded as the policy says and all others exact, and with
+        these products, or those of factors as they are."""
         changed = {}
-        if hasattr(getattr(self.spec, "products", None), "into_buffer"):
-            changed["products"] = replace(self.spec.products, into_buffer=False)
+        if hasattr(self.spec, "products"):
+            changed["products"] = products or self.spec.products.unrounded()
         if hasattr(self.spec, "context"):
             changed["context"] = None  # the tokens of this rank are compared among themselves
         for its in _tensors(self.spec):

@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from agoq_megatron.autograd.collectives import gather_sequence
+from agoq_megatron.autograd.kept import Kept
+
 READ_MAIN_GRAD = (
     "the gradient of this weight was added to its main_grad. Its grad only says that there is one and has no "
     "memory: read main_grad, or train with --no-gradient-accumulation-fusion"
@@ -27,6 +30,28 @@ class Products:
 
     into_buffer: bool = False
     reports: bool = True
+
+    exact = True
+    """Factors are read as they are. Where they are not, nobody makes one in the place of another tensor, and
+    what is cast once for two products comes as :meth:`cast_gradient` and :meth:`factor` give it."""
+
+    def unrounded(self) -> Products:
+        """The same with factors as they are, whose gradients go to no buffer: to compare with."""
+        return Products()
+
+    def gather(self, x: Tensor, group) -> tuple[Tensor, object]:
+        """``x`` ``[s / t, b, i]`` of every rank of ``group``, for :meth:`output` once the handle has
+        waited."""
+        return gather_sequence(x, group)
+
+    def cast_gradient(self, grad: Tensor, of_weight: bool) -> Tensor:
+        """``grad`` ``[s, b, o]`` for :meth:`input_gradient` and, with ``of_weight``,
+        :meth:`weight_gradient`."""
+        return grad
+
+    def factor(self, kept: Kept, dtype: torch.dtype) -> Tensor:
+        """What was kept of a layer's input ``[s, b, i]``, for :meth:`weight_gradient`."""
+        return kept.rebuild(dtype)
 
     def output(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x [s, b, i] @ weight[o, i]^T (+ bias[o])`` -> ``[s, b, o]``."""
@@ -51,14 +76,19 @@ class Products:
             tensor of its shape without memory. DDP waits for a gradient to be there, and drops this one. It
             must not meet another in autograd, which would add the two up: None unless ``reports``.
         """
-        grad, x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         if not self.has_buffer(weight):
-            return grad.t().matmul(x)
-        add_product(weight.main_grad, grad, x)
+            return self._of_weight(grad, x)
+        self._add_of_weight(weight.main_grad, grad, x)
         weight.grad_added_to_main_grad = True  # DDP resets it before each step
         if not self.reports:
             return None
         return gradient_without_memory(weight.shape, weight.dtype, weight.device).detach()
+
+    def _of_weight(self, grad: Tensor, x: Tensor) -> Tensor:
+        return grad.reshape(-1, grad.shape[-1]).t().matmul(x.reshape(-1, x.shape[-1]))
+
+    def _add_of_weight(self, buffer: Tensor, grad: Tensor, x: Tensor) -> None:
+        add_product(buffer, grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1]))
 
     def has_buffer(self, weight: Tensor) -> bool:
         """Whether the weight's gradient is added to a buffer."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
+from agoq_megatron.autograd.cast_weights import CastWeights
 from agoq_megatron.autograd.rounding import RoundingCounter
 
 Listener = Callable[[int, str, Iterable[Tensor]], None]
@@ -21,6 +22,7 @@ class Run:
             pass, while it is set; an unmeasured step pays one ``is None`` a tensor.
         tally: of :mod:`probing`, sees the calls of layers' functions while it is set.
         lanes: for reductions of gradients, by device.
+        cast_weights: of this step, where they are held.
         hops: groups for reductions in two hops, by the ranks of the data-parallel group.
         wires: of context parallelism, by process group.
     """
@@ -33,6 +35,7 @@ class Run:
         self.lanes: dict = {}
         self.hops: dict = {}
         self.wires: dict = {}
+        self.cast_weights = CastWeights()
 
     def announce(self, layer_number: int, name: str, tensors: Iterable[Tensor]) -> None:
         """Report that ``tensors`` are kept for the backward pass under ``name``."""

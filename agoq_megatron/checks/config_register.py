@@ -78,6 +78,7 @@ REFUSED_FIELDS: dict[str, tuple[Callable[[object], bool], str]] = {
     "cpu_offloading": (is_set, "offloading needs Transformer Engine's own layers"),
     "activation_func_fp8_input_store": (is_set, _NO_TE),
     "fused_single_qkv_rope": (is_set, _NO_TE),
+    "fp8": (is_set, "products in FP8 are carried by pretrain_gpt_agoq.py alone"),
     "fp8_dot_product_attention": (is_set, _NO_TE),
     "fp8_multi_head_attention": (is_set, _NO_TE),
     "use_kitchen": (is_set, "Kitchen's layers are replaced here"),

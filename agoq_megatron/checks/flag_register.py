@@ -44,9 +44,8 @@ REFUSED: tuple[Check, ...] = (
     _no("--cuda-graph-impl", "CUDA graphs are not carried yet", refused=lambda v: v != "none"),
     _no("--enable-cuda-graph", "CUDA graphs are not carried yet"),
     _no("--external-cuda-graph", "CUDA graphs are not carried yet"),
-    _no("--fp8-format", "FP8 matrix products need Transformer Engine's own layers", "fp8"),
     _no("--fp4-format", "FP4 matrix products need Transformer Engine's own layers", "fp4"),
-    _no("--fp8-param-gather", "FP8 weights need Transformer Engine's own layers"),
+    _no("--fp8-param-gather", "weights are gathered in 16 bits and cast to FP8 by each rank; leave it out"),
     _no("--fp4-param-gather", "FP4 weights need Transformer Engine's own layers"),
     _no("--qk-clip", "query-key clipping is not carried yet"),
     _no("--log-max-attention-logit", "the fused attention keeps no logits"),
@@ -150,6 +149,9 @@ CARRIED = {
         ffn_hidden_size swiglu squared_relu quick_geglu glu_linear_offset activation_func_clamp_value
         bias_swiglu_fusion bias_gelu_fusion gradient_accumulation_fusion recompute_granularity
         recompute_modules""",
+    "modules/products.py": """
+        fp8 fp8_recipe first_last_layers_bf16 num_layers_at_start_in_bf16 num_layers_at_end_in_bf16 num_layers
+        gradient_accumulation_fusion""",
     "modules/norm.py": """
         hidden_size normalization layernorm_epsilon layernorm_zero_centered_gamma no_persist_layer_norm
         sequence_parallel qk_layernorm qk_l2_norm""",
@@ -214,8 +216,8 @@ IDLE = {
         fim_* mask_prob short_seq_prob decoder_seq_length sample_rate
         rl_* grpo_* langrl_* refit_method logits_*""",
     "FP8, FP4 and offloading": """
-        fp8_* fp4_* first_last_layers_bf16 num_layers_at_start_in_bf16 num_layers_at_end_in_bf16
-        keep_fp8_transpose_cache reuse_grad_buf_for_mxfp8_param_ag offload_modules min_offloaded_tensor_size
+        fp8_* fp4_* keep_fp8_transpose_cache reuse_grad_buf_for_mxfp8_param_ag offload_modules
+        min_offloaded_tensor_size
         delay_offload_until_cuda_graph delta_offload_bytes_across_pp_ranks activation_offload_fraction
         fine_grained_offloading_max_inflight_offloads cpu_offloading_retain_pinned_cpu_buffers""",
     "other parallelism": """

@@ -18,6 +18,7 @@ from agoq_megatron.checks.context import check_context
 from agoq_megatron.checks.dropout import check_dropout
 from agoq_megatron.checks.experts import check_experts
 from agoq_megatron.checks.flag_register import check_register
+from agoq_megatron.checks.fp8 import check_fp8
 from agoq_megatron.checks.latents import check_latents
 from agoq_megatron.checks.saving import check_counts, check_empty, check_saving
 from agoq_megatron.checks.shapes import check_numbers, check_shapes
@@ -57,6 +58,7 @@ def check(args: Namespace, on_cpu: bool = False) -> None:
     check_context(args)
     check_numbers(args)
     check_dropout(args, on_cpu)
+    check_fp8(args, on_cpu)
     check_activation(args)
     if policy is not None and args.num_layers:
         policy.check_patterns(args.num_layers + (args.mtp_num_layers or 0))

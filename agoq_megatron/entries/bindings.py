@@ -11,6 +11,7 @@ from agoq_megatron.autograd.recompute import quantized_checkpoint
 from agoq_megatron.entries.specs import predicting_spec
 from agoq_megatron.gradients.data_parallel import QuantizedGradientDDP, wrap_embedding_reduction
 from agoq_megatron.model.memory import Plan
+from agoq_megatron.modules.products import wrap_train_step
 from agoq_megatron.observing.watching import wrap_checking_loaded
 from agoq_megatron.optimizer.quantized_gradients import (
     QuantizedDistributedOptimizer,
@@ -98,9 +99,12 @@ def bind_checkpoints(args: argparse.Namespace) -> None:
 
 
 def bind_loop(args: argparse.Namespace, plan: Plan) -> None:
-    """Around steps of the training loop: a NaN stops the run, and ranks agree before there is a model."""
+    """Around steps of the training loop: a NaN stops the run, weights in FP8 are those of one step, and ranks
+    agree before there is a model."""
     compat.bind_training_loop("train_step", partial(stop_unless_finite, args=args))
     compat.bind_training_loop("setup_model_and_optimizer", connect_first)
+    if plan.config.agoq_fp8 is not None:
+        compat.bind_training_loop("train_step", wrap_train_step)
     agreed = agree_first(partial(decisions, args, plan), refuse)
     compat.bind_training_loop("setup_model_and_optimizer", agreed)
     if args.agoq_activations == SOLVED:

@@ -110,6 +110,11 @@ def prepare_stock(model: GPTModelConfig) -> None:
                 "those here do not read; use --dataloader-inter-document-masking, or start "
                 "pretrain_gpt_agoq.py."
             )
+        if args.fp8:
+            raise UsageError(
+                "--fp8-format: Megatron's script would run layers within Transformer Engine's FP8; start "
+                "pretrain_gpt_agoq.py instead, or leave it out."
+            )
         if args.context_parallel_size > 1 and packs_documents(args):
             raise UsageError(
                 "--context-parallel-size with --dataloader-inter-document-masking: Megatron's script cuts "

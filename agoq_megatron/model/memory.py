@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from agoq_megatron.autograd.recompute import PREDICTED_EMBEDDING
+from agoq_megatron.model.fp8 import bf16_ends
 from agoq_megatron.model.stages import layers_of, predicting_layers
 from agoq_megatron.model.transformer_config import AGoQTransformerConfig, transformer_config_from_args
 from agoq_megatron.modules.expert_sites import across_ranks
@@ -264,6 +265,10 @@ class Plan:
                 "held by Megatron's schedule;"
             )
         yield from getattr(config.agoq, "summary", ())
+        if config.agoq_fp8 is not None:
+            first, last = bf16_ends(config)
+            ends = f"; in BF16 the first {first} and the last {last} layers" if first or last else ""
+            yield f"  {config.agoq_fp8}{ends}; output layer in BF16"
         if config.agoq_gradients is None:
             yield "    weight gradients: computed in the compute dtype, accumulated by Megatron's DDP."
         else:

@@ -10,8 +10,10 @@ from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.models import GPTModelConfig
 
 import agoq_megatron.modules.sites  # noqa: F401  (contributes what the layers may keep)
+from agoq_megatron.autograd.fp8_products import FP8Recipe
 from agoq_megatron.autograd.run import Run
 from agoq_megatron.gradients.settings import GradientSettings, settings_from_args
+from agoq_megatron.model.fp8 import recipe_from_args
 from agoq_megatron.modules.context import context_ranks
 from agoq_megatron.modules.packing import packs_documents
 from agoq_megatron.optimizer.settings import OptimizerSettings, optimizer_settings_from_args
@@ -23,13 +25,14 @@ from agoq_megatron.policy.raised import RaisedPolicy
 @dataclass
 class AGoQTransformerConfig(TransformerConfig):
     """Megatron's transformer config, the policy of saved activations, how gradients and the optimizer's
-    states are kept (None: as Megatron does), a sequence's tokens on a rank, whether it is packed of documents
-    that do not see each other, bits of gradients between ranks that share a sequence, and what its training
-    has of its own."""
+    states are kept (None: as Megatron does), products in FP8 (None: none), a sequence's tokens on a rank,
+    whether it is packed of documents that do not see each other, bits of gradients between ranks that share a
+    sequence, and what its training has of its own."""
 
     agoq: ActivationPolicy | None = None
     agoq_gradients: GradientSettings | None = None
     agoq_optimizer: OptimizerSettings | None = None
+    agoq_fp8: FP8Recipe | None = None
     agoq_sequence: int = 0
     agoq_documents: bool = False
     agoq_context_grad_bits: int = 16
@@ -62,6 +65,7 @@ def keep_as_flags_say(config: TransformerConfig, args) -> None:
     Raises:
         PolicyError: the policy cannot be used.
     """
+    config.agoq_fp8, config.fp8 = recipe_from_args(args), None  # Megatron's own would want TE's layers
     config.agoq_sequence = args.seq_length // context_ranks(args)
     config.agoq_documents = packs_documents(args)
     config.agoq_context_grad_bits = args.agoq_context_grad_bits

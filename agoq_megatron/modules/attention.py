@@ -18,12 +18,12 @@ from torch.nn import Parameter
 from agoq_megatron.autograd.attention_backends import LocalAttention
 from agoq_megatron.autograd.attention_linear import AttentionLinear, AttentionLinearSpec
 from agoq_megatron.autograd.heads import NORM_PARAMETERS, Normed, Rotated
-from agoq_megatron.autograd.products import Products
 from agoq_megatron.autograd.saving import saved_tensor
 from agoq_megatron.modules.context import context_of
 from agoq_megatron.modules.dropout import attention_dropout
 from agoq_megatron.modules.norm import head_norm
 from agoq_megatron.modules.packing import packing_from
+from agoq_megatron.modules.products import products_for
 from agoq_megatron.modules.residual import ResidualStream
 from agoq_megatron.modules.sites import (
     ATTENTION_OUTPUT,
@@ -120,7 +120,7 @@ class CoreAttention(MegatronModule):
             rotary_factor=yarn_factor(config),  # 1 without YaRN; Megatron hands the angles over without it
             recompute=selective and "core_attn" in config.recompute_modules,
             heads=Rotated(sinks=config.softmax_type != "vanilla") if norm is None else Normed(norm),
-            products=Products(config.gradient_accumulation_fusion),
+            products=products_for(config, number),
             context=self.context,
         )
 

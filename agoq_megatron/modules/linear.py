@@ -19,10 +19,11 @@ from agoq_megatron.autograd.function import Function
 from agoq_megatron.autograd.linear import LinearSpec
 from agoq_megatron.autograd.norm import Norm
 from agoq_megatron.autograd.norm_linear import NormLinear, NormLinearSpec
-from agoq_megatron.autograd.products import Products, gradient_without_memory
+from agoq_megatron.autograd.products import gradient_without_memory
 from agoq_megatron.autograd.saving import SavedTensor
 from agoq_megatron.modules.adapters import LowRank
 from agoq_megatron.modules.norm import kind_of, norm_parameters
+from agoq_megatron.modules.products import products_for
 from agoq_megatron.modules.residual import ResidualStream
 
 
@@ -60,7 +61,7 @@ class LayerNormColumnParallelLinear(ColumnParallelLinear):
             eps=self.config.layernorm_epsilon,
             group=self.tp_group,
             sequence_parallel=self.sequence_parallel,
-            products=Products(self.config.gradient_accumulation_fusion),
+            products=products_for(self.config, norm_input.layer_number),
         )
 
     def forward(self, x: Tensor | ResidualStream, reports: bool = True) -> tuple[Tensor, None]:

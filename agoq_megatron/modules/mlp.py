@@ -15,10 +15,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from agoq_megatron.autograd.activation_linear import ActivationLinear, ActivationLinearSpec
-from agoq_megatron.autograd.products import Products
 from agoq_megatron.autograd.recompute import note_entry
 from agoq_megatron.autograd.saving import saved_tensor
 from agoq_megatron.modules.linear import silent
+from agoq_megatron.modules.products import products_for
 from agoq_megatron.modules.residual import ResidualStream
 from agoq_megatron.modules.sites import FC1_OUTPUT, FC2_INPUT, NORM2_INPUT, NORM2_OUTPUT
 from agoq_megatron.policy.policy import ActivationPolicy
@@ -84,7 +84,7 @@ class MLP(MegatronMLP):
             pre_activation=saved_tensor(policy, FC1_OUTPUT, number, self.config),
             output=saved_tensor(policy, FC2_INPUT, number, self.config),
             kind=activation_kind(self.config),
-            products=Products(self.config.gradient_accumulation_fusion),
+            products=products_for(self.config, number),
         )
 
     @property

@@ -107,6 +107,21 @@ class Finding:
     format: Format | None = field(default=None, compare=False)
 
 
+@dataclass(frozen=True)
+class ProductsFinding:
+    """A function whose gradients are too far off because of its products' factors.
+
+    Attributes:
+        layer: from 1.
+        function: its name.
+        error: of the function's gradients.
+    """
+
+    layer: int
+    function: str
+    error: float
+
+
 def errors_of(squares: list[list[list[float]]]) -> dict[str, float]:
     """A layer's part of a tally as relative L2 errors by column: the larger one of input and weight gradient.
 
@@ -127,8 +142,8 @@ def errors_of(squares: list[list[list[float]]]) -> dict[str, float]:
 
 
 def over(
-    errors: Mapping[int, Mapping[str, float]], bound: float, policy, attention_again: bool
-) -> Iterator[Finding | tuple[int, str]]:
+    errors: Mapping[int, Mapping[str, float]], bound: float, policy, attention_again: bool, fp8: bool = False
+) -> Iterator[Finding | ProductsFinding | tuple[int, str]]:
     """Functions whose gradients are off by more than ``bound``; (layer, function) where it takes a closer
     look to know why.
 
@@ -136,6 +151,7 @@ def over(
         errors: of layers (from 1), by column.
         policy: in force.
         attention_again: the run recomputes attention, whatever the policy says.
+        fp8: products have factors in FP8.
     """
     for number, of_layer in errors.items():
         for name, its in functions().items():
@@ -145,6 +161,9 @@ def over(
                 continue
             if not alone:
                 yield number, name
+                continue
+            if fp8 and error > math.sqrt(2 * sum(own * own for own in alone.values())):
+                yield ProductsFinding(number, name, error)
                 continue
             tensor = max(alone, key=alone.get)
             if alone.get(LAYER_INPUT, 0) > 0.9 * alone[tensor]:
@@ -161,6 +180,19 @@ def over(
             new = next_width(old)
             fmt = widened(policy.rule(tensor, number), new).format
             yield Finding(number, tensor, error, tensor, old, new, fmt)
+
+
+def paragraph_on_products(iteration: int, findings: Iterable[ProductsFinding], bound: float) -> str:
+    """What to say of these findings of an iteration (from 1)."""
+    where = ", ".join(f"{it.function} in layer {it.layer} ({it.error:.2g})" for it in findings)
+    return (
+        f"AGoQ: WARNING: iteration {iteration}: products in FP8 put a relative error above "
+        f"--agoq-check-bound {bound:g} into gradients, measured on this run's data against the same in 16 "
+        f"bits with nothing rounded; function (error): {where}. Remedy: --agoq-fp8-scaling row, if scales "
+        "are by tensor; "
+        "--first-last-layers-bf16, if these are the first or last layers; or leave --fp8-format out. "
+        "(--no-agoq-check-gradients leaves this check out.)"
+    )
 
 
 def paragraphs(iteration: int, findings: Iterable[Finding], bound: float, widens: bool) -> Iterator[str]:

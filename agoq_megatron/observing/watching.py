@@ -31,7 +31,16 @@ from agoq_megatron.autograd import probing
 from agoq_megatron.autograd.run import Run
 from agoq_megatron.model.memory import Plan
 from agoq_megatron.modules.context import tokens_of_rank
-from agoq_megatron.observing.gradient_check import Finding, Schedule, errors_of, interval_of, over, paragraphs
+from agoq_megatron.observing.gradient_check import (
+    Finding,
+    ProductsFinding,
+    Schedule,
+    errors_of,
+    interval_of,
+    over,
+    paragraph_on_products,
+    paragraphs,
+)
 from agoq_megatron.policy.policy import KEEP_BITS, SOLVED
 from agoq_megatron.policy.raised import RECOMPUTED, RaisedPolicy
 from agoq_megatron.policy.sites import SITES
@@ -164,15 +173,22 @@ class Watcher:
         if self._args.agoq_max_error is not None:
             self._raise(iteration + 1, {number: found[number] for number in self._probed})
 
-    def _over(self, found: dict[int, dict[str, float]], bound: float) -> list[Finding | tuple[int, str]]:
+    def _over(
+        self, found: dict[int, dict[str, float]], bound: float
+    ) -> list[Finding | ProductsFinding | tuple[int, str]]:
         config = self._plan.config
         again = config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
-        return list(over(found, bound, config.agoq, again))
+        return list(over(found, bound, config.agoq, again, fp8=config.agoq_fp8 is not None))
 
     def _check(self, iteration: int, found: dict[int, dict[str, float]]) -> None:
-        bound, new = self._args.agoq_check_bound, []
+        bound, new, of_products = self._args.agoq_check_bound, [], []
         closer = set()
         for it in self._over(found, bound):
+            if isinstance(it, ProductsFinding):
+                if (it.layer, it.function) not in self._said:
+                    self._said.add((it.layer, it.function))
+                    of_products.append(it)
+                continue
             if not isinstance(it, Finding):
                 if it not in self._said:
                     closer.add(it[0])
@@ -188,9 +204,12 @@ class Watcher:
             told = self._args.agoq_max_error is not None or self._look_every is not None
             for text in paragraphs(iteration, new, bound, told):
                 self._say(text)
+            if of_products:
+                self._say(paragraph_on_products(iteration, of_products, bound))
 
     def _raise(self, iteration: int, found: dict[int, dict[str, float]]) -> None:
-        raised = self._over(found, self._args.agoq_max_error)  # all in detail
+        over_limit = self._over(found, self._args.agoq_max_error)  # all in detail
+        raised = [it for it in over_limit if isinstance(it, Finding)]  # no width helps against products
         widths = {it.remedy.path(it.layer): it.new for it in raised}
         if not widths:
             return

@@ -24,6 +24,7 @@ from agoq_megatron.model.memory import Plan
 from agoq_megatron.model.stages import layers_of, predicting_layers
 from agoq_megatron.modules.context import context_ranks, tokens_of_rank
 from agoq_megatron.modules.expert_sites import MOE_SITES, has_experts
+from agoq_megatron.modules.products import in_fp8
 from agoq_megatron.modules.sites import (
     ATTENTION_SITES,
     FC1_OUTPUT,
@@ -37,6 +38,7 @@ from agoq_megatron.optimizer.settings import OptimizerSettings, optimizer_settin
 from agoq_megatron.planning.batches import schedule_from_args
 from agoq_megatron.planning.context import context_moment, tables_of_tokens
 from agoq_megatron.planning.experts import expert_ranks, is_apart, mixture_moment
+from agoq_megatron.planning.fp8 import held_weights, mlp_backward, mlp_forward
 from agoq_megatron.planning.in_flight import Schedule
 from agoq_megatron.planning.latents import at_a_time, latent_moment
 from agoq_megatron.planning.parameters import Parameters, parameters
@@ -221,6 +223,12 @@ def _layer_moment(config, plan: Plan, sizes: _Sizes, numbers: list[int]) -> floa
     kept = all(config.agoq.rule(NORM2_INPUT, n).keep for n in numbers)
     # The MLP's backward: the gradient that it starts from; where layers run again, their input and output.
     beside = (_fc1_states(config) + 1) * sizes.f / chunks + (3 if full and not kept else 1) * sizes.u
+    fp8 = [n for n in numbers if in_fp8(config, n)]
+    if fp8:
+        exact = Plan(_without_recomputation(config)) if full or mlp_again else plan
+        gone = min(exact.bytes_of(FC1_OUTPUT, n) for n in fp8) * sizes.tokens / chunks
+        more = (2 if full and not kept else 0) * sizes.u
+        beside = max(beside, mlp_backward(config, sizes.u, sizes.f, chunks, gone) + more)
     if mlp_again:
         beside += _mlp_again(config, numbers, sizes)
     if not kept:
@@ -229,6 +237,8 @@ def _layer_moment(config, plan: Plan, sizes: _Sizes, numbers: list[int]) -> floa
         inner = max(_inner_states(config, n) for n in numbers) * sizes.f / chunks
         if chunks > 1:  # after the last piece: all of them joined, and the layer's output
             inner = max(inner, 2 * sizes.u)
+        if fp8:
+            inner += mlp_forward(sizes.u, sizes.f, chunks)
         beside = max(beside, inner + (3 + (chunks > 1) + (again > 1)) * sizes.u)
     if full:
         predicting = [n for n in predicting_layers(config) if n in numbers]  # each by itself
@@ -380,6 +390,7 @@ def footprints(args, config, plan: Plan | None = None) -> list[Footprint]:
         logits, other = _momentary(config, plan, sizes, layers, last)
         parts = {
             "weights": config.params_dtype.itemsize * count.total,
+            "weights in FP8": held_weights(config, [n for numbers in layers for n in numbers]),
             "gradients": gradient_bytes(args, count),
             "optimizer": optimizer_bytes(args, count),
             "saved activations": held,

@@ -4,6 +4,7 @@
     python scripts/bench/bench_step.py --model llama3-8b --out step.json
     python scripts/bench/bench_step.py --model tiny --repeat 1        # a trial on a CPU
     python scripts/bench/bench_step.py --run 'four=--agoq-activations uniform4' -- --cross-entropy-loss-fusion
+    python scripts/bench/bench_step.py --run 'fp8=--fp8-format hybrid --fp8-recipe tensorwise'
     python scripts/bench/bench_step.py --longest off --longest agoq --out longest.json
     python scripts/bench/bench_step.py --fork         # Megatron is imported once, not by each run
 

@@ -102,7 +102,7 @@ SECTIONS: dict[str, list[Feature]] = {
         Feature("BF16", {"bf16": True}),
         Feature("FP16", {"fp16": True, "bf16": False}),
         Feature("FP32", {"bf16": False}),
-        Feature("FP8 layers", {"fp8": "hybrid"}),
+        Feature("products in FP8", {"fp8": "hybrid"}),
         Feature("FP4 layers", {"fp4": "e2m1"}),
         Feature("gradients reduced in BF16", {"grad_reduce_in_bf16": True}),
         Feature("full recomputation", {"recompute_granularity": "full"}),

@@ -61,14 +61,16 @@ class GradientMeter:
         else:
             self._sums[name] = grad
 
-    def measure(self, sequences: Sequence[Tensor], policy) -> tuple[dict[str, Tensor], float]:
+    def measure(self, sequences: Sequence[Tensor], policy, fp8=None) -> tuple[dict[str, Tensor], float]:
         """Gradients of the mean token loss by parameter, FP32, and that loss in nats.
 
         Args:
             sequences: tokens ``[s + 1]`` each.
             policy: how the layers keep their tensors. With stochastic rounding the draws are the same in
                 every call.
+            fp8: recipe of the products; None for factors in the model's own type.
         """
+        self._model.config.agoq_fp8 = fp8
         for layer in self._model.decoder.layers:
             layer.set_policy(policy)
         self._calls += 1

@@ -23,6 +23,7 @@ from agoq_megatron.autograd.attention_backends import LocalAttention
 from agoq_megatron.autograd.attention_linear import AttentionLinear, AttentionLinearSpec
 from agoq_megatron.autograd.heads import NORM_PARAMETERS, Normed, Rotated
 from agoq_megatron.autograd.norm_linear import NormLinear, NormLinearSpec
+from agoq_megatron.autograd.products import Products
 from agoq_megatron.autograd.run import Run
 from agoq_megatron.autograd.saving import SavedTensor
 from agoq_megatron.modules.sites import (
@@ -109,8 +110,9 @@ def layer_norm(x, w, b, eps):
     return F.layer_norm(x, x.shape[-1:], w, b, eps)
 
 
-def oracle_layer(x, p, rules, shape, kind, act, ours):
+def oracle_layer(x, p, rules, shape, kind, act, ours, product=None):
     """The layer by plain autograd; ``shape`` is (heads, groups, head_dim), ``ours`` what we kept."""
+    product = product or WeightAt.apply  # of input, the input for the weight's gradient, and weight
 
     def kept_at(site, t):
         own = dequantized(t.reshape(*t.shape[:2], -1), rules[site])
@@ -137,7 +139,7 @@ def oracle_layer(x, p, rules, shape, kind, act, ours):
             y_weight = norm(kept, w_norm, b_norm, EPSILON).detach()
         else:
             y_weight = y.detach()
-        return WeightAt.apply(y, y_weight, w) + (0 if bias is None else bias)
+        return product(y, y_weight, w) + (0 if bias is None else bias)
 
     qkv = norm_linear(x, p["n1w"], p["n1b"], p["qkv"], p["qkv_b"], NORM1_INPUT, NORM1_OUTPUT)
     grouped = qkv.view(s, b, groups, -1)
@@ -180,7 +182,7 @@ def oracle_layer(x, p, rules, shape, kind, act, ours):
         out_kept = kept_at(ATTENTION_OUTPUT, plain_attention(q, k, v))
         statistics = scores(q, k).logsumexp(-1)
     out = AttentionAt.apply(q, k, v, *kept, out_kept.detach(), statistics.detach())
-    attn = WeightAt.apply(out.reshape(s, b, -1), out_kept.reshape(s, b, -1).detach(), p["proj"])
+    attn = product(out.reshape(s, b, -1), out_kept.reshape(s, b, -1).detach(), p["proj"])
     x = x + attn
 
     h = norm_linear(x, p["n2w"], p["n2b"], p["fc1"], p["fc1_b"], NORM2_INPUT, NORM2_OUTPUT)
@@ -189,7 +191,7 @@ def oracle_layer(x, p, rules, shape, kind, act, ours):
     h_kept = kept_at(FC1_OUTPUT, read_part(h, act) if rounded else h)
     a = through(lambda t: plain(t, act), [h], [h_kept])
     a_weight = plain(h_kept if rules[FC2_INPUT].recompute else h, act).detach()
-    return x + WeightAt.apply(a, a_weight, p["fc2"])
+    return x + product(a, a_weight, p["fc2"])
 
 
 class WeightAt(torch.autograd.Function):
@@ -254,15 +256,15 @@ def turn(x, angles):
     return torch.cat((z.real, z.imag, x[..., 2 * half :]), -1)
 
 
-def our_layer(x, p, rules, shape, kind, act, run=None, keep=True, packing=None):
+def our_layer(x, p, rules, shape, kind, act, run=None, keep=True, packing=None, products=None):
     heads, groups, d = shape
-    run = run or Run()
+    run, products = run or Run(), products or Products()
 
     def saved(site):
         return SavedTensor(site, 1, rules[site], run=run)
 
     def norm_spec(site_in, site_out):
-        return NormLinearSpec(saved(site_in), saved(site_out), kind, EPSILON, one_rank(), False)
+        return NormLinearSpec(saved(site_in), saved(site_out), kind, EPSILON, one_rank(), False, products)
 
     of_heads = {name: p[name] for name in NORM_PARAMETERS if name in p}
     its_kind = "L2Norm" if p.get("query_norm_weight") is None else kind
@@ -270,9 +272,9 @@ def our_layer(x, p, rules, shape, kind, act, run=None, keep=True, packing=None):
         *(saved(s) for s in (QUERY, KEY, VALUE, ATTENTION_OUTPUT)),
         groups=groups, head_dim=d, backend=LocalAttention(1 / math.sqrt(d)), interleaved=False,
         recompute=False, heads=Normed(HeadNorm(its_kind, EPSILON)) if of_heads else Rotated(),
-        rotary_factor=p["factor"],
+        rotary_factor=p["factor"], products=products,
     )  # fmt: skip
-    mlp = ActivationLinearSpec(saved(FC1_OUTPUT), saved(FC2_INPUT), act)
+    mlp = ActivationLinearSpec(saved(FC1_OUTPUT), saved(FC2_INPUT), act, products)
     qkv, x = NormLinear.apply(
         x, None, p["n1w"], p["n1b"], p["qkv"], p["qkv_b"],
         norm_spec(NORM1_INPUT, NORM1_OUTPUT), keep,
@@ -355,12 +357,13 @@ def test_the_default_policy_on_widths_that_64_does_not_divide(rng, monkeypatch):
     compare(rng, monkeypatch, rules, "RMSNorm", "swiglu", (4, 2, 24), True, 96, 176)
 
 
-def compare(rng, monkeypatch, rules, kind, act, shape, rotary, h, f, of_heads=None, packing=None):
+def compare(rng, monkeypatch, rules, kind, act, shape, rotary, h, f, of_heads=None, packing=None, **fp8):
     p = parameters(rng, h, f, shape, kind, act, rotary, torch.float32, of_heads)
     x = torch.randn(11, 3, h, generator=rng)
     grad = torch.randn(11, 3, h, generator=rng)
     wanted = [t for t in p.values() if getattr(t, "requires_grad", False)]
 
+    oracle = fp8.pop("product", None)
     kept, pack = {}, SavedTensor.pack
 
     def recorded_pack(self, t, *its_packed):
@@ -374,9 +377,9 @@ def compare(rng, monkeypatch, rules, kind, act, shape, rotary, h, f, of_heads=No
     at_a_time = 1 if rules is OFF else of_query // 2 if rules is MIXED else of_query
     monkeypatch.setattr("agoq_kernels.attention.AT_A_TIME", at_a_time)
     leaf = x.clone().requires_grad_()
-    y = our_layer(leaf, p, rules, shape, kind, act, packing=packing)
+    y = our_layer(leaf, p, rules, shape, kind, act, packing=packing, **fp8)
     ours, our_grads = y.detach(), torch.autograd.grad(y, [leaf, *wanted], grad)
-    y = oracle_layer(leaf, p, rules, shape, kind, act, kept)
+    y = oracle_layer(leaf, p, rules, shape, kind, act, kept, oracle)
     oracle, oracle_grads = y.detach(), torch.autograd.grad(y, [leaf, *wanted], grad)
 
     torch.testing.assert_close(ours, oracle, rtol=1e-5, atol=1e-5)

@@ -33,6 +33,7 @@ MODEL = """
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers"
 BLOCK = "--recompute-granularity full --recompute-method block --recompute-num-layers"
 SELECTIVE = "--recompute-granularity selective --recompute-modules"
+FP8 = "--fp8-format hybrid --fp8-recipe tensorwise"
 PARTS = "--mlp-chunks-for-training 4"
 GELU = "GELU"
 """Takes --swiglu out of the model's flags."""
@@ -74,6 +75,14 @@ RUNS = {
     "agoq, latents, q-LoRA": f"{LATENTS} --q-lora-rank 64",
     "agoq, latents, full recomputation": f"{LATENTS} {FULL} 1",
     "agoq, GELU": GELU,
+    "off, FP8": f"--agoq-activations off {FP8}",
+    "agoq, FP8": FP8,
+    "agoq, FP8, weights held": f"{FP8} --global-batch-size 2",
+    "agoq, FP8, full recomputation": f"{FP8} {FULL} 1",
+    "agoq, FP8, MLP run again": f"{FP8} {SELECTIVE} mlp",
+    "agoq, FP8, MLP in parts": f"{FP8} {PARTS}",
+    "agoq, FP8, GELU": f"{FP8} {GELU}",
+    "agoq, FP8, checked": f"{CHECKED} {FP8}",
     "agoq, squared ReLU": f"{GELU} --squared-relu",
     "agoq, zero-centred, MLP in parts": f"--apply-layernorm-1p {PARTS}",
     "agoq, GELU, MLP in parts": f"{GELU} {PARTS}",
@@ -104,7 +113,7 @@ RUNS = {
 ALWAYS = {
     "off", "agoq", "agoq, MLP in parts", "agoq, full recomputation, MLP in parts",
     "agoq, full recomputation of two layers", "off, two layers, MLP run again",
-    "off, two layers, GELU", "agoq, two tokens more, full recomputation",
+    "off, two layers, GELU", "agoq, two tokens more, full recomputation", "agoq, FP8, weights held",
 }  # fmt: skip
 
 
@@ -162,7 +171,7 @@ def measure(flags: str, out: Path) -> None:
     args = get_args()
     footprint.workspace_of_attention = lambda config, numel: 0.0  # a GPU's, which no tensor here holds
     (row,) = footprint.footprints(args, transformer_config_from_args(args))
-    names = "saved activations", "logits", "transients", "gradient check"
+    names = "saved activations", "logits", "transients", "gradient check", "weights in FP8"
     parts = {name: row.parts[name] for name in names}
     if args.rank:
         out = out.with_name(f"{out.name}.{args.rank}")

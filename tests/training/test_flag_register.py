@@ -46,7 +46,7 @@ PARTS["--agoq-grad-bits 8"] = states._NOT_WITH_8_BIT_GRADIENTS
 PARTS["--agoq-optimizer-bits 8 --use-distributed-optimizer"] = states._NOT_WITH_OUR_STATES
 VALUES = {
     "--cuda-graph-impl": "local",
-    "--fp8-format": "hybrid", "--fp4-format": "e2m1", "--experimental-attention-variant": "dsa",
+    "--fp4-format": "e2m1", "--experimental-attention-variant": "dsa",
     "--linear-attention-freq": "2",
     "--attention-backend": "unfused", "--optimizer": "muon", "--rampup-batch-size": "1 1 8",
     "--position-embedding-type": "mrope",
@@ -282,6 +282,8 @@ NOT_OF_THE_MODEL = """
     mtp_loss_scaling_factor context_parallel_size cp_comm_type hierarchical_context_parallel_sizes
     expert_model_parallel_size expert_tensor_parallel_size moe_token_dispatcher_type moe_aux_loss_coeff
     moe_z_loss_coeff moe_router_bias_update_rate moe_input_jitter_eps
+    fp8 fp8_recipe first_last_layers_bf16 num_layers_at_start_in_bf16
+    num_layers_at_end_in_bf16
 """.split()
 """Of the flags that the layers and the model around them obey: how they run, and how they begin."""
 

@@ -13,6 +13,7 @@ from agoq_megatron.autograd.probing import TOKENS, functions
 from agoq_megatron.modules.sites import (
     ATTENTION,
     ATTENTION_OUTPUT,
+    FC1,
     FC1_OUTPUT,
     GATE,
     KEY,
@@ -24,7 +25,15 @@ from agoq_megatron.modules.sites import (
     VALUE,
 )
 from agoq_megatron.observing import gradient_check
-from agoq_megatron.observing.gradient_check import Finding, Schedule, interval_of, over, paragraphs
+from agoq_megatron.observing.gradient_check import (
+    Finding,
+    ProductsFinding,
+    Schedule,
+    interval_of,
+    over,
+    paragraph_on_products,
+    paragraphs,
+)
 from agoq_megatron.policy.policy import PRESETS, Rule, load_policy
 from agoq_megatron.policy.raised import RECOMPUTED, next_width
 from agoq_megatron.policy.sites import SITES
@@ -119,6 +128,18 @@ def test_of_several_the_one_that_puts_most_into_it():
     assert not list(over({2: {ATTENTION: 0.2} | alone}, 0.25, policy, False))
     both = {QKV: 0.4, LAYER_INPUT.value: 0.39, NORM1_INPUT.value: 0.1}
     assert list(over({2: both}, 0.25, policy, False)) == [Finding(2, LAYER_INPUT, 0.4, LAYER_INPUT, 4, 5)]
+
+
+def test_products_that_put_most_into_it():
+    """No width helps against those; of a function with one tensor, too, it takes a closer look to know."""
+    policy = load_policy("agoq")
+    assert list(over({2: {FC1: 0.5}}, 0.25, policy, False, fp8=True)) == [(2, FC1)]
+    closer = {FC1: 0.5, NORM2_INPUT.value: 0.1}
+    assert list(over({2: closer}, 0.25, policy, False, fp8=True)) == [ProductsFinding(2, FC1, 0.5)]
+    (found,) = over({2: closer | {NORM2_INPUT.value: 0.45}}, 0.25, policy, False, fp8=True)
+    assert found.tensor is NORM2_INPUT and found.error == 0.5
+    said = paragraph_on_products(3, [ProductsFinding(2, FC1, 0.5)], 0.25)
+    assert "iteration 3: products in FP8" in said and f"{FC1} in layer 2 (0.5)" in said
 
 
 @pytest.mark.parametrize("output, old", [(Rule(Format(8, "int", 64, 16)), 8), (Rule(keep=True), 16)])
