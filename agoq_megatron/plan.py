@@ -203,7 +203,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{name}: not compared. {training.paragraph(problem)}", file=sys.stderr)
     try:
         if args.num_experts:
-            raise UsageError("Mixtures of experts are not calibrated yet.")
+            raise UsageError("--num-experts: mixtures of experts are not calibrated yet.")
         compared = compare(args, Knapsack(args, sensitivities))
     except training.REFUSALS as problem:
         compared = []

@@ -56,7 +56,8 @@ def check_experts(args: Namespace, policy, on_cpu: bool) -> None:
     if args.agoq_activations == SOLVED:
         raise UsageError(
             f"--agoq-activations {SOLVED} with --num-experts: how errors of experts' tensors reach the "
-            "gradients is not measured yet; use agoq, stage or a policy file."
+            "gradients is not calibrated yet; use agoq, stage or a policy file (with --agoq-probe-interval "
+            "and --agoq-max-error widths are raised as the run goes)."
         )
     if args.recompute_granularity == "full":
         layers = range(1, (args.num_layers or 0) + 1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from agoq_megatron.convert.families import FAMILIES, LLAMA, Biases, Block, Family
+from agoq_megatron.convert.mixtures import Mixture
 from agoq_megatron.convert.yarn import PLAIN_ROTATION, Yarn
 from agoq_megatron.seams.refusals import UsageError
 
@@ -22,7 +23,7 @@ HIDDEN_ACT = {"swiglu": ("silu", "swish"), "squared_relu": ("relu2",)}
 
 @dataclass(frozen=True)
 class Architecture:
-    """A dense model. Which class of Hugging Face's has it, :meth:`families` says.
+    """A model. Which class of Hugging Face's has it, :meth:`families` says.
 
     Attributes:
         layers, hidden, ffn, heads, groups, head_dim: sizes; groups are the key/value heads.
@@ -40,6 +41,7 @@ class Architecture:
         block: what its layers are made of.
         rotary_part: share of a head's features that turn, the first ones.
         yarn: YaRN's scaling of the frequencies, and of queries and keys; or None.
+        mixture: of experts, in every layer; or None.
     """
 
     layers: int
@@ -61,6 +63,7 @@ class Architecture:
     block: Block = LLAMA
     rotary_part: float = 1.0
     yarn: Yarn | None = None
+    mixture: Mixture | None = None
 
     @property
     def rope_kind(self) -> str:
@@ -88,6 +91,8 @@ class Architecture:
             and self.rope_kind in row.rope_kinds
             and (row.any_width or whole)
             and (row.no_rope or self.no_rope_freq is None)
+            and (row.mixture is None) == (self.mixture is None)
+            and (self.mixture is None or row.mixture.can_say(self.mixture, self.ffn))
         ]
 
     def family(self, model_type: str | None = None) -> Family:
@@ -125,6 +130,7 @@ class Architecture:
             self.rope_interpolation > 1 and "--rotary-seq-len-interpolation-factor",
             self.yarn and "--position-embedding-type yarn",
             self.no_rope_freq and "--no-rope-freq",
+            self.mixture and " ".join(self.mixture.flags()),
             self.rotary_part != 1 and f"--rotary-percent {self.rotary_part}",
             self.block.activation == "squared_relu" and "--squared-relu",
             self.hidden % self.heads != 0
@@ -166,6 +172,7 @@ class Architecture:
             "untie_embeddings_and_output_weights": not self.tied,
             "attention_dropout": 0.0,
             "hidden_dropout": 0.0,
+            **(self.mixture.megatron_args() if self.mixture else {}),
             **(PLAIN_ROTATION if self.yarn is None else self.yarn.megatron_args()),
         }
 
@@ -209,6 +216,8 @@ class Architecture:
             flags += ["--add-qkv-bias"]
         if self.qk_norm:
             flags += ["--qk-layernorm"]
+        if self.mixture:
+            flags += self.mixture.flags()
         if not self.tied:
             flags += ["--untie-embeddings-and-output-weights"]
         return flags
@@ -255,6 +264,7 @@ class Architecture:
             **row.biases[self.biases],
             **row.needs,
             **row.writes(self.layers),
+            **(row.mixture.write(self.mixture) if self.mixture else {}),
         }
         if row.rotary_part is not None:
             config["partial_rotary_factor"] = self.rotary_part

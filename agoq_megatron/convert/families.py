@@ -1,4 +1,4 @@
-"""The table of what is converted: one row for each of Hugging Face's dense architectures.
+"""The table of what is converted: one row for each of Hugging Face's architectures.
 
 A row says how a class of transformers reads its ``config.json`` (defaults, keys with one carried value,
 biases) and how each of its tensors lies in Megatron's. Common to all are rotary positions that turn a head's
@@ -12,10 +12,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from agoq_megatron.convert.mixtures import MixtureKeys
+
 Biases = Literal["none", "qkv", "all"]
 """Which linear layers have one: none, query, key and value, or all but the output layer. So in Megatron."""
 
-Order = Literal["whole", "stacked", "heads", "rows"]
+Order = Literal["whole", "stacked", "heads", "rows", "experts"]
 """How parts lie in Megatron's tensor: it is one part; parts below each other; query, key and value by groups
 of heads (``weights.join_qkv``); the same, from one part with all queries, then all keys, then all values."""
 
@@ -45,8 +47,9 @@ class Rule:
     Attributes:
         name: Megatron's, after ``decoder.layers.``.
         parts: Hugging Face's names after ``model.layers.N.``, and their axes: h hidden size, f the MLP's,
+            m an expert's, e experts,
             q all query heads, k all key (or value) heads, d one head; "q+2k" and "2f" as they say.
-        order: how the parts lie in it.
+        order: how the parts lie in it: of "experts", whose names have a number for ``*``, one expert's.
         biases: models that have it, by their biases.
         qk_norm: only models with norms on query and key have it.
     """
@@ -96,6 +99,28 @@ FUSED: tuple[Rule, ...] = (
 )
 """One product for query, key and value, one for gate (first) and up, as Megatron has."""
 
+_ATTENTION = tuple(rule for rule in SEPARATE if not rule.name.startswith("mlp."))
+
+
+def _mixture(router: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
+    """A layer with experts: Hugging Face's names of the router and of an expert's three products."""
+    return (
+        *_ATTENTION,
+        Rule("pre_mlp_layernorm.weight", {"post_attention_layernorm.weight": "h"}),
+        Rule("mlp.router.weight", {router: "e h"}),
+        Rule("mlp.experts.experts.linear_fc1.weight", {gate: "m h", up: "m h"}, "experts"),
+        Rule("mlp.experts.experts.linear_fc2.weight", {down: "h m"}, "experts"),
+    )
+
+
+OF_QWEN = _mixture(
+    "mlp.gate.weight", *(f"mlp.experts.*.{name}_proj.weight" for name in ("gate", "up", "down"))
+)
+OF_MIXTRAL = _mixture(
+    "block_sparse_moe.gate.weight",
+    *(f"block_sparse_moe.experts.*.{name}.weight" for name in ("w1", "w3", "w2")),
+)
+
 UNGATED: tuple[Rule, ...] = (
     *(rule for rule in SEPARATE if not (rule.qk_norm or rule.name.startswith("mlp.linear_fc1."))),
     Rule("self_attention.linear_qkv.layer_norm_bias", {"input_layernorm.bias": "h"}),
@@ -131,6 +156,7 @@ class Family:
         any_width: ``hidden_size`` need not be a multiple of the heads.
         layer: how its tensors lie in Megatron's.
         block: what its layers are made of.
+        mixture: its layers have experts, which these keys describe.
         rotary_part: ``partial_rotary_factor``, where the file leaves it out; None: the whole head turns.
     """
 
@@ -156,6 +182,7 @@ class Family:
     block: Block = LLAMA
     epsilon_key: str = "rms_norm_eps"
     rotary_part: float | None = None
+    mixture: MixtureKeys | None = None
 
 
 _ATTENTION_AND_MLP: dict[Biases, dict[str, bool]] = {
@@ -217,6 +244,22 @@ _ROWS = (
         positions=4096, epsilon=1e-5, epsilon_key="norm_eps", rope_kinds=("default",), rotary_part=0.5,
         biases=_ATTENTION_AND_MLP, bias_defaults={"attention_bias": False, "mlp_bias": False},
         layer=UNGATED, block=NEMOTRON,
+    ),
+    Family(
+        "qwen3_moe", "Qwen3MoeForCausalLM", "4.51",
+        positions=32768, groups=4, qk_norm=True, layer=OF_QWEN,
+        biases={"none": {"attention_bias": False}}, bias_defaults={"attention_bias": False},
+        needs=_WINDOW_OFF, writes=_no_window,
+        mixture=MixtureKeys(
+            ("num_experts", "num_local_experts"), "moe_intermediate_size", "norm_topk_prob",
+            {"decoder_sparse_step": 1, "mlp_only_layers": []}, (128, 8, 768),
+        ),
+    ),
+    Family(
+        "mixtral", "MixtralForCausalLM", "4.43",
+        positions=131072, groups=8, epsilon=1e-5, rope_base=1000000.0, biases={"none": {}}, layer=OF_MIXTRAL,
+        needs={"sliding_window": None},
+        mixture=MixtureKeys(("num_local_experts",), "intermediate_size", None, {}, (8, 2, 14336)),
     ),
 )  # fmt: skip
 

@@ -99,6 +99,7 @@ def architecture_from_hf(config: _Config) -> Architecture:
         block=row.block,
         rotary_part=_rotary_part(config, row, head_dim),
         yarn=yarn,
+        mixture=row.mixture and row.mixture.read(config),
     )
     if row not in model.families():  # what transformers' own check of the file refuses
         raise _refusal(
@@ -125,6 +126,7 @@ def _refuse_what_is_computed_otherwise(config: _Config, row: Family) -> None:
     _refuse_other_layers(config)
     read = {*row.needs, *row.bias_defaults, *row.writes(0)}
     read |= {"no_rope_layers"} if row.no_rope else set()
+    read |= set(row.mixture.experts) if row.mixture else set()
     read |= {"qk_norm", "use_qk_norm", "qk_layernorm"} if row.qk_norm else set()
     for key in _COMPUTES_OTHERWISE:
         if key not in read and _is_set(config.get(key)):

@@ -18,6 +18,8 @@ from agoq_megatron.convert.megatron_store import CheckpointReader, find_checkpoi
 from agoq_megatron.convert.weights import OUTPUT, Weight, model_weights
 
 _LAYERS = "decoder.layers."
+_OF_EXPERTS = {f".experts.experts.linear_fc{i}.weight": f".experts.weight{i}" for i in (1, 2)}
+"""Names in a checkpoint, and in the model, of the weights of all experts."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class Weights:
             name = weight.name
             if weight.layer is not None:
                 name = name.replace(_LAYERS, f"{_LAYERS}{weight.layer}.", 1)
+            for part, of_all in _OF_EXPERTS.items():
+                name = name.replace(part, of_all)
             if name not in left or left[name].shape != weight.shape:
                 found = tuple(left[name].shape) if name in left else "missing"
                 raise ValueError(f"{name} of shape {weight.shape} is {found} in the model that was built")

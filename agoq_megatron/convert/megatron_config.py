@@ -6,6 +6,7 @@ from argparse import Namespace
 
 from agoq_megatron.convert.architecture import Architecture
 from agoq_megatron.convert.families import LLAMA, NEMOTRON, Biases, Block
+from agoq_megatron.convert.mixtures import Mixture
 from agoq_megatron.convert.yarn import Yarn
 from agoq_megatron.seams.refusals import Check, UsageError, is_set
 
@@ -31,7 +32,6 @@ _NOT_CARRIED: tuple[Check, ...] = (
         "apply_residual_connection_post_layernorm", is_set, "--apply-residual-connection-post-layernorm",
         "they take the residual before the norm",
     ),
-    ("num_experts", is_set, "--num-experts", "they have no experts"),
     ("multi_latent_attention", is_set, "--multi-latent-attention", "their attention is another"),
     ("attention_output_gate", is_set, "--attention-output-gate", "their attention has no gate"),
     ("softmax_type", _other_than("vanilla"), "--softmax-type", "their softmax is the vanilla one"),
@@ -100,6 +100,7 @@ def architecture_from_args(args: Namespace, vocabulary: int) -> Architecture:
         block=block,
         rotary_part=args.rotary_percent,
         yarn=Yarn.from_args(args),
+        mixture=Mixture.from_args(args),
     )
     model.family()
     return model

@@ -259,8 +259,12 @@ def write_checkpoint(folder: Path, sources: Sequence[Source], layers: int, args:
         "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
     }
     # Each linear layer has an entry for Transformer Engine's FP8 state, empty without it.
+    known = {source.weight.name for source in sources}
     objects = {
-        f"{_LAYERS}{name}._extra_state/shard_{i}_{layers}": None for name in _LINEAR for i in range(layers)
+        f"{_LAYERS}{name}._extra_state/shard_{i}_{layers}": None
+        for name in _LINEAR
+        if f"{_LAYERS}{name}.weight" in known
+        for i in range(layers)
     }
     objects[_COMMON] = common
     release = folder / RELEASE

@@ -4,6 +4,7 @@ h is the hidden size, f the MLP's, n the attention heads, g the key/value heads,
 keeps in one tensor what one product computes:
 
 - query, key and value ``[(n + 2g) d, h]``: by groups, each its n/g query heads, its key and its value;
+- an expert's gate and up, of all experts ``[e, 2f, h]``, and their FC2 ``[e, h, f]``;
 - gate and up ``[2f, h]``: gate first. (A rank holds both halves of its own part, but a distributed checkpoint
   stores gate and up apart, so the tensor there does not depend on tensor parallelism.)
 
@@ -36,6 +37,7 @@ class Weight:
         parts: Hugging Face's names and shapes.
         split: Megatron's tensor -> parts.
         join: parts -> Megatron's tensor.
+        experts: it has those of so many, one after the other; or None.
     """
 
     name: str
@@ -43,12 +45,14 @@ class Weight:
     parts: dict[str, tuple[int, ...]]
     split: Callable[[Tensor], Sequence[Tensor]]
     join: Callable[[Sequence[Tensor]], Tensor]
+    experts: int | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of Megatron's tensor: the parts' first axes together."""
+        """Of Megatron's tensor: the parts' first axes together; before it the experts, if any."""
         shapes = list(self.parts.values())
-        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+        rows, rest = sum(shape[0] for shape in shapes), shapes[0][1:]
+        return (rows, *rest) if self.experts is None else (self.experts, rows // self.experts, *rest)
 
     @property
     def numel(self) -> int:
@@ -94,12 +98,17 @@ def model_weights(model: Architecture, layer: Sequence[Rule] = SEPARATE) -> list
 def _layer_weight(model: Architecture, number: int, rule: Rule) -> Weight:
     q, k = model.heads * model.head_dim, model.groups * model.head_dim
     sizes = {"h": model.hidden, "f": model.ffn, "2f": 2 * model.ffn, "q": q, "k": k, "q+2k": q + 2 * k}
-    sizes["d"] = model.head_dim
+    sizes["d"], mixture = model.head_dim, model.mixture
+    if mixture is not None:
+        sizes |= {"e": mixture.experts, "m": mixture.ffn}
+    experts = mixture.experts if rule.order == "experts" else None
     parts = {
-        f"model.layers.{number}.{name}": tuple(sizes[axis] for axis in axes.split())
+        f"model.layers.{number}.{name.replace('*', str(expert))}": tuple(sizes[axis] for axis in axes.split())
+        for expert in range(experts or 1)
         for name, axes in rule.parts.items()
     }
-    return Weight(f"decoder.layers.{rule.name}", number, parts, *_ORDERS[rule.order](model))
+    order = _experts(len(parts), experts) if experts else _ORDERS[rule.order](model)
+    return Weight(f"decoder.layers.{rule.name}", number, parts, *order, experts)
 
 
 def _whole(model: Architecture):
@@ -120,6 +129,14 @@ def _rows(model: Architecture):
     return (
         lambda tensor: (torch.cat(split_qkv(tensor, model)),),
         lambda parts: join_qkv(*parts[0].split((q, k, k)), model),
+    )
+
+
+def _experts(parts: int, experts: int):
+    """``[e, rows, ...]``, the rows of an expert's parts below each other."""
+    return (
+        lambda tensor: tensor.flatten(0, 1).chunk(parts),
+        lambda its: torch.cat(list(its)).unflatten(0, (experts, -1)),
     )
 
 

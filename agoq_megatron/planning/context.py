@@ -70,10 +70,26 @@ def context_moment(config, number: int, tokens: int) -> float:
         return exchanged * tokens
     if context_kind(config) == "all_gather":
         held = others * its.kept if again else 0.0
-        return ((1 + others) * its.kv * (1 + wide) + held + exchanged) * tokens
+        # Keys and values of all, sums of all gradients in FP32, those of the larger piece.
+        whole = (1 + others) * its.kv
+        return (whole * (2 + wide) + (its.qkv - its.kv) * wide + held + exchanged) * tokens
     # Sums in FP32, a block made of codes and sums of its gradients; messages as they leave and arrive.
     held = others * OF_A_RING * its.kept if again else 2 * its.kept
     return (its.qkv * wide + its.kv * (1 + wide + 2) + held + exchanged) * tokens
+
+
+def exchange_moment(config, tokens: int, hidden: float, later: float) -> float:
+    """Bytes in an attention's forward pass where heads are exchanged for tokens, beside what layers keep:
+    three hidden states, the projection as it came and of fewer heads, its parts and the output.
+
+    Args:
+        hidden: bytes of a hidden state.
+        later: bytes a token that the layer keeps of its MLP, and does not yet.
+    """
+    if head_ranks(config) == 1:
+        return 0.0
+    its = _widths(config, 1)
+    return 3 * hidden + (3 * its.qkv + its.output - later) * tokens
 
 
 def _runs_again(config, number: int) -> bool:

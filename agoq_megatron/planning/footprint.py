@@ -36,7 +36,7 @@ from agoq_megatron.modules.sites import (
 )
 from agoq_megatron.optimizer.settings import OptimizerSettings, optimizer_settings_from_args
 from agoq_megatron.planning.batches import schedule_from_args
-from agoq_megatron.planning.context import context_moment, tables_of_tokens
+from agoq_megatron.planning.context import context_moment, exchange_moment, tables_of_tokens
 from agoq_megatron.planning.experts import expert_ranks, is_apart, mixture_moment
 from agoq_megatron.planning.fp8 import held_weights, mlp_backward, mlp_forward
 from agoq_megatron.planning.in_flight import Schedule
@@ -245,8 +245,9 @@ def _layer_moment(config, plan: Plan, sizes: _Sizes, numbers: list[int]) -> floa
         found = [_again(config, n, sizes, 1, beside) for n in predicting]
         return max([_again(config, numbers[0], sizes, again, beside), *found])
     # Attention's backward, with the gradient of the sum before it.
-    attentions = (_attention_moment(config, plan, n, sizes.tokens) + sizes.u for n in numbers)
-    return max(beside, *attentions)
+    attentions = [_attention_moment(config, plan, n, sizes.tokens) + sizes.u for n in numbers]
+    later = min(plan.bytes_of(FC1_OUTPUT, n) for n in numbers)
+    return max(beside, exchange_moment(config, sizes.tokens, sizes.u, later), *attentions)
 
 
 def _fc1_states(config) -> int:

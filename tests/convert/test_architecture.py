@@ -13,9 +13,10 @@ import torch
 from transformers import AutoConfig
 
 from agoq_megatron.convert.architecture import HIDDEN_ACT, Architecture
-from agoq_megatron.convert.families import FAMILIES
+from agoq_megatron.convert.families import FAMILIES, Family
 from agoq_megatron.convert.hf_config import architecture_from_hf
 from agoq_megatron.convert.megatron_config import _NOT_CARRIED, architecture_from_args
+from agoq_megatron.convert.mixtures import Mixture
 from agoq_megatron.convert.yarn import Yarn
 from agoq_megatron.seams.refusals import UsageError
 
@@ -23,6 +24,13 @@ VARIANTS = [(row.model_type, biases) for row in FAMILIES.values() for biases in 
 ROWS = pytest.mark.parametrize("kind,biases", VARIANTS, ids=lambda value: value)
 
 YARN = Yarn(4.0, 4096, fast=24.0, slow=2.0, mscale=0.5, mscale_all_dim=1.0, whole=False)
+
+
+def mixture_of(row: Family, ffn: int) -> Mixture | None:
+    """The most that a row can say."""
+    if row.mixture is None:
+        return None
+    return Mixture(7, 3, 40, False) if row.mixture.sums_to_one else Mixture(7, 2, ffn, True)
 
 
 @pytest.fixture
@@ -38,6 +46,7 @@ def model(llama, kind, biases):
         some = replace(some, rope_interpolation=4)
     if row.no_rope or row.qk_norm:
         some = replace(some, rope_factor=None, rope_interpolation=1, yarn=YARN)
+    some = replace(some, mixture=mixture_of(row, some.ffn))
     return replace(some, layers=6, no_rope_freq=3) if row.no_rope else some
 
 
@@ -273,6 +282,7 @@ def test_a_value_of_any_type_is_read_or_refused(llama, kind):
     row = FAMILIES[kind]
     biases = next(iter(row.biases))
     model = replace(llama, biases=biases, qk_norm=row.qk_norm, rope_factor=None, block=row.block)
+    model = replace(model, mixture=mixture_of(row, model.ffn))
     config = model.hf_config("float32", kind)
     config |= {"num_hidden_layers": 4, "no_rope_layers": [1] * 4} if row.no_rope else {}
     values = None, True, False, 0, 1, -3, 2.5, 1e400, "", "8", [], [1], {}, {"a": 1}, {"a": {}}
@@ -309,6 +319,7 @@ def test_values_that_change_nothing(llama, kind):
     row = FAMILIES[kind]
     biases = next(iter(row.biases))
     model = replace(llama, biases=biases, qk_norm=row.qk_norm, rope_factor=None, block=row.block)
+    model = replace(model, mixture=mixture_of(row, model.ffn))
     config = model.hf_config("float32", kind)
     neutral = {
         "pretraining_tp": 1, "use_mrope": False, "num_experts": None, "logit_scale": 1.0, "torch_dtype": None,
@@ -317,6 +328,7 @@ def test_values_that_change_nothing(llama, kind):
         "rope_scaling": None, "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_base},
         "some_comment": "trained with care", "use_cache": False,
     }  # fmt: skip
+    neutral = {key: value for key, value in neutral.items() if key != "num_experts" or not row.mixture}
     assert architecture_from_hf(config | neutral) == model
 
 

@@ -15,10 +15,12 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     NemotronConfig,
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
     SeedOssConfig,
     SmolLM3Config,
 )
@@ -61,6 +63,15 @@ CASES = {
     "smollm3, all rotary": partial(SmolLM3Config, **GQA, **UNTIED, no_rope_layers=[1, 1, 1, 1]),
     "nemotron": partial(NemotronConfig, **GQA, **UNTIED),
     "nemotron, biases": partial(NemotronConfig, **MHA, **UNTIED, **BIASES, partial_rotary_factor=1.0),
+    "qwen3 moe": partial(
+        Qwen3MoeConfig, **GQA, **UNTIED, **BASE, head_dim=48, num_experts=5, num_experts_per_tok=3,
+        moe_intermediate_size=24, norm_topk_prob=True,
+    ),
+    "qwen3 moe, not summing to 1, YaRN": partial(
+        Qwen3MoeConfig, **MHA, **TIED, rope_parameters=GROWN, num_experts=4, num_experts_per_tok=1,
+        head_dim=24, moe_intermediate_size=40,
+    ),
+    "mixtral": partial(MixtralConfig, **GQA, **UNTIED, **BASE, head_dim=32, num_local_experts=6),
     "phi3": partial(Phi3Config, **GQA, **UNTIED, **BASE),
 }  # fmt: skip
 """A few of each row's variants."""

@@ -104,3 +104,29 @@ def test_in_few_bits(launcher, alone, case):
     for of_layer in looked.values():
         assert all(0 < error < 0.12 for error in of_layer.values()), looked
     assert "AGoQ: WARNING" not in run.log
+
+
+@pytest.mark.parametrize("kind", covering(KINDS, set()))
+def test_one_rank_reads_what_two_wrote(launcher, tmp_path, kind):
+    """Experts that lay on two ranks, on one: the next iteration is the one that those two had."""
+    exact = *MODEL, *KINDS[kind].split(), "--agoq-activations", "off", "--exit-interval", "2"
+    apart = launcher.run(*exact, *EP2.split(), "--save", tmp_path, ranks=2, tiny=False, timeout=200)
+    assert apart.ok, apart.log[-4000:]
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("1")
+    run = launcher.run(*exact, "--load", tmp_path, "--no-load-optim", tiny=False, timeout=200)
+    assert run.ok, run.log[-4000:]
+    assert run.losses()[2] == pytest.approx(apart.losses()[2], rel=1e-5)
+    assert run.grad_norms()[2] == pytest.approx(apart.grad_norms()[2], rel=1e-4)
+
+
+def test_widths_are_raised(launcher):
+    """What the remedy for the ``auto`` policy says: a bound that experts' gate and up exceed at first."""
+    flags = "--bf16 --agoq-probe-interval 1 --agoq-probe-layers 2 --agoq-max-error 0.03".split()
+    run = launcher.run(*MODEL, *KINDS["gpt-oss"].split(), *flags, tiny=False, timeout=200)
+    assert run.ok, run.log[-4000:]
+    raised = {(it["tensor"], it["layer"]) for it in run.report["raises"]}
+    wide = ("mlp.experts.linear_fc1.output", "pre_mlp_layernorm.norm_input")
+    assert raised >= {(tensor, layer) for tensor in wide for layer in (1, 2)}
+    first, last = (run.report["tensor_gradient_errors"][i]["errors"] for i in (0, -1))
+    for tensor in wide:
+        assert all(last[tensor][layer] < 0.75 * first[tensor][layer] for layer in first[tensor])
