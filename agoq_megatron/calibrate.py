@@ -234,8 +234,8 @@ def own_flags() -> argparse.Namespace:
         raise UsageError(f"--calibrate-output {output}: its folder does not exist; create it.")
     if any(word.partition("=")[0] == "--num-experts" for word in rest):
         raise UsageError(
-            "--num-experts: mixtures of experts are not calibrated yet; train with --agoq-activations agoq or "
-            "a policy file, and --agoq-probe-interval measures what each tensor's rounding does."
+            "--num-experts: mixtures of experts are not calibrated yet; use --agoq-activations agoq or "
+            "a policy file; --agoq-probe-interval measures what each tensor's rounding does."
         )
     if mine.calibrate_batches < 1:
         raise UsageError(f"--calibrate-batches {mine.calibrate_batches}: give a positive number.")

@@ -39,7 +39,8 @@ def check_experts(args: Namespace, policy, on_cpu: bool) -> None:
         raise UsageError("--num-experts: experts with biases are not carried yet; add --disable-bias-linear.")
     if not args.swiglu and args.bias_gelu_fusion:
         raise UsageError(
-            "--num-experts: Megatron fuses no mixture's GELU; add --no-bias-gelu-fusion or --swiglu."
+            "--num-experts: of a mixture's activations Megatron fuses SwiGLU only; add --no-bias-gelu-fusion "
+            "or --swiglu."
         )
     if args.mtp_num_layers:
         raise UsageError(

@@ -19,7 +19,8 @@ REFUSED = {
     "--num-experts 4 --moe-shared-expert-intermediate-size 0": ["positive multiple of 1"],
     "--num-experts 4 --tensor-model-parallel-size 2": ["add --sequence-parallel"],
     "--num-experts 4 --mlp-chunks-for-training 2": ["--mlp-chunks-for-training"],
-    "--num-experts 4 --agoq-activations auto": ["use agoq, stage"],
+    "--num-experts 4 --agoq-activations auto": ["use agoq, stage", "--agoq-max-error"],
+    "--num-experts 4 --mtp-num-layers 1": ["--mtp-num-layers with --num-experts"],
     "--num-experts 4 --moe-token-dispatcher-type alltoall --expert-model-parallel-size 2 "
     "--expert-tensor-parallel-size 2 --tensor-model-parallel-size 2 --sequence-parallel": ["use allgather"],
     "--num-experts 4 --expert-tensor-parallel-num-weight-shards 2": ["not carried"],
