@@ -117,7 +117,7 @@ class Planner:
         return [self._as_coat(row) for row in rows] if coat else rows
 
     def _as_coat(self, row):
-        from agoq_megatron.planning.footprint import sharing_ranks
+        from agoq_megatron.modules.context import sharing_ranks
 
         shards = sharing_ranks(self._args) if self._args.use_distributed_optimizer else 1
         saved = row.parts["saved activations"] * COAT_SAVED

@@ -31,7 +31,7 @@ from agoq_megatron.policy.policy import SOLVED
 from agoq_megatron.resuming import order
 from agoq_megatron.resuming.loop import DurableTracker, guarded_load, guarded_save
 from agoq_megatron.resuming.rates import ResumableScheduler
-from agoq_megatron.seams import compat
+from agoq_megatron.seams import compat, groups
 from agoq_megatron.seams.agreement import agree_first, decisions
 from agoq_megatron.seams.communicators import connect_first
 from agoq_megatron.seams.finite import stop_unless_finite
@@ -42,7 +42,7 @@ def bind_around_layers(args: argparse.Namespace, on_cpu: bool) -> None:
     """What runs around the layers: recomputation, the loss, the output layer's weight gradient."""
     compat.skip_compiling_helpers()
     if args.hierarchical_context_parallel_sizes:
-        compat.lay_out_hierarchical_groups()
+        groups.lay_out_hierarchical_groups()
     compat.bind_checkpoint(quantized_checkpoint)
     compat.bind_multi_token_prediction(predicting_spec)
     if not on_cpu:

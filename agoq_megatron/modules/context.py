@@ -19,6 +19,11 @@ def context_ranks(of) -> int:
     return getattr(of, "context_parallel_size", None) or 1
 
 
+def sharing_ranks(args) -> int:
+    """Ranks that hold the same parameters, over which gradients are reduced and states distributed."""
+    return args.data_parallel_size * context_ranks(args)
+
+
 def context_kind(of) -> str:
     """How they attend together; one for all layers."""
     kind = of.cp_comm_type

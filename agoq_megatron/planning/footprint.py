@@ -17,12 +17,10 @@ import copy
 from dataclasses import dataclass
 
 from agoq_kernels.attention import groups_at_a_time
-from agoq_kernels.gradients import BLOCK, segment_bytes
 
-from agoq_megatron.gradients.settings import format_from_args
 from agoq_megatron.model.memory import Plan
 from agoq_megatron.model.stages import layers_of, predicting_layers
-from agoq_megatron.modules.context import context_ranks, tokens_of_rank
+from agoq_megatron.modules.context import tokens_of_rank
 from agoq_megatron.modules.expert_sites import MOE_SITES, has_experts
 from agoq_megatron.modules.products import in_fp8
 from agoq_megatron.modules.sites import (
@@ -34,14 +32,14 @@ from agoq_megatron.modules.sites import (
     NORM2_INPUT,
     QUERY,
 )
-from agoq_megatron.optimizer.settings import OptimizerSettings, optimizer_settings_from_args
 from agoq_megatron.planning.batches import schedule_from_args
 from agoq_megatron.planning.context import context_moment, exchange_moment, tables_of_tokens
-from agoq_megatron.planning.experts import expert_ranks, is_apart, mixture_moment
+from agoq_megatron.planning.experts import mixture_moment
 from agoq_megatron.planning.fp8 import held_weights, mlp_backward, mlp_forward
+from agoq_megatron.planning.held import gradient_bytes, optimizer_bytes
 from agoq_megatron.planning.in_flight import Schedule
 from agoq_megatron.planning.latents import at_a_time, latent_moment
-from agoq_megatron.planning.parameters import Parameters, parameters
+from agoq_megatron.planning.parameters import parameters
 from agoq_megatron.planning.reductions import reduction_bytes
 from agoq_megatron.planning.watched import Watched
 
@@ -88,11 +86,6 @@ def micro_batches(args) -> int:
     return batch // (args.micro_batch_size * args.data_parallel_size)
 
 
-def sharing_ranks(args) -> int:
-    """Ranks that hold the same parameters, over which gradients are reduced and states distributed."""
-    return args.data_parallel_size * context_ranks(args)
-
-
 def schedule_of(args, count: int | None = None) -> Schedule:
     """Of ``count`` micro-batches, else of a run's largest step."""
     return Schedule(
@@ -101,32 +94,6 @@ def schedule_of(args, count: int | None = None) -> Schedule:
         args.virtual_pipeline_model_parallel_size or 1,
         args.microbatch_group_size_per_vp_stage,
     )
-
-
-def gradient_bytes(args, count: Parameters) -> float:
-    """Held on a rank from the first micro-batch to the optimizer."""
-    if args.agoq_grad_bits == 8:
-        coded = segment_bytes(1) / BLOCK + format_from_args(args).residual_bits / 8
-        # What stays in FP32 lies beside the codes, in which it has its place all the same.
-        return (count.matrices + count.embeddings + count.experts) * coded + 4 * (count.vectors + count.exact)
-    wide = 2 if args.grad_reduce_in_bf16 else 4
-    return wide * count.total
-
-
-def optimizer_bytes(args, count: Parameters) -> float:
-    """Moments and master weights (or remainders) on a rank."""
-    distributed = args.use_distributed_optimizer
-    shards = sharing_ranks(args) if distributed else 1
-    of_experts = expert_ranks(args) if distributed and count.experts and is_apart(args) else shards
-    rest = count.embeddings + count.vectors
-    if args.optimizer != "adam":
-        each = of_rest = 8  # a master and a momentum at most
-    elif (settings := optimizer_settings_from_args(args)) is None:
-        each = of_rest = 12 if args.bf16 or args.fp16 else 8
-    else:
-        each = settings.bytes_per_parameter
-        of_rest = OptimizerSettings(32, settings.split).bytes_per_parameter
-    return (each * count.matrices + of_rest * rest) / shards + each * count.experts / of_experts
 
 
 @dataclass(frozen=True)

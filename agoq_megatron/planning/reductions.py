@@ -5,7 +5,7 @@ from __future__ import annotations
 from agoq_kernels.gradients import BLOCK, segment_bytes
 
 from agoq_megatron.gradients.settings import launched_on_a_node, node_layout
-from agoq_megatron.modules.context import context_ranks
+from agoq_megatron.modules.context import sharing_ranks
 from agoq_megatron.planning.experts import expert_ranks, is_apart
 from agoq_megatron.planning.parameters import Parameters
 
@@ -14,7 +14,7 @@ def reduction_bytes(args, count: Parameters) -> float:
     """What reductions of 8-bit gradients hold beside them, a bucket at a time. Others are made in place."""
     if args.agoq_grad_bits != 8:
         return 0
-    ranks = args.data_parallel_size * context_ranks(args)
+    ranks = sharing_ranks(args)
     if not (count.experts and is_apart(args)):
         return _reduction(args, ranks, max(count.largest, count.largest_expert), count.total)
     # Buckets of experts, reduced over other ranks.

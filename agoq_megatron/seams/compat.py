@@ -25,7 +25,7 @@ from agoq_megatron.seams import register
 
 MEGATRON_MINIMUM, MEGATRON_LIMIT = (0, 19), (0, 20)
 _REMEDY = 'pip install "megatron-core>=0.19,<0.20"'
-_TESTED = 'pip install "megatron-core==0.19.2"'
+TESTED = 'pip install "megatron-core==0.19.2"'
 
 
 class CompatibilityError(RuntimeError):
@@ -48,7 +48,7 @@ def check_megatron(part: Literal["all", "core", "layers"] = "all") -> None:
     if found := broken_seams(part):
         raise CompatibilityError(
             f"megatron-core {installed} differs in what this project reaches for, and a run could train "
-            f"wrongly: {'; '.join(found)}. Run: {_TESTED}"
+            f"wrongly: {'; '.join(found)}. Run: {TESTED}"
         )
 
 
@@ -79,23 +79,6 @@ def skip_compiling_helpers() -> None:
     import megatron.core.datasets.utils as utils
 
     utils.compile_helpers = lambda: None
-
-
-def lay_out_hierarchical_groups() -> None:
-    """Megatron lays the ranks of --hierarchical-context-parallel-sizes out by one call of einops, which the
-    wheel does not bring; where it is missing, numpy does what that call asks for.
-    """
-    from megatron.core import parallel_state
-
-    if parallel_state.HAVE_EINOPS:
-        return
-
-    def rearrange(ranks, pattern: str, *, l: int, s: int, u: int):  # noqa: E741  (einops' names)
-        if pattern != "(l s u) -> (l u) s":
-            raise CompatibilityError(f"megatron-core lays groups out by {pattern!r}. Run: {_TESTED}")
-        return ranks.reshape(l, s, u).transpose(0, 2, 1).reshape(l * u, s)
-
-    parallel_state.einops, parallel_state.HAVE_EINOPS = SimpleNamespace(rearrange=rearrange), True
 
 
 @functools.cache
