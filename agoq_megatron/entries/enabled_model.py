@@ -22,14 +22,12 @@ from agoq_megatron.checks.layer_specs import check_layer_spec
 from agoq_megatron.checks.states import check_gradients, check_optimizer
 from agoq_megatron.checks.validation import check_model
 from agoq_megatron.entries.specs import agoq_layer_spec, predicting_spec
-from agoq_megatron.gradients.settings import settings_from_args
 from agoq_megatron.model.memory import Plan
+from agoq_megatron.model.transformer_config import keep_as_flags_say
 from agoq_megatron.modules.mlp import activation_kind
 from agoq_megatron.observing.gradient_check import interval_for
 from agoq_megatron.observing.meter import Meter
 from agoq_megatron.observing.watching import Watcher
-from agoq_megatron.optimizer.settings import optimizer_settings_from_args
-from agoq_megatron.policy.fitting import policy_for
 from agoq_megatron.policy.sites import SITES
 from agoq_megatron.seams.agreement import compare
 from agoq_megatron.seams.refusals import UsageError
@@ -61,10 +59,7 @@ class EnabledModel:
     def __init__(self, handle, arguments: dict):
         self.handle, self.config = handle, arguments["config"]
         self._given = {name: arguments[name] for name in _OF_THE_MODEL}
-        for name in (
-            "position_embedding_type",
-            "rotary_base",
-        ):  # as GPTModel has it, and of latents alone there
+        for name in ("position_embedding_type", "rotary_base"):  # as GPTModel has it; of latents alone
             if hasattr(self.config, name):
                 self._given[name] = getattr(self.config, name)
         args = self.arguments()
@@ -106,15 +101,9 @@ class EnabledModel:
         return arguments_of(self.handle.ours, self.config, *configs, **self._given, **(alone | world))
 
     def _configure(self, args: Namespace) -> Run:
-        config = self.config
-        config.agoq_sequence, config.agoq_documents = args.seq_length, False
-        config.agoq = policy_for(config, args.agoq_activations, args.agoq_rounding)
-        config.agoq_gradients = settings_from_args(args)
-        config.agoq_optimizer = optimizer_settings_from_args(args)
-        config.agoq_run, config.agoq_enabled = Run(), self
-        if config.agoq_gradients is not None or not torch.cuda.is_available():
-            config.gradient_accumulation_fusion = False  # see transformer_config_from_args
-        return config.agoq_run
+        keep_as_flags_say(self.config, args)
+        self.config.agoq_run, self.config.agoq_enabled = Run(), self
+        return self.config.agoq_run
 
     def _seed(self, groups: ProcessGroupCollection | None) -> None:
         if not (hasattr(groups, "dp_cp") and hasattr(groups, "tp")):
