@@ -79,12 +79,12 @@ REFUSED_FIELDS: dict[str, tuple[Callable[[object], bool], str]] = {
     "activation_func_fp8_input_store": (is_set, _NO_TE),
     "fused_single_qkv_rope": (is_set, _NO_TE),
     "context_parallel_size": (
-        lambda n: n > 1, "sequences over several ranks are carried by pretrain_gpt_agoq.py and --spec alone",
+        lambda n: n > 1, "sequences over several ranks are carried from a command line alone",
     ),
     "num_moe_experts": (
-        lambda n: n is not None, "mixtures of experts are carried by pretrain_gpt_agoq.py and --spec alone",
+        lambda n: n is not None, "mixtures of experts are carried from a command line alone",
     ),
-    "fp8": (is_set, "products in FP8 are carried by pretrain_gpt_agoq.py alone"),
+    "fp8": (is_set, "products in FP8 are carried from pretrain_gpt_agoq.py alone"),
     "fp8_dot_product_attention": (is_set, _NO_TE),
     "fp8_multi_head_attention": (is_set, _NO_TE),
     "use_kitchen": (is_set, "Kitchen's layers are replaced here"),
