@@ -312,6 +312,7 @@ def check_model(args: Namespace, on_cpu: bool) -> None:
     check_latents(args, on_cpu)
     check_shapes(args, on_cpu)
     check_numbers(args)
+    check_dropout(args, on_cpu)
     check_activation(args)
     policy = load_policy(args.agoq_activations, args.agoq_rounding)
     policy.check_patterns(args.num_layers + (args.mtp_num_layers or 0))

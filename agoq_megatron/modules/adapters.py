@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -99,4 +100,23 @@ def add_adapters(
         if module.tp_group.size() > 1:
             raise ValueError("add_adapters: weights that are split over ranks are not carried yet")
         module.adapter = LowRank(module.weight, rank, alpha / rank)
+    _ask_for_gradients(model)
     return [module.adapter for _, module in found]
+
+
+def _ask_for_gradients(model: torch.nn.Module) -> None:
+    """Where layers or MLPs run again, let the output of the embedding, which is frozen, ask for a gradient:
+    torch's checkpoints lose those of parameters within where nothing that comes in does."""
+    for part in model.modules():
+        if isinstance(part, LanguageModelEmbedding) and _runs_again(part.config):
+            part.register_forward_hook(_asking)
+
+
+def _runs_again(config) -> bool:
+    some = config.recompute_granularity == "selective" and "mlp" in config.recompute_modules
+    return some or config.recompute_granularity == "full"
+
+
+def _asking(module: torch.nn.Module, inputs: tuple, output: Tensor) -> Tensor | None:
+    asks = torch.is_grad_enabled() and not output.requires_grad
+    return output.detach().requires_grad_() if asks else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from agoq_megatron.modules.products import in_fp8
+from agoq_megatron.modules.sites import has_gate
 
 
 def _matrices(config) -> list[tuple[int, int]]:
@@ -14,7 +15,8 @@ def _matrices(config) -> list[tuple[int, int]]:
     key = config.num_query_groups * config.kv_channels // tp
     f = config.ffn_hidden_size // tp
     wide = 2 * f if config.gated_linear_unit else f
-    return [(query + 2 * key, h), (h, query), (wide, h), (h, f)]
+    gate = query if has_gate(config) else 0
+    return [(query + 2 * key + gate, h), (h, query), (wide, h), (h, f)]
 
 
 def held_weights(config, numbers: Iterable[int]) -> float:

@@ -27,6 +27,17 @@ SHAPES = {  # of the parity with stock layers; of the bytes, with LLaMA-3-8B's r
 }  # fmt: skip
 
 
+FULL = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+SELECTIVE = dict(recompute_granularity="selective", recompute_modules=["core_attn", "mlp"])
+GATED = dict(attention_output_gate=True, attention_dropout=0.2, hidden_dropout=0.1)
+# targets, changes of the config
+COMBINED = {
+    "gates and dropout": ("all", GATED),
+    "MLPs run again": ("linear_fc2", SELECTIVE),
+    "gates and dropout, layers run again": ("linear_proj linear_fc1", GATED | FULL),
+}
+
+
 @pytest.fixture(scope="module")
 def outcomes(launcher, tmp_path_factory):
     seed, path = int.from_bytes(os.urandom(3), "big"), tmp_path_factory.mktemp("adapters") / "found.json"
@@ -42,6 +53,14 @@ def test_gradients_are_those_of_merged_weights(outcomes, targets):
     errors, silent = outcomes["gradients"][targets]
     assert max(errors.values()) < 1e-5, errors
     assert len(errors) == 2 * LAYERS * (4 if targets == "all" else len(targets.split())) and not silent
+
+
+@pytest.mark.parametrize("case", COMBINED)
+def test_gradients_with_what_else_an_attention_has(outcomes, case):
+    """Gates, both dropouts, and recomputation, within which adapters of the first layer must not be lost."""
+    errors, silent = outcomes["combined"][case]
+    assert errors and max(errors.values()) < 1e-5, errors
+    assert not silent
 
 
 def test_rounded_gradients_are_close(outcomes):
@@ -94,10 +113,11 @@ def config_of(shape: str, **changes):
     import torch.nn.functional as F
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    return TransformerConfig(
+    own = dict(
         num_layers=LAYERS, hidden_dropout=0.0, attention_dropout=0.0, gated_linear_unit=True,
-        activation_func=F.silu, add_bias_linear=False, normalization="RMSNorm", **SHAPES[shape] | changes,
+        activation_func=F.silu, add_bias_linear=False, normalization="RMSNorm",
     )  # fmt: skip
+    return TransformerConfig(**own | SHAPES[shape] | changes)
 
 
 def gpt(config, seed: int):
@@ -113,6 +133,10 @@ def gpt(config, seed: int):
 
 
 def loss_of(model, seed: int):
+    from megatron.core import tensor_parallel
+
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)  # masks of dropout
+    torch.manual_seed(seed)
     tokens = torch.randint(VOCABULARY, (2, SEQUENCE + 1), generator=torch.Generator().manual_seed(seed))
     positions = torch.arange(SEQUENCE).expand(2, -1)
     mask = torch.ones(SEQUENCE, SEQUENCE, dtype=torch.bool).triu(1)[None, None]
@@ -135,12 +159,13 @@ def adapted(seed: int, targets, activations: str, shape: str = "gradients", rank
     return handle, model
 
 
-def gradients(seed: int, targets: str, activations: str) -> tuple[dict[str, float], list[str]]:
+def gradients(seed: int, targets: str, activations: str, **changes) -> tuple[dict[str, float], list[str]]:
     """Relative errors against stock layers with merged weights; frozen parameters that have a gradient."""
-    handle, model = adapted(seed, targets, activations)
+    handle, model = adapted(seed, targets, activations, **changes)
     loss_of(model, seed).backward()
     handle.close()
-    merged = gpt(config_of("gradients"), seed)
+    of_model = {name: it for name, it in changes.items() if not name.startswith("recompute")}
+    merged = gpt(config_of("gradients", **of_model), seed)
     own = dict(model.named_parameters())
     with torch.no_grad():
         for name, p in merged.named_parameters():
@@ -226,6 +251,9 @@ def main(path: Path, seed: int) -> None:
         parallel_state.initialize_model_parallel()
         every = ("all", "linear_qkv linear_fc2", "linear_fc1")
         found["gradients"] = {targets: gradients(seed, targets, "off") for targets in every}
+        found["combined"] = {
+            case: gradients(seed, targets, "off", **changes) for case, (targets, changes) in COMBINED.items()
+        }
         found["rounded"] = gradients(seed, "all", "agoq")[0]
         found["bytes"] = {"whole": rows(seed, adapters=False), "adapters": rows(seed, adapters=True)}
         found["off"] = rows(seed, adapters=True, activations="off", targets="linear_proj")

@@ -58,6 +58,7 @@ CALLS = {
 MODELS = {
     "experts": ({"num_moe_experts": 2, "moe_ffn_hidden_size": 32}, {}, ["num_moe_experts", "mixture"]),
     "sequences over ranks": ({"context_parallel_size": 2}, {}, ["context_parallel_size: ", "command line"]),
+    "dropout of all": ({"attention_dropout": 1.0}, {}, ["attention_dropout 1.0", "below 1"]),
     "an FP32 stream": ({"fp32_residual_connection": True}, {}, ["fp32_residual_connection"]),
     "autocast": ({"enable_autocast": True}, {}, ["TransformerConfig.enable_autocast"]),
     "heads of 12": ({"kv_channels": 12}, {}, ["kv_channels 12", "multiples of 8"]),
