@@ -25,6 +25,7 @@ from agoq_megatron.checks.config_register import (
     standing_of,
 )
 from agoq_megatron.checks.flag_register import REFUSED, check_register, megatron_flags, standing
+from agoq_megatron.checks.validation import check_model
 from agoq_megatron.config import AGoQConfig
 from agoq_megatron.seams.refusals import UsageError
 
@@ -134,6 +135,15 @@ def test_fields_become_the_flags_that_set_them():
     assert args.seq_length == 48 and args.use_rope_scaling and not args.untie_embeddings_and_output_weights
     assert arguments_of(AGoQConfig(), model(activation_func=squared_relu)).squared_relu
     assert not arguments_of(AGoQConfig(), model()).group_query_attention
+
+
+def test_a_config_is_refused_what_no_kernel_has():
+    """Dropout within windows, in FP32 on a GPU."""
+    config = model(attention_dropout=0.1, window_size=(8, 0))
+    args = arguments_of(AGoQConfig(), config, max_sequence_length=16)
+    check_model(args, on_cpu=True)
+    with pytest.raises(UsageError, match="--attention-dropout 0.1 with --window-size"):
+        check_model(args, on_cpu=False)
 
 
 def test_words_are_those_of_configs():
