@@ -63,6 +63,11 @@ def check_fp8(args: Namespace, on_cpu: bool) -> None:
             raise UsageError(
                 f"{other.option} with {flag}: --fp8-recipe tensorwise does not read it; leave it out."
             )
+    if args.recompute_granularity == "selective" and "layernorm" in (args.recompute_modules or ()):
+        raise UsageError(
+            f"--recompute-modules layernorm with {flag}: Megatron asks for Transformer Engine then; leave it "
+            "out: norms are made again here in any case."
+        )
     _check_ends(args, flag)
     for what, size in _sizes(args):
         if size % MULTIPLE:

@@ -26,6 +26,7 @@ BAD = {
     "{e4m3} --fp8-margin 1": "--fp8-margin",
     "{e4m3} --ffn-hidden-size 248": "248 inner features",
     "{e4m3} --mtp-num-layers 1": "--mtp-num-layers",
+    "{e4m3} --recompute-granularity selective --recompute-modules mlp layernorm": "norms are made again here",
     "{e4m3} --first-last-layers-bf16 --num-layers-at-end-in-bf16 3":
         "--num-layers-at-end-in-bf16 3",
     "--agoq-fp8-scaling tensor": "add --fp8-format",
