@@ -173,11 +173,11 @@ class Probe:
             grads = [_cut_as(grad, self.parts, self.rows) for grad in grads]
         sites = {*self.rounded, *([self.entry] if self.entry else [])}
         own = getattr(self.spec, "products", None)
-        own = own if own is None or own.exact else replace(own, into_buffer=False)
-        alone = len(sites) == 1 and (own is None or own.exact)
+        own = None if own is None or own.exact else replace(own, into_buffer=False)
+        alone = len(sites) == 1 and own is None
         column = sites.copy().pop().value if alone else self.name
         exact = self._gradients(grads, set())
-        self._add(column, self._gradients(grads, sites, None if alone else own), exact)
+        self._add(column, self._gradients(grads, sites, own), exact)
         if self.detail and not alone:
             for site in sorted(sites, key=SITES.index):
                 self._add(site.value, self._gradients(grads, {site}), exact)

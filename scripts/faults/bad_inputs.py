@@ -197,18 +197,16 @@ def not_together(rng: random.Random, folder: Path) -> Case:
 
 
 _NOT_CARRIED = (
-    "--num-experts 4", "--multi-latent-attention", "--cuda-graph-impl local",
+    "--cuda-graph-impl local",
     "--fp8-format hybrid", "--fp8-format e4m3", "--fp4-format e2m1", "--qk-clip",
-    "--mtp-num-layers 1", "--hybrid-layer-pattern M*M*", "--window-size 16,0", "--softmax-type learnable",
-    "--attention-output-gate",
+    "--hybrid-layer-pattern M*M*",
     "--fp32-residual-connection",
     "--apply-residual-connection-post-layernorm", "--use-megatron-fsdp",
     "--use-torch-fsdp2", "--cpu-offloading-num-layers 1", "--fine-grained-activation-offloading",
-    "--distribute-saved-activations", "--reset-attention-mask", "--fim-data", "--freeze-all-layers",
-    "--pipeline-model-parallel-layout Et|tL", "--attention-backend local", "--attention-backend unfused",
-    "--sft",
+    "--distribute-saved-activations", "--fim-data", "--freeze-all-layers",
+    "--attention-backend local", "--attention-backend unfused",
     "--tp-comm-overlap", "--delay-wgrad-compute", "--use-kitchen-attention", "--yaml-cfg x.yaml",
-    "--transformer-impl inference_optimized", "--position-embedding-type yarn",
+    "--transformer-impl inference_optimized",
     "--position-embedding-type mrope", "--inprocess-restart",
     "--spec local x", "--log-max-attention-logit", "--save-activations-interval 2",
     "--save-dgrads-interval 2",

@@ -349,7 +349,8 @@ def test_the_default_policy_on_widths_that_64_does_not_divide(rng, monkeypatch):
     to up; keys and values of 48 as they are."""
     settings = types.SimpleNamespace(
         num_layers=1, hidden_size=96, num_attention_heads=4, kv_channels=24, num_query_groups=2,
-        ffn_hidden_size=176, gated_linear_unit=True, tensor_model_parallel_size=1,
+        ffn_hidden_size=176, gated_linear_unit=True, tensor_model_parallel_size=1, moe_ffn_hidden_size=None,
+        moe_shared_expert_intermediate_size=None, expert_tensor_parallel_size=1, num_moe_experts=None,
     )  # fmt: skip
     policy = policy_for(settings, "agoq")
     rules = {site: policy.rule(site, 1) for site in SITES}

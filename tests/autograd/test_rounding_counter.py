@@ -17,6 +17,7 @@ from agoq_megatron.autograd.recompute import note_entry, quantized_checkpoint
 from agoq_megatron.autograd.rounding import RoundingCounter, held_in_parts, parameter_names
 from agoq_megatron.autograd.run import Run
 from agoq_megatron.autograd.saving import SavedTensor, saved_tensor
+from agoq_megatron.modules.expert_sites import MOE_NORM_INPUT, MOE_NORM_OUTPUT
 from agoq_megatron.modules.sites import (
     ATTENTION_OUTPUT,
     FC1_OUTPUT,
@@ -92,6 +93,7 @@ def test_which_tensors_are_in_parts(sequence_parallel):
     config = SimpleNamespace(sequence_parallel=sequence_parallel, agoq_run=Run())
     whole = {site for site in SITES if not saved_tensor(policy, site, 1, config).in_parts}
     between = {LAYER_INPUT, NORM1_INPUT, NORM1_OUTPUT, NORM2_INPUT, NORM2_OUTPUT, *LATENT_SITES}
+    between |= {MOE_NORM_INPUT, MOE_NORM_OUTPUT}
     assert whole == (set() if sequence_parallel else between)
     assert saved_tensor(policy, KEY, 1, config).run is config.agoq_run
 

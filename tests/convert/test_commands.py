@@ -306,5 +306,5 @@ def test_as_a_user_starts_them(hf, tmp_path):
     assert bad.returncode == 2 and not bad.stdout
     assert bad.stderr == (
         "from_hf: error: config.json: model_type is 'gpt2'; converted are 'llama', 'qwen2', 'qwen3', "
-        "'mistral', 'seed_oss', 'smollm3', 'phi3', 'nemotron'.\n"
+        "'mistral', 'seed_oss', 'smollm3', 'phi3', 'nemotron', 'qwen3_moe', 'mixtral'.\n"
     )

@@ -12,6 +12,7 @@ import pytest
 from launch import covering
 from wandb_file import WandbRun, read_run
 
+from agoq_megatron.modules.expert_sites import MOE_SITES
 from agoq_megatron.modules.sites import FC1_OUTPUT, GATE, LATENT_SITES, LAYER_INPUT, NORM1_INPUT, NORM2_INPUT
 from agoq_megatron.observing import wandb_run
 from agoq_megatron.policy.sites import SITES
@@ -48,7 +49,8 @@ def tensorboard(folder: Path) -> dict[str, dict[int, float]]:
 
 ALL = list(range(1, 7))
 MEASURED, LOGGED = [1, 3, 5], [1, 2, 4, 6]
-SAVED = [s.value for s in SITES if s not in (LAYER_INPUT, GATE, *LATENT_SITES) and not s.recomputable]
+ABSENT = (LAYER_INPUT, GATE, *LATENT_SITES, *MOE_SITES)
+SAVED = [s.value for s in SITES if s not in ABSENT and not s.recomputable]
 EXACT = "self_attention.core_attention.common_vectors"
 FUNCTIONS = [
     "self_attention.core_attention",
