@@ -131,8 +131,8 @@ class Program:
         return np.array([load > row.budget for load, row in pairs], bool)
 
     def within(self, gap: float, cost: float, bound: float) -> bool:
-        """Whether the bound proves the cost."""
-        return bool(cost - bound <= gap * cost + EXACT * max(cost, self.largest))
+        """Whether the bound proves the cost: it is at most that part of the least above it."""
+        return bool(cost - bound <= gap * max(bound, 0.0) + EXACT * max(cost, self.largest))
 
     def solve(self, gap: float, stop: float) -> tuple[np.ndarray, float]:
         """A solution (there must be one) and a cost that none is below; by `stop` of the clock, about."""
@@ -143,7 +143,9 @@ class Program:
         while True:
             best, bound = self._improve(best, least, gap, stop)
             # A single outlier (2 bits where they break everything) would leave the rest to rounding.
-            alive = self.cost <= (self.total(best) - least) * (1 + EXACT)
+            # Not by the totals: where they are large, their difference has lost the digits that decide.
+            above = max(math.fsum((best - cheapest) * self.cost), 0.0)
+            alive = self.cost <= above * (1 + EXACT)
             largest = float(np.abs(self.cost[alive]).max(initial=0.0))
             if not 0 < largest < 0.1 * self.largest or time.monotonic() > stop:
                 return best, bound
@@ -158,7 +160,7 @@ class Program:
         reach, goal = float(np.partition(regret, first)[first]), gap
         while True:
             # Solutions with a column outside of the core cost more than low + reach.
-            slack = self.total(best) - low
+            slack = max(self.total(best) - low, 0.0)  # Rounding may have put the bound above the cost.
             reach = min(reach, slack)
             core = np.flatnonzero(regret <= reach + margin)
             part = goal * low / max(2 * abs(low - fixed) + goal * low, 1e-300)  # HiGHS does not know `fixed`.
@@ -173,7 +175,7 @@ class Program:
             goal = 0.0 if reach == slack else gap
             reach = math.inf if found is not None else 8 * reach + margin
         if gap == 0 and proven:
-            core = np.flatnonzero(regret <= cost - low + margin)
+            core = np.flatnonzero(regret <= max(cost - low, 0.0) + margin)
             found, _ = self._search(core, self.weight, 0.0, stop, cost - fixed)
             if found is not None and self._better(found, best):
                 best = found

@@ -236,6 +236,30 @@ def test_an_outlier_does_not_blur_the_rest():
     assert choice.cost - choice.bound <= 1e-6 * choice.cost
 
 
+@pytest.mark.parametrize("gap", [0.0, 0.1])
+def test_a_large_cost_in_common_does_not_hide_the_best(gap):
+    """Without the outlier, only what costs no more than the best choice is looked at, and that is x alone. The
+    difference of two totals near 700 is 1e-6 to 7 digits: too little for x itself."""
+    options = {
+        "common": [(1, 700.0)],
+        "outlier": [(0, 100.0), (1, 0.0)],
+        "x": [(0, 1e-6), (10, 0.0)],
+        "y": [(5, 0.9e-6), (10, 0.0)],
+        "z": [(5, 0.9e-6), (10, 0.0)],
+    }
+    items = [Item(key, tuple(Option(str(b), b, cost) for b, cost in rest)) for key, rest in options.items()]
+    layers, limits = [Layer(0, "g", tuple(items))], [Limit({"g": 1}, 22, "stage")]
+    choice = solve(layers, limits, gap=gap)
+    check(choice, layers, limits)
+    assert choice.proven and names(choice) == ["1", "1", "0", "10", "10"]
+
+
+def test_a_gap_is_a_part_of_the_least():
+    some = program.Program([program.Kind("g", 1, (((0, 1.0), (1, 0.0)),))], [])
+    assert some.within(0.1, 1.1, 1.0) and not some.within(0.1, 1.105, 1.0)
+    assert some.within(0.1, 0.0, 0.0) and not some.within(0.1, 1.0, -math.inf)
+
+
 def test_what_does_not_fit_is_named():
     gib = 2**30
     layers = one([("2", gib, 1.0), ("4", 2 * gib, 0.0)], [("re", gib / 2, 5.0)], layers=8)
