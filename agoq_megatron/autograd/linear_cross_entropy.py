@@ -33,16 +33,24 @@ class LinearCrossEntropySpec:
         group: tensor-parallel process group, over which the vocabulary is split.
         sequence_parallel: the input holds ``s / t`` of the sequence and is gathered.
         products: how they are computed.
+        scale: what the logits are multiplied by.
     """
 
     parts: int
     group: object
     sequence_parallel: bool
     products: Products = Products()
+    scale: float = 1.0
+
+    def logits(self, x: Tensor, weight: Tensor) -> Tensor:
+        """``scale * x[rows, h] @ weight[v / t, h]^T`` -> ``[rows, v / t]``, rounded once."""
+        if self.scale == 1:
+            return x @ weight.t()
+        return torch.addmm(x.new_empty(1), x, weight.t(), beta=0, alpha=self.scale)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Cross entropy a token of ``linear(x, weight)``; gradients of ``x`` and ``weight``."""
+    """Cross entropy a token of ``scale * linear(x, weight)``; gradients of ``x`` and ``weight``."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, target: Tensor, spec: LinearCrossEntropySpec) -> Tensor:
@@ -55,7 +63,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         start = spec.group.rank() * weight.shape[0]
         stats = torch.cat(
             [
-                cross_entropy_forward(part @ weight.t(), wanted, start)
+                cross_entropy_forward(spec.logits(part, weight), wanted, start)
                 for part, wanted in zip(rows.chunk(spec.parts), flat_target.chunk(spec.parts), strict=True)
             ],
             dim=1,
@@ -82,9 +90,10 @@ class LinearCrossEntropy(torch.autograd.Function):
         if need_weight and not in_buffer:
             grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
         for number, (part, grad_part, wanted, lse, upstream) in enumerate(zip(*pieces, strict=True)):
-            logits = part @ weight.t()
-            # From here on they are their own gradient.
-            cross_entropy_backward_(logits, wanted, ctx.start, lse, upstream.to(lse.dtype))
+            logits = spec.logits(part, weight)
+            # From here on they are the product's gradient, so the scale is in it.
+            upstream = upstream.to(lse.dtype) * spec.scale
+            cross_entropy_backward_(logits, wanted, ctx.start, lse, upstream)
             torch.mm(logits, weight, out=grad_part)
             if need_weight and in_buffer:
                 reported = spec.products.weight_gradient(weight, logits, part)

@@ -238,8 +238,8 @@ def test_an_outlier_does_not_blur_the_rest():
 
 @pytest.mark.parametrize("gap", [0.0, 0.1])
 def test_a_large_cost_in_common_does_not_hide_the_best(gap):
-    """Without the outlier, only what costs no more than the best choice is looked at, and that is x alone. The
-    difference of two totals near 700 is 1e-6 to 7 digits: too little for x itself."""
+    """Without the outlier, only what costs no more than the best choice is looked at: x takes part. But the
+    difference of two totals near 700 is 1e-6 to 7 digits alone."""
     options = {
         "common": [(1, 700.0)],
         "outlier": [(0, 100.0), (1, 0.0)],
