@@ -143,6 +143,7 @@ CARRIED = {
         layernorm_epsilon qk_layernorm sequence_parallel recompute_granularity recompute_modules
         gradient_accumulation_fusion rotary_base rotary_percent""",
     "modules/dropout.py": "attention_dropout sequence_parallel",
+    "modules/adapters.py": "recompute_granularity recompute_modules",
     "modules/latent_weights.py": """
         sequence_parallel use_cpu_initialization gradient_accumulation_fusion init_method_std""",
     "modules/mlp.py": """
