@@ -97,7 +97,7 @@ def one_rank(train):
     "case",
     covering(
         [f"{policy}: {layout}" for layout in LAYOUTS for policy in POLICIES],
-        {"agoq: p2p, TP2 SP", "off: a2a+p2p"},
+        {"agoq: p2p, TP2 SP"},
     ),
 )
 def test_as_one_rank(train, one_rank, case):

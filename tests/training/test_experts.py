@@ -97,7 +97,7 @@ def go_on(launcher, stock, case: str, *flags: object):
 
 
 @pytest.mark.supports("mixture of experts", "checkpoint exchanged with stock Megatron")
-@pytest.mark.parametrize("case", covering(CASES, {"deepseek, EP2 over TP2", "mixtral, EP2, overlap"}))
+@pytest.mark.parametrize("case", covering(CASES, {"deepseek, EP2 over TP2"}))
 def test_goes_on_as_stock_does(launcher, stock, tmp_path, case):
     """With everything kept exactly, in FP32: losses, and after two steps all weights and moments. The first
     moment is a sum of gradients: an expert that lacked another rank's tokens would show."""
@@ -116,7 +116,7 @@ def test_goes_on_as_stock_does(launcher, stock, tmp_path, case):
 
 @pytest.mark.supports("mixture of experts", part="gradients")
 @pytest.mark.supports("mixture of experts", part="states")
-@pytest.mark.parametrize("case", covering(CASES, {"deepseek, TP2 SP x EP2"}))
+@pytest.mark.parametrize("case", covering(CASES, set()))
 def test_in_few_bits(launcher, stock, case):
     """Activations by the default policy, gradients and states in 8 bits: what is kept is what was planned,
     but that more or fewer tokens came to a rank than if all had the same."""
@@ -133,7 +133,7 @@ def test_in_few_bits(launcher, stock, case):
         assert measured == pytest.approx(planned, rel=0.5 if uneven else 0.01, abs=small), row
 
 
-@pytest.mark.parametrize("more", covering(DROPPING, {DROPPING[0]}))
+@pytest.mark.parametrize("more", covering(DROPPING, set()))
 def test_dropped_tokens_between_ranks(launcher, stock, more):
     """Two ranks with half of the experts each, and one with all, from the same weights over the same
     micro-batches."""
