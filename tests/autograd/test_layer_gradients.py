@@ -345,8 +345,7 @@ def test_norms_of_queries_and_keys(rng, monkeypatch, rules, kind, of_heads, rota
 
 
 def test_the_default_policy_on_widths_that_64_does_not_divide(rng, monkeypatch):
-    """Norm inputs of 96, queries of 96 and gate and up of 352 in groups of 32, of which one crosses from gate
-    to up; keys and values of 48 as they are."""
+    """Norm inputs, queries, gate and up in groups of 32; one crosses from gate to up. Keys as they are."""
     settings = types.SimpleNamespace(
         num_layers=1, hidden_size=96, num_attention_heads=4, kv_channels=24, num_query_groups=2,
         ffn_hidden_size=176, gated_linear_unit=True, tensor_model_parallel_size=1, moe_ffn_hidden_size=None,
