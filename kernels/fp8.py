@@ -124,7 +124,7 @@ def cast_columns(x: Tensor, dtype: torch.dtype, per_tensor: bool = False) -> Ope
 
 
 def cast_both(x: Tensor, dtype: torch.dtype, per_tensor: bool = False) -> tuple[Operand, Operand]:
-    """:func:`cast_rows` and :func:`cast_columns` of ``x``, which is read once for both."""
+    """:func:`cast_rows` and :func:`cast_columns` of ``x``, in the same two passes over it."""
     codes, scale, transposed, its_scale = cast_op(x, dtype, per_tensor, True, True)
     return Operand(codes, scale), Operand(transposed, its_scale)
 
