@@ -27,9 +27,9 @@ AT_A_TIME = 2**26
 """Numbers of Q whose attention is run backward at a time, or one group of heads."""
 LARGEST_HEAD = 256
 """Features of a head that a fused kernel takes in 16 bits on a GPU."""
-LARGEST_CUDNN_HEAD = 128
+LARGEST_CUDNN_HEAD = 192
 """Of these, that cuDNN is given."""
-UNEQUAL = ("efficient",)
+UNEQUAL = ("efficient", "cudnn")
 """Kernels that are given values with fewer features than queries as they are. scripts/bench/bench_latents.py
 tries the others."""
 

@@ -69,6 +69,25 @@ PRESETS = {
         "loading": {"num-workers": 0},
     },
 }
+# 175M parameters, 48M of them used by a token.
+PRESETS["experts"] = PRESETS["gpu"] | {
+    "model": {
+        "num-layers": 8,
+        "hidden-size": 768,
+        "ffn-hidden-size": 2048,
+        "num-attention-heads": 6,
+        "num-query-groups": 2,
+        "kv-channels": 128,
+        "seq-length": 1024,
+        "num-experts": 8,
+        "moe-ffn-hidden-size": 1024,
+        "moe-router-topk": 2,
+        "moe-router-load-balancing-type": "aux_loss",
+        "moe-aux-loss-coeff": 1e-2,
+        "moe-token-dispatcher-type": "alltoall",
+    },
+    "micro_batch": 32,
+}
 
 COMMON_FLAGS = """
     --bf16 --swiglu --normalization RMSNorm --norm-epsilon 1e-5 --position-embedding-type rope
