@@ -49,7 +49,7 @@ def at_a_time(config, tokens: int) -> float:
 def latent_moment(config, tokens: int) -> float:
     """Bytes beside what is kept where the attention of a layer runs backward: latents, as they were kept and
     normalized; queries, keys, values, output and the gradients of all four. Values, output and its gradient
-    are padded to the features of keys."""
+    are counted as FlashAttention's, padded to the features of keys; cuDNN takes them as they are, in less."""
     its, some = features(config), at_a_time(config, tokens)
     padded = 3 * its.query if its.query != its.output else 0
     held = 2 * its.latents + 2 * its.query + 3 * its.output

@@ -69,7 +69,7 @@ PRESETS = {
         "loading": {"num-workers": 0},
     },
 }
-# 175M parameters, 48M of them used by a token.
+# 176M parameters, 63M of them (2 experts of 8) used by a token.
 PRESETS["experts"] = PRESETS["gpu"] | {
     "model": {
         "num-layers": 8,

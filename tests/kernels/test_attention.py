@@ -33,7 +33,10 @@ def relative(a, b):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("s,b,n,g,d", [(37, 2, 6, 2, 64), (128, 1, 4, 4, 128), (65, 3, 8, 1, 32)])
+@pytest.mark.parametrize(
+    "s,b,n,g,d",
+    [(37, 2, 6, 2, 64), (128, 1, 4, 4, 128), (65, 3, 8, 1, 32), (70, 1, 4, 2, 160), (33, 2, 4, 1, 192)],
+)
 def test_against_the_formula(rng, monkeypatch, backend, dtype, s, b, n, g, d):
     if backend and dtype is not torch.float32:
         monkeypatch.setattr("agoq_kernels.attention.attention_backend", lambda *_: backend)
